@@ -1,0 +1,15 @@
+//! The operations of nibble: one folder each, with its contract, its CPU reference and its tests.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod dynamic8;
+pub mod elementwise;
+pub mod embedding;
+pub mod linear;
+pub mod norm;
+pub mod quantize;
+pub mod rms_norm;
+pub mod rotary;
+pub mod swiglu;

@@ -1,0 +1,1 @@
+//! Matrix products with dense and quantized weights.

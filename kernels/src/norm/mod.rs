@@ -1,0 +1,1 @@
+//! Global norm and clipping of gradients.

@@ -1,0 +1,1 @@
+//! Checkpoint, adapter and GGUF files.

@@ -1,0 +1,10 @@
+//! Llama for nibble: the model with its hand-written backward pass, LoRA, checkpoints, tokenizer and generation.
+
+pub mod chat;
+pub mod config;
+mod error;
+pub mod files;
+pub mod tokenizer;
+
+pub use config::LlamaConfig;
+pub use error::{Error, Result};

@@ -1,0 +1,18 @@
+//! The runtime of nibble: devices, memory, tensors, the autograd tape and random numbers.
+//!
+//! It knows no model and no operation; `nibble-kernels` builds on it.
+
+mod device;
+mod dtype;
+mod error;
+pub mod memory;
+pub mod rng;
+pub mod tape;
+mod tensor;
+
+pub use device::{Device, DeviceRequest};
+pub use dtype::{DType, Element, Float};
+pub use error::{Error, Result};
+pub use memory::Tag;
+pub use tape::{Function, GradSink, ParamId, Saving, Tape, Var};
+pub use tensor::Tensor;

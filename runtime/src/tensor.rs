@@ -1,0 +1,315 @@
+//! Tensors: an element type, a shape and a piece of storage. Always contiguous, row-major.
+//!
+//! Clones share storage. Nothing is copied or converted unless the call says so, and a tensor can be written only
+//! while no other refers to its storage.
+
+use crate::{DType, Device, Element, Error, Float, Result, Tag, memory::Buffer};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::{borrow::Cow, fmt, sync::Arc};
+
+enum Storage {
+    Host(Buffer),
+}
+
+impl Storage {
+    fn host(&self) -> &Buffer {
+        let Storage::Host(buffer) = self;
+        buffer
+    }
+
+    fn host_mut(&mut self) -> &mut Buffer {
+        let Storage::Host(buffer) = self;
+        buffer
+    }
+}
+
+/// A contiguous row-major array on a device.
+#[derive(Clone)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// First element, counted in elements from the start of the storage.
+    offset: usize,
+}
+
+/// Conversions run in parallel from this many elements on.
+const PARALLEL_FROM: usize = 1 << 16;
+
+impl Tensor {
+    /// A tensor whose contents are unspecified until written.
+    ///
+    /// # Errors
+    /// The device has no allocator in this build, or the size overflows.
+    pub fn empty(shape: &[usize], dtype: DType, device: Device, tag: Tag) -> Result<Self> {
+        let bytes = shape
+            .iter()
+            .try_fold(dtype.size(), |bytes, &dim| bytes.checked_mul(dim))
+            .ok_or_else(|| Error::shape("empty", format!("shape {shape:?} of {dtype} is larger than memory")))?;
+        match device {
+            Device::Cpu => Ok(Tensor {
+                storage: Arc::new(Storage::Host(Buffer::new(bytes, tag))),
+                dtype,
+                shape: shape.to_vec(),
+                offset: 0,
+            }),
+            Device::Cuda(_) => Err(Error::NoKernel { op: "empty", device }),
+        }
+    }
+
+    /// A tensor of zeros.
+    pub fn zeros(shape: &[usize], dtype: DType, device: Device, tag: Tag) -> Result<Self> {
+        let mut tensor = Self::empty(shape, dtype, device, tag)?;
+        tensor.bytes_mut()?.fill(0);
+        Ok(tensor)
+    }
+
+    /// A host tensor holding a copy of `values`.
+    pub fn from_slice<T: Element>(values: &[T], shape: &[usize], tag: Tag) -> Result<Self> {
+        if shape.iter().product::<usize>() != values.len() {
+            return Err(Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len())));
+        }
+        let mut tensor = Self::empty(shape, T::DTYPE, Device::Cpu, tag)?;
+        tensor.as_mut_slice::<T>()?.copy_from_slice(values);
+        Ok(tensor)
+    }
+
+    /// A host tensor from raw little-endian bytes.
+    pub fn from_bytes(bytes: &[u8], dtype: DType, shape: &[usize], tag: Tag) -> Result<Self> {
+        let mut tensor = Self::empty(shape, dtype, Device::Cpu, tag)?;
+        let target = tensor.bytes_mut()?;
+        if target.len() != bytes.len() {
+            let what = format!("{} bytes do not fill {dtype} {shape:?} ({} bytes)", bytes.len(), target.len());
+            return Err(Error::shape("from_bytes", what));
+        }
+        target.copy_from_slice(bytes);
+        Ok(tensor)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sizes of the dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of the elements.
+    pub fn size_bytes(&self) -> usize {
+        self.numel() * self.dtype.size()
+    }
+
+    /// Where the elements are.
+    pub fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    /// Rows and columns of a matrix.
+    pub fn dims2(&self, op: &'static str) -> Result<(usize, usize)> {
+        match self.shape[..] {
+            [rows, columns] => Ok((rows, columns)),
+            _ => Err(Error::shape(op, format!("expected a matrix, found shape {:?}", self.shape))),
+        }
+    }
+
+    fn byte_range(&self) -> std::ops::Range<usize> {
+        let size = self.dtype.size();
+        self.offset * size..(self.offset + self.numel()) * size
+    }
+
+    /// The elements as bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.storage.host().bytes()[self.byte_range()]
+    }
+
+    /// The elements as bytes, to write.
+    pub fn bytes_mut(&mut self) -> Result<&mut [u8]> {
+        let range = self.byte_range();
+        let storage = Arc::get_mut(&mut self.storage).ok_or(Error::Shared { op: "write" })?;
+        Ok(&mut storage.host_mut().bytes_mut()[range])
+    }
+
+    fn check_dtype<T: Element>(&self) -> Result<()> {
+        if self.dtype == T::DTYPE {
+            return Ok(());
+        }
+        Err(Error::DType { op: "read", expected: T::DTYPE.to_string(), found: self.dtype })
+    }
+
+    /// The elements.
+    ///
+    /// # Errors
+    /// The tensor holds another type.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
+        self.check_dtype::<T>()?;
+        Ok(bytemuck::cast_slice(self.bytes()))
+    }
+
+    /// The elements, to write.
+    ///
+    /// # Errors
+    /// The tensor holds another type, or its storage is shared.
+    pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
+        self.check_dtype::<T>()?;
+        Ok(bytemuck::cast_slice_mut(self.bytes_mut()?))
+    }
+
+    /// The elements of a float tensor as f32: borrowed if they are, converted otherwise.
+    pub fn to_f32(&self) -> Result<Cow<'_, [f32]>> {
+        if self.dtype == DType::F32 {
+            return Ok(Cow::Borrowed(self.as_slice()?));
+        }
+        let mut values = vec![0.0; self.numel()];
+        self.read_f32(0, &mut values)?;
+        Ok(Cow::Owned(values))
+    }
+
+    /// Converts the elements from flat index `start` on into `out`.
+    ///
+    /// # Errors
+    /// The tensor does not hold floats, or has fewer elements.
+    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
+        if start.checked_add(out.len()).is_none_or(|end| end > self.numel()) {
+            let what = format!("elements {start}..+{} of a tensor of {}", out.len(), self.numel());
+            return Err(Error::shape("read_f32", what));
+        }
+        fn widen<T: Float>(values: &[T], out: &mut [f32]) {
+            let one = |(out, &x): (&mut f32, &T)| *out = x.to_f32();
+            if out.len() < PARALLEL_FROM {
+                out.iter_mut().zip(values).for_each(one);
+            } else {
+                out.par_iter_mut().with_min_len(PARALLEL_FROM / 4).zip(values).for_each(one);
+            }
+        }
+        let range = start..start + out.len();
+        match self.dtype {
+            DType::F32 => out.copy_from_slice(&self.as_slice()?[range]),
+            DType::F16 => widen(&self.as_slice::<f16>()?[range], out),
+            DType::BF16 => widen(&self.as_slice::<bf16>()?[range], out),
+            found => return Err(Error::DType { op: "to_f32", expected: "float".into(), found }),
+        }
+        Ok(())
+    }
+
+    /// A copy in another float type (round to nearest even), counted under `tag`.
+    pub fn cast(&self, dtype: DType, tag: Tag) -> Result<Self> {
+        let mut out = Self::empty(&self.shape, dtype, self.device(), tag)?;
+        fn narrow<T: Float>(values: &[f32], out: &mut [T]) {
+            let one = |(out, &x): (&mut T, &f32)| *out = T::from_f32(x);
+            if out.len() < PARALLEL_FROM {
+                out.iter_mut().zip(values).for_each(one);
+            } else {
+                out.par_iter_mut().with_min_len(PARALLEL_FROM / 4).zip(values).for_each(one);
+            }
+        }
+        match dtype {
+            DType::F32 => self.read_f32(0, out.as_mut_slice()?)?,
+            DType::F16 => narrow(&self.to_f32()?, out.as_mut_slice::<f16>()?),
+            DType::BF16 => narrow(&self.to_f32()?, out.as_mut_slice::<bf16>()?),
+            found => return Err(Error::DType { op: "cast", expected: "float".into(), found }),
+        }
+        Ok(out)
+    }
+
+    /// This tensor in `dtype`: itself if it has that type, a [`Tensor::cast`] otherwise.
+    pub fn into_dtype(self, dtype: DType, tag: Tag) -> Result<Self> {
+        if self.dtype == dtype { Ok(self) } else { self.cast(dtype, tag) }
+    }
+
+    /// A copy with its own storage.
+    pub fn copy(&self, tag: Tag) -> Result<Self> {
+        Self::from_bytes(self.bytes(), self.dtype, &self.shape, tag)
+    }
+
+    /// The same elements under another shape; the storage is shared.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
+        if shape.iter().product::<usize>() != self.numel() {
+            return Err(Error::shape("reshape", format!("{:?} cannot become {shape:?}", self.shape)));
+        }
+        Ok(Tensor { shape: shape.to_vec(), ..self.clone() })
+    }
+
+    /// `count` entries of the outermost dimension from `start` on; the storage is shared.
+    pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        let Some((&outer, inner)) = self.shape.split_first() else {
+            return Err(Error::shape("rows", "a scalar has no rows"));
+        };
+        if start.checked_add(count).is_none_or(|end| end > outer) {
+            return Err(Error::shape("rows", format!("rows {start}..+{count} of shape {:?}", self.shape)));
+        }
+        let stride: usize = inner.iter().product();
+        let shape = std::iter::once(count).chain(inner.iter().copied()).collect();
+        Ok(Tensor { shape, offset: self.offset + start * stride, ..self.clone() })
+    }
+
+    /// Counts the storage under another tag, where this is its only tensor.
+    pub fn retag(mut self, tag: Tag) -> Self {
+        if let Some(storage) = Arc::get_mut(&mut self.storage) {
+            storage.host_mut().set_tag(tag);
+        }
+        self
+    }
+
+    /// Whether no other tensor refers to the storage.
+    pub fn is_unique(&self) -> bool {
+        Arc::strong_count(&self.storage) == 1
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let held = self.storage.host().len();
+        write!(f, "Tensor({} {:?} on {}, storage of {held} bytes)", self.dtype, self.shape, self.device())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn views_share_and_refuse_writes() {
+        let mut tensor = Tensor::from_slice(&[1f32, 2., 3., 4., 5., 6.], &[3, 2], Tag::Workspace).unwrap();
+        let view = tensor.rows(1, 2).unwrap();
+        assert_eq!(view.as_slice::<f32>().unwrap(), [3., 4., 5., 6.]);
+        assert_eq!(view.reshape(&[4]).unwrap().rows(3, 1).unwrap().as_slice::<f32>().unwrap(), [6.]);
+        assert!(matches!(tensor.as_mut_slice::<f32>(), Err(Error::Shared { .. })));
+        drop(view);
+        tensor.as_mut_slice::<f32>().unwrap()[0] = 9.0;
+        assert_eq!(tensor.as_slice::<f32>().unwrap()[0], 9.0);
+    }
+
+    #[test]
+    fn misuse_is_an_error() {
+        let tensor = Tensor::from_slice(&[1u8, 2], &[2], Tag::Workspace).unwrap();
+        assert!(tensor.as_slice::<f32>().is_err());
+        assert!(tensor.to_f32().is_err());
+        assert!(tensor.rows(1, 2).is_err());
+        assert!(tensor.rows(usize::MAX, 2).is_err());
+        assert!(tensor.reshape(&[3]).is_err());
+        assert!(Tensor::from_bytes(&[0; 3], DType::F32, &[1], Tag::Workspace).is_err());
+        assert!(Tensor::empty(&[usize::MAX, 4], DType::F32, Device::Cpu, Tag::Workspace).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn casts_round_to_nearest(values in prop::collection::vec(any::<f32>(), 0..300)) {
+            let tensor = Tensor::from_slice(&values, &[values.len()], Tag::Workspace).unwrap();
+            let halved = tensor.cast(DType::BF16, Tag::Workspace).unwrap();
+            for (&x, &half) in values.iter().zip(halved.as_slice::<bf16>().unwrap()) {
+                prop_assert!(half.to_bits() == bf16::from_f32(x).to_bits());
+            }
+            let back = halved.cast(DType::F32, Tag::Workspace).unwrap();
+            prop_assert_eq!(back.cast(DType::BF16, Tag::Workspace).unwrap().bytes().len(), 2 * values.len());
+        }
+    }
+}

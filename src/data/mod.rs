@@ -1,0 +1,1 @@
+//! Training data: files, rows, masks and batches.

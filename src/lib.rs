@@ -1,0 +1,3 @@
+//! nibble: QLoRA fine-tuning of Llama models.
+
+pub mod data;
