@@ -8,8 +8,11 @@ pub mod dynamic8;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;
+mod math;
 pub mod norm;
 pub mod quantize;
 pub mod rms_norm;
 pub mod rotary;
 pub mod swiglu;
+#[cfg(test)]
+mod testing;

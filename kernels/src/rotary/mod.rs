@@ -2,6 +2,10 @@
 //!
 //! Source: Su et al., "RoFormer", arXiv 2104.09864; frequency scaling as in transformers' `modeling_rope_utils`.
 
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
+use rayon::prelude::*;
+use std::ops::Not;
+
 /// How rotary frequencies are changed for long contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -22,4 +26,197 @@ pub struct RopeConfig {
     pub theta: f64,
     /// Frequency scaling.
     pub scaling: RopeScaling,
+}
+
+/// Cosines and sines of every position and frequency.
+#[derive(Clone, Debug)]
+pub struct RotaryTable {
+    /// f32 `[positions, head_dim / 2]`.
+    cos: Tensor,
+    /// f32 `[positions, head_dim / 2]`.
+    sin: Tensor,
+}
+
+impl RopeConfig {
+    /// Inverse frequencies `[head_dim / 2]` for sequences of up to `length` positions, rounded to f32 as transformers
+    /// holds them.
+    pub fn inverse_frequencies(&self, head_dim: usize, length: usize) -> Vec<f32> {
+        let dim = head_dim as f64;
+        let base = match self.scaling {
+            RopeScaling::Dynamic { factor, original_max_position } => {
+                let original = original_max_position as f64;
+                let length = (length as f64).max(original);
+                self.theta * (factor * length / original - (factor - 1.0)).powf(dim / (dim - 2.0))
+            }
+            _ => self.theta,
+        };
+        let scale = |frequency: f64| match self.scaling {
+            RopeScaling::Default | RopeScaling::Dynamic { .. } => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                let turns = original_max_position as f64 * frequency / std::f64::consts::TAU;
+                let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                let smooth = smooth.clamp(0.0, 1.0);
+                (1.0 - smooth) * frequency / factor + smooth * frequency
+            }
+        };
+        (0..head_dim / 2).map(|i| scale(base.powf(-2.0 * i as f64 / dim)) as f32).collect()
+    }
+
+    /// The table for positions `0..length`.
+    ///
+    /// # Errors
+    /// `head_dim` is odd.
+    pub fn table(&self, head_dim: usize, length: usize) -> Result<RotaryTable> {
+        if !head_dim.is_multiple_of(2) {
+            return Err(Error::invalid("rotary", format!("head dimension {head_dim} is odd")));
+        }
+        let frequencies = self.inverse_frequencies(head_dim, length);
+        let angles = || (0..length).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        let cos: Vec<f32> = angles().map(f32::cos).collect();
+        let sin: Vec<f32> = angles().map(f32::sin).collect();
+        let shape = [length, head_dim / 2];
+        Ok(RotaryTable {
+            cos: Tensor::from_slice(&cos, &shape, Tag::Workspace)?,
+            sin: Tensor::from_slice(&sin, &shape, Tag::Workspace)?,
+        })
+    }
+}
+
+impl RotaryTable {
+    /// Positions that the table covers.
+    pub fn len(&self) -> usize {
+        self.cos.shape()[0]
+    }
+
+    /// Whether it covers none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Which way to turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// By the position's angle.
+    Forward,
+    /// Back by it: the transpose, which is the gradient of the forward turn.
+    Backward,
+}
+
+/// Turns each head of `x` `[T, heads · head_dim]` by the angle of its token's position (i32 `[T]`).
+///
+/// # Errors
+/// A position is outside of the table, or the shapes do not fit.
+pub fn apply(x: &Tensor, positions: &Tensor, table: &RotaryTable, direction: Direction) -> Result<Tensor> {
+    let (tokens, width) = x.dims2("rotary")?;
+    let half = table.cos.shape()[1];
+    if half == 0 || !width.is_multiple_of(2 * half) || positions.shape() != [tokens] {
+        let what = format!("input {:?}, positions {:?}, head dimension {}", x.shape(), positions.shape(), 2 * half);
+        return Err(Error::shape("rotary", what));
+    }
+    match x.device() {
+        Device::Cpu => {
+            let positions = positions.as_slice::<i32>()?;
+            let length = table.len();
+            if let Some(bad) = positions.iter().find(|&&p| usize::try_from(p).is_ok_and(|p| p < length).not()) {
+                return Err(Error::invalid("rotary", format!("position {bad} is outside of the table of {length}")));
+            }
+            let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+            let mut out = Tensor::empty(x.shape(), DType::F32, Device::Cpu, Tag::Activations)?;
+            let (xs, cos, sin) = (x.to_f32()?, table.cos.as_slice::<f32>()?, table.sin.as_slice::<f32>()?);
+            let rows = out.as_mut_slice::<f32>()?.par_chunks_mut(width).zip(xs.par_chunks(width)).zip(positions);
+            rows.with_min_len(32).for_each(|((out, x), &position)| {
+                let at = position as usize * half;
+                let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
+                for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                    let ((out_low, out_high), (low, high)) = (out.split_at_mut(half), x.split_at(half));
+                    for i in 0..half {
+                        let sin = sign * sin[i];
+                        out_low[i] = low[i] * cos[i] - high[i] * sin;
+                        out_high[i] = high[i] * cos[i] + low[i] * sin;
+                    }
+                }
+            });
+            out.into_dtype(x.dtype(), Tag::Activations)
+        }
+        device => Err(Error::NoKernel { op: "rotary", device }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{close, random, wide};
+
+    const PLAIN: RopeConfig = RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default };
+
+    fn positions(positions: &[i32]) -> Tensor {
+        Tensor::from_slice(positions, &[positions.len()], Tag::Workspace).unwrap()
+    }
+
+    /// The definition: each pair (i, i + half) of a head is a complex number times e^(i·angle).
+    #[test]
+    fn turns_pairs_by_their_angle() {
+        let (head_dim, heads) = (8, 3);
+        let x = random(&[4, heads * head_dim], 1);
+        let at = [0, 5, 2, 99];
+        let y = apply(&x, &positions(&at), &PLAIN.table(head_dim, 100).unwrap(), Direction::Forward).unwrap();
+        let xs = wide(&x);
+        let mut expected = vec![0.0; xs.len()];
+        for (t, &position) in at.iter().enumerate() {
+            for head in 0..heads {
+                for i in 0..head_dim / 2 {
+                    let angle = f64::from(position) * 10_000f64.powf(-(i as f64) / 4.0);
+                    let low = t * heads * head_dim + head * head_dim + i;
+                    let high = low + head_dim / 2;
+                    expected[low] = xs[low] * angle.cos() - xs[high] * angle.sin();
+                    expected[high] = xs[high] * angle.cos() + xs[low] * angle.sin();
+                }
+            }
+        }
+        close(&y, &expected, 1e-5);
+    }
+
+    #[test]
+    fn backward_is_the_inverse() {
+        let x = random(&[4, 32], 1);
+        let (at, table) = (positions(&[0, 1, 2, 50]), PLAIN.table(16, 64).unwrap());
+        let y = apply(&x, &at, &table, Direction::Forward).unwrap();
+        close(&apply(&y, &at, &table, Direction::Backward).unwrap(), &wide(&x), 1e-6);
+    }
+
+    /// Values of transformers 5 (`ROPE_INIT_FUNCTIONS`) for head dimension 8.
+    #[test]
+    fn scalings() {
+        let frequencies = |scaling, length| RopeConfig { theta: 10_000.0, scaling }.inverse_frequencies(8, length);
+        assert_eq!(frequencies(RopeScaling::Default, 10), [1.0, 0.1, 0.01, 0.001]);
+        assert_eq!(frequencies(RopeScaling::Linear { factor: 4.0 }, 10), [0.25, 0.025, 0.0025, 0.00025]);
+        let dynamic = RopeScaling::Dynamic { factor: 2.0, original_max_position: 64 };
+        assert_eq!(frequencies(dynamic, 64), [1.0, 0.1, 0.01, 0.001]);
+        let grown = 10_000f64 * (2.0f64 * 128.0 / 64.0 - 1.0).powf(8.0 / 6.0);
+        assert_eq!(frequencies(dynamic, 128)[3], grown.powf(-0.75) as f32);
+        let llama3 = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 128,
+        };
+        let found = frequencies(llama3, 10);
+        // Wavelengths 6.3 (kept), 63 (between 128/4 and 128/1: blended), 628 and 6283 (divided by 8).
+        let smooth = (128.0 * 0.1 / std::f64::consts::TAU - 1.0) / 3.0;
+        assert_eq!(found[0], 1.0);
+        assert!((f64::from(found[1]) - ((1.0 - smooth) * 0.1 / 8.0 + smooth * 0.1)).abs() < 1e-8);
+        assert_eq!(found[2..], [0.01 / 8.0, 0.001 / 8.0]);
+    }
+
+    #[test]
+    fn positions_outside_of_the_table_are_errors() {
+        let (x, table) = (random(&[1, 8], 1), PLAIN.table(8, 4).unwrap());
+        for bad in [-1, 4] {
+            assert!(apply(&x, &positions(&[bad]), &table, Direction::Forward).is_err());
+        }
+        assert!(apply(&random(&[1, 12], 1), &positions(&[0]), &table, Direction::Forward).is_err());
+        assert!(PLAIN.table(7, 4).is_err());
+    }
 }

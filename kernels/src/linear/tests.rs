@@ -1,0 +1,88 @@
+use super::*;
+use crate::quantize::{QuantType, dequantize, quantize};
+use crate::testing::{close, random};
+use proptest::prelude::*;
+
+/// `a [m, k] · b [k, n]` in f64.
+fn reference(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f64> {
+    let at = |i: usize, j: usize| (0..k).map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j])).sum();
+    (0..m * n).map(|index| at(index / n, index % n)).collect()
+}
+
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+}
+
+fn weights(n: usize, k: usize, seed: u64) -> Vec<Weight> {
+    let dense = random(&[n, k], seed);
+    let bf16 = dense.cast(DType::BF16, Tag::Weights).unwrap();
+    let nf4 = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights).unwrap();
+    let fp4 = quantize(&dense, QuantType::Fp4, 32, false, DType::BF16, Tag::Weights).unwrap();
+    vec![Weight::Dense(dense), Weight::Dense(bf16), Weight::Quantized(nf4), Weight::Quantized(fp4)]
+}
+
+fn as_f32(weight: &Weight) -> Vec<f32> {
+    match weight {
+        Weight::Dense(tensor) => tensor.to_f32().unwrap().into_owned(),
+        Weight::Quantized(quantized) => dequantize(quantized, Tag::Workspace).unwrap().to_f32().unwrap().into_owned(),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn products_match_f64(t in 1usize..70, n in 1usize..90, k in 1usize..90, seed: u64) {
+        let (x, g) = (random(&[t, k], seed), random(&[t, n], seed ^ 1));
+        let (xs, gs) = (x.as_slice::<f32>().unwrap(), g.as_slice::<f32>().unwrap());
+        for weight in weights(n, k, seed ^ 2) {
+            let dense = as_f32(&weight);
+            let y = reference(xs, &transposed(&dense, n, k), (t, n, k));
+            let dx = reference(gs, &dense, (t, k, n));
+            close(&forward(&x, &weight, Tag::Activations).unwrap(), &y, 2e-6);
+            close(&input_grad(&g, &weight, 1.0).unwrap(), &dx, 2e-6);
+            let (mut twice, mut thrice) = (g.copy(Tag::Workspace).unwrap(), x.copy(Tag::Workspace).unwrap());
+            forward_add(&x, &weight, 2.0, &mut twice).unwrap();
+            input_grad_add(&g, &weight, -3.0, &mut thrice).unwrap();
+            let y: Vec<f64> = y.iter().zip(gs).map(|(y, &g)| 2.0 * y + f64::from(g)).collect();
+            let dx: Vec<f64> = dx.iter().zip(xs).map(|(dx, &x)| -3.0 * dx + f64::from(x)).collect();
+            close(&twice, &y, 2e-6);
+            close(&thrice, &dx, 2e-6);
+        }
+        let dw = reference(&transposed(gs, t, n), xs, (n, k, t));
+        close(&weight_grad(&g, &x, 1.0).unwrap(), &dw, 2e-6);
+    }
+}
+
+#[test]
+fn panels_join_without_a_seam() {
+    let (t, n, k) = (33, 517, 1030); // more than one panel, the last one odd
+    assert!(n * k > 4 * PANEL);
+    let (x, g) = (random(&[t, k], 1), random(&[t, n], 2));
+    for weight in weights(n, k, 3) {
+        let dense = as_f32(&weight);
+        let y = reference(x.as_slice().unwrap(), &transposed(&dense, n, k), (t, n, k));
+        close(&forward(&x, &weight, Tag::Activations).unwrap(), &y, 2e-6);
+        close(&input_grad(&g, &weight, 1.0).unwrap(), &reference(g.as_slice().unwrap(), &dense, (t, k, n)), 2e-6);
+    }
+}
+
+#[test]
+fn half_operands_round_once() {
+    let (x, weight) = (random(&[5, 64], 1).cast(DType::BF16, Tag::Workspace).unwrap(), &weights(7, 64, 2)[0]);
+    let y = forward(&x, weight, Tag::Activations).unwrap();
+    let exact = reference(&x.to_f32().unwrap(), &transposed(&as_f32(weight), 7, 64), (5, 7, 64));
+    assert_eq!(y.dtype(), DType::BF16);
+    for (&y, exact) in y.to_f32().unwrap().iter().zip(exact) {
+        assert!((f64::from(y) - exact).abs() <= exact.abs() / 256.0 + 1e-6);
+    }
+}
+
+#[test]
+fn misfits_are_errors() {
+    let weight = &weights(4, 6, 1)[0];
+    assert!(forward(&random(&[2, 5], 1), weight, Tag::Activations).is_err());
+    assert!(input_grad(&random(&[2, 6], 1), weight, 1.0).is_err());
+    assert!(forward_add(&random(&[2, 6], 1), weight, 1.0, &mut random(&[3, 4], 1)).is_err());
+    assert!(weight_grad(&random(&[2, 4], 1), &random(&[3, 6], 1), 1.0).is_err());
+}

@@ -1,0 +1,45 @@
+//! What the tests of several operations share.
+
+use nibble_runtime::{
+    Tag, Tensor,
+    rng::{Philox, Stream},
+};
+
+/// A f32 tensor of standard normals.
+pub(crate) fn random(shape: &[usize], seed: u64) -> Tensor {
+    let rng = Philox::new(seed, Stream { purpose: 99, step: 0, layer: 0 });
+    let values: Vec<f32> = (0..shape.iter().product::<usize>() as u64).map(|i| rng.normal(i)).collect();
+    Tensor::from_slice(&values, shape, Tag::Workspace).unwrap()
+}
+
+/// Asserts ‖found − expected‖ ≤ tolerance · ‖expected‖.
+#[track_caller]
+pub(crate) fn close(found: &Tensor, expected: &[f64], tolerance: f64) {
+    let found = found.to_f32().unwrap();
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut found.iter().zip(expected).map(|(&f, e)| f64::from(f) - e));
+    let scale = norm(&mut expected.iter().copied());
+    assert!(error <= tolerance * scale + 1e-30, "relative error {:.3e} > {tolerance:.1e}", error / scale);
+}
+
+/// Central differences of `f` at `x` in f64: the gradient that a backward pass must give.
+pub(crate) fn numeric_gradient(x: &[f64], mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    let mut at = x.to_vec();
+    (0..x.len())
+        .map(|i| {
+            let step = 1e-5 * x[i].abs().max(1.0);
+            at[i] = x[i] + step;
+            let above = f(&at);
+            at[i] = x[i] - step;
+            let below = f(&at);
+            at[i] = x[i];
+            (above - below) / (2.0 * step)
+        })
+        .collect()
+}
+
+/// The values of a tensor in f64.
+pub(crate) fn wide(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_f32().unwrap().iter().map(|&x| f64::from(x)).collect()
+}

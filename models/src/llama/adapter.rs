@@ -1,0 +1,158 @@
+//! What trains: LoRA adapters on chosen linear layers, or the whole model.
+
+use super::{Linear, Llama, Lora, Param};
+use crate::{
+    Error, Result,
+    files::peft::{Adapter, AdapterConfig},
+};
+use nibble_kernels::{linear::Weight, quantize::dequantize};
+use nibble_runtime::{
+    DType, Device, ParamId, Tag, Tensor,
+    rng::{Philox, Stream},
+};
+use std::path::Path;
+
+/// Names of the linear layers that an adapter can sit on.
+pub const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// [`Stream::purpose`] of adapter initialization.
+const INIT_PURPOSE: u32 = 2;
+
+/// Settings of new adapters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// Rank r.
+    pub rank: usize,
+    /// α: the adapter's output is scaled by α/r.
+    pub alpha: f64,
+    /// Probability of dropping an element of the adapter's input.
+    pub dropout: f32,
+    /// Scale by α/√r instead (Kalajdzievski, "rsLoRA", arXiv 2312.03732).
+    pub rslora: bool,
+    /// Last parts of the names of the layers to adapt, out of [`TARGETS`].
+    pub targets: Vec<String>,
+}
+
+fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {
+    let rank = rank as f64;
+    (if rslora { alpha / rank.sqrt() } else { alpha / rank }) as f32
+}
+
+/// The last part of a module path.
+fn leaf(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+impl Llama {
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.layers.iter_mut().flat_map(|layer| layer.linears_mut())
+    }
+
+    /// Puts new adapters on the chosen layers: A uniform in ±1/√K, B zero, so that the model's output does not change.
+    ///
+    /// # Errors
+    /// A target is none of [`TARGETS`], there is none, or the rank is 0.
+    pub fn add_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
+        if let Some(bad) = config.targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
+            return Err(Error::Invalid(format!("no linear layer is named {bad}; choose from {}", TARGETS.join(", "))));
+        }
+        if config.rank == 0 || config.targets.is_empty() {
+            return Err(Error::Invalid("LoRA needs a rank of at least 1 and at least one target layer".into()));
+        }
+        let mut next = 0;
+        for linear in self.linears_mut().filter(|linear| config.targets.iter().any(|t| t == leaf(&linear.name))) {
+            let (n, k) = linear.weight.dims()?;
+            let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
+            let bound = 1.0 / (k as f32).sqrt();
+            let count = (config.rank * k) as u64;
+            let a: Vec<f32> = (0..count).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
+            let a = Tensor::from_slice(&a, &[config.rank, k], Tag::Adapters)?;
+            let b = Tensor::zeros(&[n, config.rank], DType::F32, Device::Cpu, Tag::Adapters)?;
+            let scale = scale(config.alpha, config.rank, config.rslora);
+            linear.set_lora(a, b, scale, config.dropout, &mut next);
+        }
+        Ok(())
+    }
+
+    /// Puts the adapters of a PEFT folder on the layers that it names, ready for use or for more training.
+    ///
+    /// # Errors
+    /// The adapter names a layer that the model lacks, or its shapes do not fit: it was made for another model.
+    pub fn set_adapter(&mut self, adapter: &Adapter, path: &Path) -> Result<()> {
+        let mut left: Vec<&str> = adapter.tensors.keys().map(String::as_str).collect();
+        let model = self.source.display().to_string();
+        let other = |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
+        let mut next = 0;
+        for linear in self.linears_mut() {
+            let Some((a, b)) = adapter.tensors.get(&linear.name) else { continue };
+            let (n, k) = linear.weight.dims()?;
+            let rank = a.shape().first().copied().unwrap_or(0);
+            if a.shape() != [rank, k] || b.shape() != [n, rank] || rank == 0 {
+                let (a, b) = (a.shape(), b.shape());
+                return Err(other(format!("{}: A {a:?} and B {b:?} do not fit a layer [{n}, {k}]", linear.name)));
+            }
+            let config = &adapter.config;
+            let scale = scale(config.alpha_of(&linear.name), rank, config.use_rslora);
+            let own = |tensor: &Tensor| tensor.cast(DType::F32, Tag::Adapters);
+            linear.set_lora(own(a)?, own(b)?, scale, config.lora_dropout as f32, &mut next);
+            left.retain(|name| *name != linear.name);
+        }
+        match left.first() {
+            Some(name) => Err(other(format!("the model has no layer {name}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The adapters as PEFT tensors, beside a configuration.
+    pub fn adapter(&self, config: AdapterConfig) -> Adapter {
+        let linears = self.layers.iter().flat_map(|layer| layer.linears());
+        let pair = |linear: &Linear| {
+            let lora = linear.lora.as_ref()?;
+            Some((linear.name.clone(), (lora.a.value.clone(), lora.b.value.clone())))
+        };
+        Adapter { config, tensors: linears.filter_map(pair).collect() }
+    }
+
+    /// Makes every weight trainable, in f32 (quantized ones are dequantized).
+    pub fn train_all(&mut self) -> Result<()> {
+        let mut next = 0;
+        let mut id = || {
+            next += 1;
+            Some(ParamId(next - 1))
+        };
+        let mut whole = |param: &mut Param| -> Result<()> {
+            param.value = param.value.clone().into_dtype(DType::F32, Tag::Weights)?;
+            param.id = id();
+            Ok(())
+        };
+        whole(&mut self.embedding)?;
+        for layer in &mut self.layers {
+            whole(&mut layer.input_norm)?;
+            whole(&mut layer.post_norm)?;
+        }
+        whole(&mut self.norm)?;
+        if let Some(head) = &mut self.head {
+            whole(head)?;
+        }
+        for linear in self.layers.iter_mut().flat_map(|layer| layer.linears_mut()) {
+            let dense = match &linear.weight {
+                Weight::Dense(tensor) => tensor.clone(),
+                Weight::Quantized(quantized) => dequantize(quantized, Tag::Weights)?,
+            };
+            linear.weight = Weight::Dense(dense.into_dtype(DType::F32, Tag::Weights)?);
+            linear.id = id();
+        }
+        Ok(())
+    }
+}
+
+impl Linear {
+    fn set_lora(&mut self, a: Tensor, b: Tensor, scale: f32, dropout: f32, next: &mut usize) {
+        let mut param = |part: &str, value| {
+            *next += 1;
+            Param { name: format!("{}.{part}.weight", self.name), id: Some(ParamId(*next - 1)), value }
+        };
+        let (a, b) = (param("lora_A", a), param("lora_B", b));
+        self.lora = Some(Lora { a, b, scale, dropout });
+    }
+}

@@ -1,0 +1,171 @@
+//! From a checkpoint to a model: tensor by tensor, quantized as they stream by.
+
+use super::{Layer, Linear, Llama, Param};
+use crate::{
+    Error, Result,
+    files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
+};
+use nibble_kernels::{
+    linear::Weight,
+    quantize::{QuantType, quantize},
+};
+use nibble_runtime::{DType, Saving, Tag, Tensor};
+
+/// How to quantize the linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    /// Code book.
+    pub quant_type: QuantType,
+    /// Elements that share a scale.
+    pub block_size: usize,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+}
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// `None` leaves the weights as the checkpoint has them.
+    pub quantization: Option<Quantization>,
+    /// Type of activations, and of weights that are not quantized where it is a 16-bit type.
+    pub dtype: DType,
+}
+
+/// What the linear layers take, before and after quantization.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights in linear layers.
+    pub weights: usize,
+    /// Their bytes as 16-bit (or, in an f32 checkpoint, 32-bit) numbers.
+    pub bytes_before: usize,
+    /// Their bytes as held.
+    pub bytes_after: usize,
+    /// Bytes of embedding, head and norms.
+    pub other_bytes: usize,
+}
+
+impl Footprint {
+    /// Bits a weight takes in the linear layers, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.bytes_after as f64 / self.weights.max(1) as f64
+    }
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    options: LoadOptions,
+    footprint: Footprint,
+    /// Linears loaded so far.
+    index: u32,
+}
+
+impl Loader<'_> {
+    /// A tensor that is never quantized.
+    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param> {
+        let value = match self.checkpoint.weight(name, shape, Tag::Weights)? {
+            CheckpointTensor::Dense(tensor) => self.stored(tensor)?,
+            CheckpointTensor::Quantized(_) => {
+                let what = format!("{name} is quantized; nibble expects embedding, head and norms in 16 or 32 bits");
+                return Err(Error::unsupported(self.checkpoint.path(), what));
+            }
+        };
+        self.footprint.other_bytes += value.size_bytes();
+        Ok(Param { name: name.to_string(), id: None, value })
+    }
+
+    /// In the type that the model holds it in: a 16-bit computation holds 16-bit weights, and a GGUF that is about to be
+    /// quantized counts as the bf16 checkpoint that it was made from.
+    fn stored(&self, tensor: Tensor) -> Result<Tensor> {
+        let from_gguf = self.checkpoint.kind() == CheckpointKind::Gguf && self.options.quantization.is_some();
+        let dtype = match self.options.dtype {
+            DType::F32 if from_gguf => DType::BF16,
+            DType::F32 => tensor.dtype(),
+            half => half,
+        };
+        Ok(tensor.into_dtype(dtype, Tag::Weights)?)
+    }
+
+    fn linear(&mut self, layer: usize, module: &str, shape: [usize; 2]) -> Result<Linear> {
+        let name = format!("model.layers.{layer}.{module}");
+        let weights = shape[0] * shape[1];
+        let wanted = self.options.quantization;
+        let weight = match (self.checkpoint.weight(&format!("{name}.weight"), &shape, Tag::Weights)?, wanted) {
+            (CheckpointTensor::Dense(tensor), Some(q)) => {
+                let tensor = self.stored(tensor)?;
+                self.footprint.bytes_before += tensor.size_bytes();
+                let dtype = self.options.dtype;
+                Weight::Quantized(quantize(&tensor, q.quant_type, q.block_size, q.double_quant, dtype, Tag::Weights)?)
+            }
+            (CheckpointTensor::Dense(tensor), None) => {
+                let tensor = self.stored(tensor)?;
+                self.footprint.bytes_before += tensor.size_bytes();
+                Weight::Dense(tensor)
+            }
+            (CheckpointTensor::Quantized(quantized), wanted) => {
+                if let Some(q) = wanted.filter(|q| q.quant_type != quantized.quant_type) {
+                    let what = format!(
+                        "{name} is already quantized to {}; run with --quant {} or --quant none, not {}",
+                        quantized.quant_type, quantized.quant_type, q.quant_type
+                    );
+                    return Err(Error::mismatch(self.checkpoint.path(), what));
+                }
+                self.footprint.bytes_before += 2 * weights;
+                Weight::Quantized(quantized)
+            }
+        };
+        self.footprint.weights += weights;
+        self.footprint.bytes_after += weight.size_bytes();
+        self.index += 1;
+        Ok(Linear { name, index: self.index - 1, weight, id: None, lora: None })
+    }
+
+    fn layer(&mut self, i: usize) -> Result<Layer> {
+        let c = self.checkpoint.config().clone();
+        let (d, f) = (c.hidden_size, c.intermediate_size);
+        let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        Ok(Layer {
+            input_norm: self.param(&format!("model.layers.{i}.input_layernorm.weight"), &[d])?,
+            q: self.linear(i, "self_attn.q_proj", [q, d])?,
+            k: self.linear(i, "self_attn.k_proj", [kv, d])?,
+            v: self.linear(i, "self_attn.v_proj", [kv, d])?,
+            o: self.linear(i, "self_attn.o_proj", [d, q])?,
+            post_norm: self.param(&format!("model.layers.{i}.post_attention_layernorm.weight"), &[d])?,
+            gate: self.linear(i, "mlp.gate_proj", [f, d])?,
+            up: self.linear(i, "mlp.up_proj", [f, d])?,
+            down: self.linear(i, "mlp.down_proj", [d, f])?,
+            eps: c.rms_norm_eps,
+        })
+    }
+}
+
+impl Llama {
+    /// Reads a model, quantizing its linear layers one by one; `progress` is told the layers done and their number.
+    ///
+    /// # Errors
+    /// The checkpoint lacks a tensor, has one of another shape, or is quantized otherwise than asked for.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<(Llama, Footprint)> {
+        let config = checkpoint.config().clone();
+        let mut loader = Loader { checkpoint, options, footprint: Footprint::default(), index: 0 };
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = loader.param("model.embed_tokens.weight", &table)?;
+        let mut layers = Vec::new();
+        for i in 0..config.num_layers {
+            layers.push(loader.layer(i)?);
+            // What was read is held in its final form now; the file's pages would only count as resident memory.
+            checkpoint.release_pages();
+            progress(i + 1, config.num_layers);
+        }
+        let norm = loader.param("model.norm.weight", &[config.hidden_size])?;
+        let head = if config.tie_word_embeddings { None } else { Some(loader.param("lm_head.weight", &table)?) };
+        checkpoint.release_pages();
+        nibble_runtime::memory::trim();
+        let footprint = loader.footprint;
+        let source = checkpoint.path().to_path_buf();
+        let saving = Saving::Keep;
+        Ok((Llama { config, source, embedding, layers, norm, head, dtype: options.dtype, saving }, footprint))
+    }
+}

@@ -1,0 +1,250 @@
+//! Llama: embedding, layers, final norm and head, with forward and backward written by hand.
+
+mod adapter;
+mod layer;
+mod linear;
+mod load;
+mod pass;
+
+#[cfg(test)]
+mod composed;
+#[cfg(test)]
+mod tests;
+
+pub use adapter::{LoraConfig, TARGETS};
+pub use layer::{Layer, LayerCache};
+pub use linear::{Linear, Lora, Param};
+pub use load::{Footprint, LoadOptions, Quantization};
+pub use pass::{DropoutKey, Pass};
+
+use crate::{Error, LlamaConfig, Result};
+use layer::LayerNode;
+use nibble_kernels::{
+    cross_entropy::{self, Wanted},
+    embedding,
+    linear::{Weight, forward},
+    rms_norm,
+};
+use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Saving, Tag, Tape, Tensor, Var};
+use std::path::PathBuf;
+
+/// A Llama on a device.
+#[derive(Debug)]
+pub struct Llama {
+    /// Shape and settings.
+    pub config: LlamaConfig,
+    /// Where the weights were read from.
+    pub source: PathBuf,
+    /// Token embedding `[V, D]`.
+    pub embedding: Param,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// Final norm, `[D]`.
+    pub norm: Param,
+    /// The head `[V, D]`; `None` if it is the embedding.
+    pub head: Option<Param>,
+    /// Type of activations.
+    pub dtype: DType,
+    /// What layers keep between forward and backward.
+    pub saving: Saving,
+}
+
+/// Sequences packed one after another, with the token that follows each.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    /// Token ids of all sequences.
+    pub ids: &'a [i32],
+    /// The token to predict at each position, or [`cross_entropy::IGNORE`].
+    pub labels: &'a [i32],
+    /// Tokens of each sequence.
+    pub lengths: &'a [usize],
+}
+
+impl Llama {
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.embedding.value.device()
+    }
+
+    /// Every trainable parameter with its name, by id.
+    pub fn parameters(&self) -> Vec<(ParamId, String, &Tensor)> {
+        let mut all = Vec::new();
+        let mut push = |id, name, value| all.push((id, name, value));
+        let whole = [Some(&self.embedding), Some(&self.norm), self.head.as_ref()];
+        for param in whole.into_iter().flatten() {
+            if let Some(id) = param.id {
+                push(id, param.name.clone(), &param.value);
+            }
+        }
+        self.layers.iter().for_each(|layer| layer.visit(&mut push));
+        all.sort_by_key(|(id, ..)| *id);
+        all
+    }
+
+    /// As [`Llama::parameters`], to write.
+    pub fn parameters_mut(&mut self) -> Vec<(ParamId, &mut Tensor)> {
+        let mut all = Vec::new();
+        let Llama { embedding, norm, head, layers, .. } = self;
+        for param in [Some(embedding), Some(norm), head.as_mut()].into_iter().flatten() {
+            if let Some(id) = param.id {
+                all.push((id, &mut param.value));
+            }
+        }
+        layers.iter_mut().for_each(|layer| layer.visit_mut(&mut |id, value| all.push((id, value))));
+        all.sort_by_key(|(id, _)| *id);
+        all
+    }
+
+    /// The head's weight.
+    fn head_param(&self) -> &Param {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    fn ids(&self, ids: &[i32]) -> Result<Tensor> {
+        Ok(Tensor::from_slice(ids, &[ids.len()], Tag::Workspace)?)
+    }
+
+    /// Hidden states `[T, D]` after the last layer, on the tape.
+    fn run<'a>(&'a self, tape: &mut Tape<'a>, ids: &'a Tensor, pass: &'a Pass) -> Result<Var> {
+        let table = match self.embedding.id {
+            Some(id) => tape.parameter(id, &self.embedding.value),
+            None => Var::constant(self.embedding.value.clone()),
+        };
+        let mut x = tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table], Saving::Keep)?;
+        for layer in &self.layers {
+            let mut inputs = vec![x];
+            layer.visit(&mut |id, _, value| inputs.push(tape.parameter(id, value)));
+            let inputs: Vec<&Var> = inputs.iter().collect();
+            x = tape.apply(LayerNode { layer, pass }, &inputs, self.saving)?;
+        }
+        let weight = match self.norm.id {
+            Some(id) => tape.parameter(id, &self.norm.value),
+            None => Var::constant(self.norm.value.clone()),
+        };
+        Ok(tape.apply(NormNode { eps: self.config.rms_norm_eps }, &[&x, &weight], Saving::Keep)?)
+    }
+
+    /// Loss of a batch without gradients.
+    pub fn evaluate(&self, batch: Packed) -> Result<cross_entropy::Output> {
+        let pass = Pass::packed(&self.config, batch.lengths, None)?;
+        let ids = self.ids(batch.ids)?;
+        let hidden = self.run(&mut Tape::inference(), &ids, &pass)?.value;
+        let head = Weight::Dense(self.head_param().value.clone());
+        Ok(cross_entropy::head_loss(&hidden, &head, &self.ids(batch.labels)?, 1.0, Wanted::default())?)
+    }
+
+    /// Loss of a batch; the gradients of `scale · Σ nll` by every trainable parameter go to `sink`.
+    pub fn train(
+        &self,
+        batch: Packed,
+        scale: f32,
+        dropout: Option<DropoutKey>,
+        sink: &mut impl GradSink,
+    ) -> Result<cross_entropy::Output> {
+        let pass = Pass::packed(&self.config, batch.lengths, dropout)?;
+        let (ids, labels) = (self.ids(batch.ids)?, self.ids(batch.labels)?);
+        let mut tape = Tape::new();
+        let hidden = self.run(&mut tape, &ids, &pass)?;
+        let head = self.head_param();
+        let wanted = Wanted { hidden: true, head: head.id.is_some() };
+        let weight = Weight::Dense(head.value.clone());
+        let mut output = cross_entropy::head_loss(&hidden.value, &weight, &labels, scale, wanted)?;
+        if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
+            sink.parameter(id, grad)?;
+        }
+        if let Some(grad) = output.dhidden.take() {
+            tape.backward(&hidden, grad, sink)?;
+        }
+        Ok(output)
+    }
+
+    /// Logits f32 `[T, V]` of packed sequences.
+    pub fn logits(&self, ids: &[i32], lengths: &[usize]) -> Result<Tensor> {
+        let pass = Pass::packed(&self.config, lengths, None)?;
+        let ids = self.ids(ids)?;
+        let hidden = self.run(&mut Tape::inference(), &ids, &pass)?.value;
+        self.project(&hidden)
+    }
+
+    /// Logits f32 of final hidden states.
+    fn project(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = Weight::Dense(self.head_param().value.clone());
+        Ok(forward(&hidden.clone().into_dtype(DType::F32, Tag::Workspace)?, &head, Tag::Workspace)?)
+    }
+
+    /// An empty KV cache for up to `capacity` tokens of one sequence.
+    pub fn cache(&self, capacity: usize) -> Result<Vec<LayerCache>> {
+        let shape = [capacity, self.config.num_kv_heads * self.config.head_dim];
+        let rows = || Tensor::zeros(&shape, self.dtype, self.device(), Tag::Activations);
+        self.layers.iter().map(|_| Ok(LayerCache { keys: rows()?, values: rows()? })).collect()
+    }
+
+    /// Logits f32 `[1, V]` after the last of `ids`, which follow the `past` tokens that the cache holds.
+    pub fn next_logits(
+        &self,
+        ids: &[i32],
+        past: usize,
+        rope: &nibble_kernels::rotary::RotaryTable,
+        cache: &mut [LayerCache],
+    ) -> Result<Tensor> {
+        if ids.is_empty() || cache.len() != self.layers.len() {
+            return Err(Error::Invalid("decoding needs a token and the cache that this model made".into()));
+        }
+        let pass = Pass::continued(&self.config, past, ids.len(), rope)?;
+        let mut x = embedding::forward(&self.ids(ids)?, &self.embedding.value, self.dtype)?;
+        for (layer, cache) in self.layers.iter().zip(cache) {
+            x = layer.forward(&x, &pass, Some(cache))?.0;
+        }
+        let (hidden, _) = rms_norm::forward(&x.rows(ids.len() - 1, 1)?, &self.norm.value, self.config.rms_norm_eps)?;
+        self.project(&hidden)
+    }
+}
+
+/// Token embedding as a tape node. Input: the table.
+struct EmbeddingNode<'a> {
+    ids: &'a Tensor,
+    dtype: DType,
+}
+
+impl Function for EmbeddingNode<'_> {
+    type Saved = ();
+
+    fn forward(&self, inputs: &[Tensor]) -> nibble_runtime::Result<(Tensor, ())> {
+        Ok((embedding::forward(self.ids, &inputs[0], self.dtype)?, ()))
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        (): (),
+        grad: Tensor,
+        _: &[bool],
+    ) -> nibble_runtime::Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(embedding::backward(self.ids, &grad, inputs[0].shape()[0])?)])
+    }
+}
+
+/// RMSNorm as a tape node. Inputs: `x` and the weight.
+pub(crate) struct NormNode {
+    pub eps: f32,
+}
+
+impl Function for NormNode {
+    type Saved = Tensor;
+
+    fn forward(&self, inputs: &[Tensor]) -> nibble_runtime::Result<(Tensor, Tensor)> {
+        rms_norm::forward(&inputs[0], &inputs[1], self.eps)
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        rstd: Tensor,
+        grad: Tensor,
+        wanted: &[bool],
+    ) -> nibble_runtime::Result<Vec<Option<Tensor>>> {
+        let mut dx = Tensor::zeros(grad.shape(), grad.dtype(), grad.device(), Tag::Workspace)?;
+        let dw = rms_norm::backward_add(&inputs[0], &inputs[1], &rstd, &grad, &mut dx, wanted[1])?;
+        Ok(vec![Some(dx), dw])
+    }
+}

@@ -1,0 +1,68 @@
+//! What all layers share in one forward pass over a packed batch.
+
+use crate::LlamaConfig;
+use nibble_kernels::{
+    attention::{Heads, Segment},
+    dropout::Mask,
+    rotary::RotaryTable,
+};
+use nibble_runtime::{Result, Tag, Tensor};
+
+/// Layout of a batch, rotary angles and dropout of one pass.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    /// Position of each token in its sequence, i32 `[T]`.
+    pub positions: Tensor,
+    /// Which tokens attend to which.
+    pub segments: Vec<Segment>,
+    /// Angles of the positions.
+    pub rope: RotaryTable,
+    /// Head counts.
+    pub heads: Heads,
+    /// Dropout of the adapters' inputs; `None` outside of training.
+    pub dropout: Option<DropoutKey>,
+}
+
+/// What dropout masks of a pass depend on, besides probability and layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropoutKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Micro-batch, counted over the whole run.
+    pub step: u32,
+}
+
+impl Pass {
+    /// A pass over whole sequences of these lengths, packed one after another.
+    pub fn packed(config: &LlamaConfig, lengths: &[usize], dropout: Option<DropoutKey>) -> Result<Self> {
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let rope = config.rope.table(config.head_dim, longest)?;
+        let positions: Vec<i32> = lengths.iter().flat_map(|&length| 0..length as i32).collect();
+        Self::new(config, &positions, Segment::packed(lengths), rope, dropout)
+    }
+
+    /// A pass over `count` tokens that follow `past` cached ones in one sequence.
+    pub fn continued(config: &LlamaConfig, past: usize, count: usize, rope: &RotaryTable) -> Result<Self> {
+        let positions: Vec<i32> = (past as i32..(past + count) as i32).collect();
+        let segments = vec![Segment { query: 0, queries: count, key: 0, keys: past + count }];
+        Self::new(config, &positions, segments, rope.clone(), None)
+    }
+
+    fn new(
+        config: &LlamaConfig,
+        positions: &[i32],
+        segments: Vec<Segment>,
+        rope: RotaryTable,
+        dropout: Option<DropoutKey>,
+    ) -> Result<Self> {
+        let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
+        let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
+        Ok(Pass { positions, segments, rope, heads, dropout })
+    }
+
+    /// The dropout mask of linear layer `layer`, where there is one.
+    pub(crate) fn mask(&self, probability: f32, layer: u32) -> Option<Mask> {
+        let DropoutKey { seed, step } = self.dropout.filter(|_| probability > 0.0)?;
+        Some(Mask { probability, seed, step, layer })
+    }
+}
