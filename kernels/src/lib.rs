@@ -7,6 +7,8 @@ pub mod dropout;
 pub mod dynamic8;
 pub mod elementwise;
 pub mod embedding;
+#[cfg(test)]
+mod golden;
 pub mod linear;
 mod math;
 pub mod norm;

@@ -1,51 +1,112 @@
 //! NF4 and FP4 block-wise quantization, with double quantization.
 //!
+//! Blocks of `block_size` elements run over the flat row-major matrix; the last one may be short. A block's scale is
+//! its largest magnitude (`absmax`); each element is multiplied by `1 / absmax` in f32 and takes the code whose value
+//! is nearest (on a midpoint the lower one). Double quantization subtracts the mean of the scales (`offset`) and
+//! quantizes the rest to 8 bits with the signed dynamic map in blocks of 256: 4.127 bits a weight at block 64.
+//!
+//! Blocks whose largest magnitude is subnormal in f32 are stored as zeros: `1 / absmax` would overflow.
+//!
 //! Source: Dettmers et al., "QLoRA", arXiv 2305.14314; byte-compatible with bitsandbytes.
 
-use nibble_runtime::{DType, Tensor};
+mod codes;
+mod cpu;
+mod tensor;
+#[cfg(test)]
+mod tests;
 
-/// Which 4-bit code book.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum QuantType {
-    /// 4-bit NormalFloat: quantiles of a normal distribution.
-    Nf4,
-    /// bitsandbytes' 4-bit float (not MX).
-    Fp4,
+pub use codes::{FP4, FP4_MIDPOINTS, NF4, NF4_MIDPOINTS, QuantType};
+pub use tensor::{Absmax, QuantTensor};
+
+use crate::dynamic8;
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
+
+/// Block sizes that can be used: powers of two from the first to the last.
+pub const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 32..=4096;
+
+/// Scales in a block of the double quantization.
+pub const SCALE_BLOCK: usize = 256;
+
+fn check_block_size(op: &'static str, block_size: usize) -> Result<()> {
+    if block_size.is_power_of_two() && BLOCK_SIZES.contains(&block_size) {
+        return Ok(());
+    }
+    Err(Error::invalid(op, format!("block size {block_size}; expected a power of two from 32 to 4096")))
 }
 
-/// Block-wise scales of a [`QuantTensor`].
-#[derive(Clone, Debug)]
-pub enum Absmax {
-    /// One f32 a block: `[blocks]`.
-    Single(Tensor),
-    /// The scales themselves quantized to 8 bits: `absmax[i] = code[codes[i]] * absmax2[i / block_size] + offset`.
-    Double {
-        /// u8 `[blocks]`.
-        codes: Tensor,
-        /// f32 `[ceil(blocks / block_size)]`.
-        absmax2: Tensor,
-        /// The dynamic map, f32 `[256]`.
-        code: Tensor,
-        /// Mean of the scales, subtracted before quantization.
-        offset: f32,
-        /// 256 unless a file says otherwise.
-        block_size: usize,
-    },
+fn check_float(op: &'static str, dtype: DType) -> Result<()> {
+    if dtype.is_float() {
+        return Ok(());
+    }
+    Err(Error::DType { op, expected: "float".into(), found: dtype })
 }
 
-/// A matrix quantized to 4 bits.
-#[derive(Clone, Debug)]
-pub struct QuantTensor {
-    /// u8 `[ceil(N·K / 2)]`: flat row-major elements, the even one in the high nibble.
-    pub packed: Tensor,
-    /// Scales of the blocks.
-    pub absmax: Absmax,
-    /// Code book.
-    pub quant_type: QuantType,
-    /// Elements in a block: a power of two, 32 to 4096.
-    pub block_size: usize,
-    /// `[N, K]` (rows are outputs).
-    pub shape: Vec<usize>,
-    /// Type that dequantized values are rounded to.
-    pub dtype: DType,
+/// Quantizes a float matrix `x` `[N, K]`. `dtype` is the type that dequantized values will be rounded to, in most
+/// cases that of `x`. The result's memory is counted under `tag`.
+///
+/// # Errors
+/// `x` is not a matrix of floats, is empty, or holds a NaN or an infinity; `block_size` is not a power of two from
+/// 32 to 4096; `dtype` is not a float type.
+pub fn quantize(
+    x: &Tensor,
+    quant_type: QuantType,
+    block_size: usize,
+    double_quant: bool,
+    dtype: DType,
+    tag: Tag,
+) -> Result<QuantTensor> {
+    let op = "quantize";
+    x.dims2(op)?;
+    check_float(op, x.dtype())?;
+    check_float(op, dtype)?;
+    check_block_size(op, block_size)?;
+    let numel = x.numel();
+    if numel == 0 {
+        return Err(Error::shape(op, format!("shape {:?} has no elements", x.shape())));
+    }
+    let device = x.device();
+    let mut packed = Tensor::empty(&[numel.div_ceil(2)], DType::U8, device, tag)?;
+    let mut scales = Tensor::empty(&[numel.div_ceil(block_size)], DType::F32, device, tag)?;
+    match device {
+        Device::Cpu => cpu::quantize(x, quant_type, block_size, packed.as_mut_slice()?, scales.as_mut_slice()?)?,
+        device => return Err(Error::NoKernel { op, device }),
+    }
+    let absmax = if double_quant {
+        let scales = scales.as_slice()?;
+        quantize_scales(scales, mean(scales), tag)?
+    } else {
+        Absmax::Single(scales)
+    };
+    Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype })
+}
+
+fn mean(values: &[f32]) -> f32 {
+    (values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64) as f32
+}
+
+/// Double quantization of `scales` around a given `offset`.
+fn quantize_scales(scales: &[f32], offset: f32, tag: Tag) -> Result<Absmax> {
+    let centred: Vec<f32> = scales.iter().map(|&x| x - offset).collect();
+    let (codes, absmax2) = dynamic8::quantize_blockwise(&centred, dynamic8::signed_map(), SCALE_BLOCK);
+    Ok(Absmax::Double {
+        codes: Tensor::from_slice(&codes, &[codes.len()], tag)?,
+        absmax2: Tensor::from_slice(&absmax2, &[absmax2.len()], tag)?,
+        code: Tensor::from_slice(dynamic8::signed_map(), &[256], tag)?,
+        offset,
+        block_size: SCALE_BLOCK,
+    })
+}
+
+/// The matrix `[N, K]` that `quantized` stands for, in its dtype: `value[code] · absmax` in f32, then one rounding.
+///
+/// # Errors
+/// The parts of `quantized` do not fit together (see [`QuantTensor::validate`]).
+pub fn dequantize(quantized: &QuantTensor, tag: Tag) -> Result<Tensor> {
+    let device = quantized.packed.device();
+    let mut out = Tensor::empty(&quantized.shape, quantized.dtype, device, tag)?;
+    match device {
+        Device::Cpu => cpu::dequantize(quantized, &mut out)?,
+        device => return Err(Error::NoKernel { op: "dequantize", device }),
+    }
+    Ok(out)
 }
