@@ -1,0 +1,367 @@
+//! Hand-written backward = tape of primitives = finite differences of an f64 layer.
+
+use super::{composed, layer::LayerNode, *};
+use nibble_kernels::{
+    quantize::{QuantType, quantize},
+    rotary::{RopeConfig, RopeScaling},
+};
+use nibble_runtime::rng::{Philox, Stream};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+fn random(shape: &[usize], seed: u64, scale: f32) -> Tensor {
+    let rng = Philox::new(seed, Stream { purpose: 99, step: 0, layer: 0 });
+    let values: Vec<f32> = (0..shape.iter().product::<usize>() as u64).map(|i| scale * rng.normal(i)).collect();
+    Tensor::from_slice(&values, shape, Tag::Workspace).unwrap()
+}
+
+fn config(kv: usize, group: usize, half: usize, hidden: usize, ffn: usize) -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: 11,
+        hidden_size: hidden,
+        intermediate_size: ffn,
+        num_layers: 2,
+        num_heads: kv * group,
+        num_kv_heads: kv,
+        head_dim: 2 * half,
+        rms_norm_eps: 1e-5,
+        rope: RopeConfig { theta: 100.0, scaling: RopeScaling::Default },
+        tie_word_embeddings: false,
+        max_position_embeddings: 64,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+    }
+}
+
+/// A model with random weights (linears in NF4 if `quantized`), adapters whose B is not zero, and dropout.
+fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed: u64) -> Llama {
+    let c = config.clone();
+    let (d, f, q, kv) =
+        (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+    let mut salt = seed;
+    let mut next = |shape: &[usize], scale: f32| {
+        salt = salt.wrapping_mul(6364136223846793005).wrapping_add(1);
+        random(shape, salt, scale)
+    };
+    let param = |name: &str, value| Param { name: name.into(), id: None, value };
+    let layers = (0..c.num_layers).map(|i| {
+        let mut norm = || {
+            let mut weight = next(&[d], 0.2);
+            weight.as_mut_slice::<f32>().unwrap().iter_mut().for_each(|w| *w += 1.0);
+            param("norm", weight)
+        };
+        let (input_norm, post_norm) = (norm(), norm());
+        let mut index = 7 * i as u32;
+        let mut linear = |name: &str, n: usize, k: usize| {
+            let dense = next(&[n, k], 1.0 / (k as f32).sqrt());
+            let weight = match quantized {
+                false => Weight::Dense(dense),
+                true => {
+                    let quantized = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights);
+                    Weight::Quantized(quantized.unwrap())
+                }
+            };
+            index += 1;
+            Linear { name: format!("model.layers.{i}.{name}"), index: index - 1, weight, id: None, lora: None }
+        };
+        Layer {
+            input_norm,
+            q: linear("self_attn.q_proj", q, d),
+            k: linear("self_attn.k_proj", kv, d),
+            v: linear("self_attn.v_proj", kv, d),
+            o: linear("self_attn.o_proj", d, q),
+            post_norm,
+            gate: linear("mlp.gate_proj", f, d),
+            up: linear("mlp.up_proj", f, d),
+            down: linear("mlp.down_proj", d, f),
+            eps: c.rms_norm_eps,
+        }
+    });
+    let layers = layers.collect();
+    let table = [c.vocab_size, d];
+    let embedding = param("model.embed_tokens.weight", next(&table, 1.0));
+    let head = Some(param("lm_head.weight", next(&table, 1.0)));
+    let norm = param("model.norm.weight", next(&[d], 1.0));
+    let source = PathBuf::from("random");
+    let mut llama =
+        Llama { config, source, embedding, layers, norm, head, dtype: DType::F32, saving: Saving::Keep };
+    match lora {
+        None => llama.train_all().unwrap(),
+        Some((rank, dropout)) => {
+            let targets = TARGETS.map(String::from).to_vec();
+            llama.add_lora(&LoraConfig { rank, alpha: 3.0, dropout, rslora: rank > 2, targets }, seed).unwrap();
+            for (id, value) in llama.parameters_mut() {
+                if value.as_slice::<f32>().unwrap().iter().all(|&x| x == 0.0) {
+                    *value = random(&value.shape().to_vec(), seed ^ id.0 as u64, 0.5);
+                }
+            }
+        }
+    }
+    llama
+}
+
+#[derive(Default)]
+struct Collected(BTreeMap<ParamId, Tensor>);
+
+impl GradSink for Collected {
+    fn parameter(&mut self, id: ParamId, grad: Tensor) -> nibble_runtime::Result<()> {
+        let sum = match self.0.remove(&id) {
+            None => grad,
+            Some(sum) => self.add(sum, grad)?,
+        };
+        self.0.insert(id, sum);
+        Ok(())
+    }
+    fn add(&mut self, into: Tensor, grad: Tensor) -> nibble_runtime::Result<Tensor> {
+        let mut sum = into.copy(Tag::Workspace)?;
+        nibble_kernels::elementwise::add_assign(&mut sum, &grad)?;
+        Ok(sum)
+    }
+}
+
+fn wide(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_f32().unwrap().iter().map(|&x| f64::from(x)).collect()
+}
+
+fn distance(found: &[f64], expected: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e));
+    error / norm(&mut expected.iter().copied()).max(1e-9)
+}
+
+/// Output of a layer for `x`, and the gradients of `x` and of every parameter for the output gradient `dy`.
+type Gradients = (Vec<f64>, Vec<f64>, BTreeMap<ParamId, Vec<f64>>);
+
+fn differentiate(llama: &Llama, pass: &Pass, x: &Tensor, dy: &Tensor, by_hand: bool, saving: Saving) -> Gradients {
+    let layer = &llama.layers[1];
+    let mut tape = Tape::new();
+    let input = tape.input(x.clone());
+    let y = if by_hand {
+        let mut inputs = vec![input];
+        layer.visit(&mut |id, _, value| inputs.push(tape.parameter(id, value)));
+        let inputs: Vec<&Var> = inputs.iter().collect();
+        tape.apply(LayerNode { layer, pass }, &inputs, saving).unwrap()
+    } else {
+        composed::layer(&mut tape, layer, &input, pass).unwrap()
+    };
+    let mut sink = Collected::default();
+    let dx = tape.backward(&y, dy.clone(), &mut sink).unwrap().remove(0).unwrap();
+    let grads = sink.0.iter().map(|(&id, grad)| (id, wide(grad))).collect();
+    (wide(&y.value), wide(&dx), grads)
+}
+
+/// A layer in f64, straight from its definition, with the parameters in `values` by id where they train.
+struct Reference<'a> {
+    layer: &'a Layer,
+    pass: &'a Pass,
+    values: BTreeMap<ParamId, Vec<f64>>,
+}
+
+impl Reference<'_> {
+    fn value(&self, id: Option<ParamId>, frozen: impl Fn() -> Vec<f64>) -> Vec<f64> {
+        id.map_or_else(frozen, |id| self.values[&id].clone())
+    }
+
+    fn product(x: &[f64], w: &[f64], k: usize) -> Vec<f64> {
+        let row = |x: &[f64]| w.chunks(k).map(|w| x.iter().zip(w).map(|(x, w)| x * w).sum()).collect::<Vec<f64>>();
+        x.chunks(k).flat_map(row).collect()
+    }
+
+    fn linear(&self, linear: &Linear, x: &[f64]) -> Vec<f64> {
+        let (n, k) = linear.weight.dims().unwrap();
+        let weight = self.value(linear.id, || {
+            let mut values = vec![0.0; n * k];
+            linear.weight.read_f32(0, &mut values).unwrap();
+            values.iter().map(|&x| f64::from(x)).collect()
+        });
+        let mut y = Self::product(x, &weight, k);
+        if let Some(lora) = &linear.lora {
+            // The mask as factors: dropout of ones.
+            let ones = Tensor::from_slice(&vec![1f32; x.len()], &[x.len() / k, k], Tag::Workspace).unwrap();
+            let mask = self.pass.mask(lora.dropout, linear.index);
+            let factors = mask.map_or(ones.clone(), |mask| nibble_kernels::dropout::apply(&ones, mask).unwrap());
+            let dropped: Vec<f64> = x.iter().zip(wide(&factors)).map(|(x, m)| x * m).collect();
+            let [a, b] = [&lora.a, &lora.b].map(|param| self.values[&param.id.unwrap()].clone());
+            let delta = Self::product(&Self::product(&dropped, &a, k), &b, a.len() / k);
+            y.iter_mut().zip(delta).for_each(|(y, delta)| *y += f64::from(lora.scale) * delta);
+        }
+        y
+    }
+
+    fn norm(&self, param: &Param, x: &[f64]) -> Vec<f64> {
+        let w = self.value(param.id, || wide(&param.value));
+        let eps = f64::from(self.layer.eps);
+        let row = |x: &[f64]| {
+            let rstd = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / w.len() as f64 + eps).sqrt();
+            x.iter().zip(&w).map(|(x, w)| x * rstd * w).collect::<Vec<_>>()
+        };
+        x.chunks(w.len()).flat_map(row).collect()
+    }
+
+    fn turn(&self, x: &[f64]) -> Vec<f64> {
+        let (dim, half) = (self.pass.heads.dim, self.pass.heads.dim / 2);
+        let positions = self.pass.positions.as_slice::<i32>().unwrap();
+        let width = x.len() / positions.len();
+        let mut y = x.to_vec();
+        for (at, y) in y.iter_mut().enumerate() {
+            let (position, i) = (f64::from(positions[at / width]), at % dim);
+            let (sin, cos) = (position * 100f64.powf(-((i % half) as f64) / half as f64)).sin_cos();
+            *y = if i < half { x[at] * cos - x[at + half] * sin } else { x[at] * cos + x[at - half] * sin };
+        }
+        y
+    }
+
+    fn attend(&self, q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
+        let heads = self.pass.heads;
+        let (dim, group) = (heads.dim, heads.query / heads.kv);
+        let mut out = vec![0.0; q.len()];
+        for segment in &self.pass.segments {
+            for (i, head) in (0..segment.queries).flat_map(|i| (0..heads.query).map(move |head| (i, head))) {
+                let at = ((segment.query + i) * heads.query + head) * dim;
+                let key = |j: usize| ((segment.key + j) * heads.kv + head / group) * dim;
+                let score = |j| (0..dim).map(|e| q[at + e] * k[key(j) + e]).sum::<f64>() / (dim as f64).sqrt();
+                let weights: Vec<f64> = (0..=i).map(|j| score(j).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for (j, weight) in weights.iter().enumerate() {
+                    (0..dim).for_each(|e| out[at + e] += weight / sum * v[key(j) + e]);
+                }
+            }
+        }
+        out
+    }
+
+    fn forward(&self, x: &[f64]) -> Vec<f64> {
+        let add = |a: &[f64], b: Vec<f64>| a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<_>>();
+        let l = self.layer;
+        let n1 = self.norm(&l.input_norm, x);
+        let (q, k) = (self.turn(&self.linear(&l.q, &n1)), self.turn(&self.linear(&l.k, &n1)));
+        let o = self.attend(&q, &k, &self.linear(&l.v, &n1));
+        let h = add(x, self.linear(&l.o, &o));
+        let n2 = self.norm(&l.post_norm, &h);
+        let (gate, up) = (self.linear(&l.gate, &n2), self.linear(&l.up, &n2));
+        let a: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        add(&h, self.linear(&l.down, &a))
+    }
+}
+
+/// Central differences of `Σ dy·y` along every coordinate of `x`.
+fn slope(x: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    let (mut at, step) = (x.to_vec(), 1e-5);
+    let mut one = |i: usize| {
+        at[i] = x[i] + step;
+        let above = loss(&at);
+        at[i] = x[i] - step;
+        let below = loss(&at);
+        at[i] = x[i];
+        (above - below) / (2.0 * step)
+    };
+    (0..x.len()).map(&mut one).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn by_hand_and_by_primitives_and_by_finite_differences(
+        lengths in prop::collection::vec(1usize..5, 1..4), kv in 1usize..3, group in 1usize..4, half in 1usize..3,
+        hidden in 2usize..7, ffn in 1usize..8, rank in 0usize..4, quantized: bool, dropout: bool, seed: u64,
+    ) {
+        // Rank 0 stands for full fine-tuning.
+        let lora = (rank > 0).then_some((rank, if dropout { 0.3 } else { 0.0 }));
+        let llama = model(config(kv, group, half, hidden, ffn), quantized && rank > 0, lora, seed);
+        let key = Some(DropoutKey { seed, step: 3 });
+        let pass = Pass::packed(&llama.config, &lengths, key).unwrap();
+        let tokens = lengths.iter().sum();
+        let (x, dy) = (random(&[tokens, hidden], seed ^ 5, 1.0), random(&[tokens, hidden], seed ^ 6, 1.0));
+
+        let (y, dx, grads) = differentiate(&llama, &pass, &x, &dy, true, Saving::Keep);
+        let (y2, dx2, grads2) = differentiate(&llama, &pass, &x, &dy, false, Saving::Keep);
+        prop_assert!(distance(&y, &y2) < 2e-6 && distance(&dx, &dx2) < 1e-5);
+        prop_assert_eq!(grads.len(), if rank > 0 { 14 } else { 9 });
+        prop_assert_eq!(grads.len(), grads2.len());
+
+        let mut values = BTreeMap::new();
+        llama.layers[1].visit(&mut |id, _, value| { values.insert(id, wide(value)); });
+        let mut reference = Reference { layer: &llama.layers[1], pass: &pass, values };
+        let (xs, dys) = (wide(&x), wide(&dy));
+        let loss = |y: Vec<f64>| y.iter().zip(&dys).map(|(y, d)| y * d).sum::<f64>();
+        prop_assert!(distance(&y, &reference.forward(&xs)) < 1e-5);
+        prop_assert!(distance(&dx, &slope(&xs, |x| loss(reference.forward(x)))) < 1e-4);
+        // A parameter may hardly matter (attention to one token has no gradient by q and k): then compare to the largest.
+        let largest = grads.values().map(|g| g.iter().map(|x| x * x).sum::<f64>().sqrt()).fold(0.0, f64::max);
+        for (id, grad) in &grads {
+            let start = reference.values[id].clone();
+            let numeric = slope(&start, |value| {
+                reference.values.insert(*id, value.to_vec());
+                loss(reference.forward(&xs))
+            });
+            reference.values.insert(*id, start);
+            for other in [&numeric, &grads2[id]] {
+                let error = grad.iter().zip(other).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+                let own = other.iter().map(|x| x * x).sum::<f64>().sqrt();
+                prop_assert!(error <= 1e-4 * own.max(0.01 * largest), "{:?}: {} of {}", id, error, own);
+            }
+        }
+    }
+
+    #[test]
+    fn recomputing_gives_the_same_bits(lengths in prop::collection::vec(1usize..9, 1..4), seed: u64) {
+        let mut llama = model(config(2, 2, 2, 12, 10), true, Some((4, 0.2)), seed);
+        let tokens: usize = lengths.iter().sum();
+        let ids: Vec<i32> = (0..tokens as i32).map(|i| i % 11).collect();
+        let labels: Vec<i32> = (0..tokens as i32).map(|i| if i % 3 == 0 { -100 } else { (i + 1) % 11 }).collect();
+        let batch = Packed { ids: &ids, labels: &labels, lengths: &lengths };
+        let mut run = |saving| {
+            llama.saving = saving;
+            let mut sink = Collected::default();
+            let out = llama.train(batch, 0.25, Some(DropoutKey { seed, step: 1 }), &mut sink).unwrap();
+            (out.nll, sink.0.values().map(|grad| grad.bytes().to_vec()).collect::<Vec<_>>())
+        };
+        prop_assert_eq!(run(Saving::Keep), run(Saving::Recompute));
+    }
+
+    /// Packing isolates sequences: a batch of several is the sum of each alone.
+    #[test]
+    fn packed_sequences_do_not_see_each_other(lengths in prop::collection::vec(1usize..9, 2..4), seed: u64) {
+        let llama = model(config(2, 2, 2, 12, 10), true, Some((4, 0.0)), seed);
+        let tokens: usize = lengths.iter().sum();
+        let ids: Vec<i32> = (0..tokens as i32).map(|i| (i * 7) % 11).collect();
+        let all = wide(&llama.logits(&ids, &lengths).unwrap());
+        let mut start = 0;
+        for &length in &lengths {
+            let alone = wide(&llama.logits(&ids[start..start + length], &[length]).unwrap());
+            prop_assert!(distance(&alone, &all[start * 11..][..length * 11]) < 1e-5);
+            start += length;
+        }
+    }
+}
+
+#[test]
+fn decoding_with_a_cache_gives_the_logits_of_the_whole_sequence() {
+    let llama = model(config(2, 2, 4, 12, 10), true, Some((4, 0.0)), 3);
+    let ids: Vec<i32> = (0..20).map(|i| (i * 5) % 11).collect();
+    let whole = llama.logits(&ids, &[20]).unwrap();
+    let rope = llama.config.rope.table(llama.config.head_dim, 32).unwrap();
+    let mut cache = llama.cache(20).unwrap();
+    let mut past = 0;
+    for part in [&ids[..7], &ids[7..8], &ids[8..9], &ids[9..20]] {
+        let logits = llama.next_logits(part, past, &rope, &mut cache).unwrap();
+        past += part.len();
+        let error = distance(&wide(&logits), &wide(&whole.rows(past - 1, 1).unwrap()));
+        assert!(error < 1e-5, "{error} after {past}");
+    }
+    assert!(llama.next_logits(&[1], 20, &rope, &mut cache).is_err(), "the cache is full");
+}
+
+#[test]
+fn new_adapters_change_nothing() {
+    let mut llama = model(config(2, 1, 2, 8, 8), false, None, 1);
+    let before = llama.logits(&[1, 2, 3], &[3]).unwrap();
+    let targets = vec!["q_proj".to_string(), "down_proj".into()];
+    let lora = LoraConfig { rank: 3, alpha: 6.0, dropout: 0.5, rslora: false, targets };
+    llama.add_lora(&lora, 1).unwrap();
+    assert_eq!(llama.layers[0].linears().map(|l| l.lora.is_some()), [true, false, false, false, false, false, true]);
+    assert_eq!(before.bytes(), llama.logits(&[1, 2, 3], &[3]).unwrap().bytes());
+    assert!(llama.add_lora(&LoraConfig { targets: vec!["lm_head".into()], ..lora.clone() }, 1).is_err());
+    assert!(llama.add_lora(&LoraConfig { rank: 0, ..lora }, 1).is_err());
+}
