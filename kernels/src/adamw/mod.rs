@@ -213,6 +213,40 @@ fn check_state(name: &str, tensor: &Tensor, dtype: DType, numel: usize) -> Resul
     Ok(())
 }
 
+/// Whether [`step32`] would succeed: for callers that update several parameters or none.
+pub fn check32(
+    param: &Tensor,
+    grad: &Tensor,
+    m: &Tensor,
+    v: &Tensor,
+    config: &AdamWConfig,
+    step: u32,
+    grad_scale: f32,
+) -> Result<()> {
+    check(config, step, grad_scale, param, grad)?;
+    check_state("m", m, DType::F32, param.numel())?;
+    check_state("v", v, DType::F32, param.numel())
+}
+
+/// Whether [`step8`] would succeed.
+pub fn check8(
+    param: &Tensor,
+    grad: &Tensor,
+    m: &State8,
+    v: &State8,
+    config: &AdamWConfig,
+    step: u32,
+    grad_scale: f32,
+) -> Result<()> {
+    check(config, step, grad_scale, param, grad)?;
+    let numel = param.numel();
+    for (name, state) in [("m", m), ("v", v)] {
+        check_state(name, &state.codes, DType::U8, numel)?;
+        check_state(name, &state.absmax, DType::F32, numel.div_ceil(BLOCK))?;
+    }
+    Ok(())
+}
+
 /// One update of `param` (f32) with 32-bit moments `m` and `v` (f32, as many elements). Overwrites all three.
 ///
 /// `step` is the number of this update, from 1 on. The gradient, of any float type, is multiplied by `grad_scale` on the
@@ -229,9 +263,7 @@ pub fn step32(
     step: u32,
     grad_scale: f32,
 ) -> Result<()> {
-    check(config, step, grad_scale, param, grad)?;
-    check_state("m", m, DType::F32, param.numel())?;
-    check_state("v", v, DType::F32, param.numel())?;
+    check32(param, grad, m, v, config, step, grad_scale)?;
     let coefficients = Coefficients::new(config, step, grad_scale);
     match param.device() {
         Device::Cpu => cpu::step32(param, grad, m, v, &coefficients),
@@ -252,12 +284,7 @@ pub fn step8(
     step: u32,
     grad_scale: f32,
 ) -> Result<()> {
-    check(config, step, grad_scale, param, grad)?;
-    let numel = param.numel();
-    for (name, state) in [("m", &*m), ("v", &*v)] {
-        check_state(name, &state.codes, DType::U8, numel)?;
-        check_state(name, &state.absmax, DType::F32, numel.div_ceil(BLOCK))?;
-    }
+    check8(param, grad, m, v, config, step, grad_scale)?;
     let coefficients = Coefficients::new(config, step, grad_scale);
     match param.device() {
         Device::Cpu => cpu::step8(param, grad, m, v, &coefficients),
