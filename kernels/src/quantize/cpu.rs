@@ -193,12 +193,15 @@ mod tests {
 
         #[test]
         fn rounds_ties_to_even(bits in 0u16..0x7BFF) {
-            // Half-way between two neighbouring f16 numbers.
+            // Half-way between two neighbouring numbers.
             let (a, b) = (f16::from_bits(bits).to_f32(), f16::from_bits(bits + 1).to_f32());
-            let mut x = [(a + b) / 2.0];
-            let expected = f16::from_f32(x[0]).to_f32();
+            let of_f16 = (a + b) / 2.0;
+            let of_bf16 = f32::from_bits(u32::from(bits) << 16 | 0x8000);
+            let (mut x, mut y) = ([of_f16], [of_bf16]);
             scale_f16(&mut x, 1.0);
-            prop_assert_eq!(x[0].to_bits(), expected.to_bits());
+            scale_bf16(&mut y, 1.0);
+            prop_assert_eq!(x[0].to_bits(), f16::from_f32(of_f16).to_f32().to_bits());
+            prop_assert_eq!(y[0].to_bits(), bf16::from_f32(of_bf16).to_f32().to_bits());
         }
     }
 }
