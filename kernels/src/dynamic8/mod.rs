@@ -53,18 +53,15 @@ fn dynamic_map(signed: bool) -> Map {
 #[inline]
 pub fn encode(map: &Map, x: f32) -> u8 {
     // A search over the odd entries, which ends at an even one with `x` between its neighbours.
+    // Without branches: which way it goes is a coin toss at every turn.
     let mut at = 127;
     for step in [64, 32, 16, 8, 4, 2, 1] {
-        at = if x > map[at & 255] { at + step } else { at - step };
+        at = at - step + 2 * step * usize::from(x > map[at & 255]);
     }
-    let value = map[at & 255];
-    let midpoint = |neighbour: usize| (map[neighbour & 255] + value) * 0.5;
-    if x > midpoint(at + 1) {
-        at += 1;
-    } else if at > 0 && x < midpoint(at - 1) {
-        at -= 1;
-    }
-    at as u8
+    let midpoint = |neighbour: usize| (map[neighbour & 255] + map[at & 255]) * 0.5;
+    let up = x > midpoint(at + 1);
+    let down = (at > 0) & (x < midpoint(at.saturating_sub(1)));
+    (at + usize::from(up) - usize::from(down)) as u8
 }
 
 /// Largest magnitude of a block; NaN counts for nothing.
@@ -97,11 +94,16 @@ pub(crate) fn quantize_block(values: &[f32], map: &Map, codes: &mut [u8]) -> f32
 pub fn dequantize_blockwise(codes: &[u8], absmax: &[f32], map: &Map, block: usize) -> Vec<f32> {
     let mut values = vec![0.0; codes.len()];
     for ((codes, values), &absmax) in codes.chunks(block).zip(values.chunks_mut(block)).zip(absmax) {
-        for (value, &code) in values.iter_mut().zip(codes) {
-            *value = map[code as usize] * absmax;
-        }
+        dequantize_block(codes, absmax, map, values);
     }
     values
+}
+
+/// Dequantizes one block.
+pub(crate) fn dequantize_block(codes: &[u8], absmax: f32, map: &Map, values: &mut [f32]) {
+    for (value, &code) in values.iter_mut().zip(codes) {
+        *value = map[code as usize] * absmax;
+    }
 }
 
 #[cfg(test)]
@@ -132,6 +134,7 @@ mod tests {
             for (i, &x) in map.iter().enumerate() {
                 assert_eq!(encode(map, x), i as u8);
             }
+            assert_eq!(map[usize::from(map[0] < 0.0) * 127], 0.0);
             assert_eq!((encode(map, -2.0), encode(map, 2.0), encode(map, f32::NAN)), (0, 255, 0));
         }
     }

@@ -5,7 +5,7 @@ use super::{
     codes::{Pairs, encode_fp4, encode_nf4},
     tensor::View,
 };
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 use nibble_runtime::{DType, Error, Float, Result, Tensor};
 use rayon::prelude::*;
 
@@ -133,14 +133,21 @@ fn scale_bf16(values: &mut [f32], scale: f32) {
     }
 }
 
+/// Bits of 2⁻¹⁴, the smallest normal f16, in f32.
+const MIN_F16: u32 = (127 - 14) << 23;
+
+/// As [`scale_bf16`] for f16, whose numbers below 2⁻¹⁴ are multiples of 2⁻²⁴ and which ends at 65504.
 #[inline(always)]
 fn scale_f16(values: &mut [f32], scale: f32) {
-    let mut rounded = [f16::ZERO; STRIP];
-    for values in values.chunks_mut(STRIP) {
-        values.iter_mut().for_each(|x| *x *= scale);
-        let rounded = &mut rounded[..values.len()];
-        rounded.convert_from_f32_slice(values);
-        rounded.convert_to_f32_slice(values);
+    for x in values {
+        let bits = (*x * scale).to_bits();
+        let magnitude = bits & 0x7FFF_FFFF;
+        let normal = f32::from_bits((magnitude + 0xFFF + (magnitude >> 13 & 1)) & !0x1FFF);
+        // In [0.5, 1) the unit in the last place of f32 is 2⁻²⁴.
+        let subnormal = f32::from_bits(magnitude) + 0.5 - 0.5;
+        let rounded = if magnitude < MIN_F16 { subnormal } else { normal };
+        let bounded = if rounded > 65504.0 { f32::INFINITY } else { rounded };
+        *x = f32::from_bits(bounded.to_bits() | bits & 0x8000_0000);
     }
 }
 
@@ -166,4 +173,35 @@ pub(super) fn dequantize(quantized: &QuantTensor, out: &mut Tensor) -> Result<()
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn rounds_as_the_half_crate_does(x in prop_oneof![any::<f32>(), -70000f32..70000.0, -1e-4f32..1e-4, -1e-7f32..1e-7]) {
+            prop_assume!(x.is_finite());
+            let (mut of_f16, mut of_bf16) = ([x], [x]);
+            scale_f16(&mut of_f16, 1.0);
+            scale_bf16(&mut of_bf16, 1.0);
+            prop_assert_eq!(of_f16[0].to_bits(), f16::from_f32(x).to_f32().to_bits());
+            prop_assert_eq!(of_bf16[0].to_bits(), bf16::from_f32(x).to_f32().to_bits());
+        }
+
+        #[test]
+        fn rounds_ties_to_even(bits in 0u16..0x7BFF) {
+            // Half-way between two neighbouring numbers.
+            let (a, b) = (f16::from_bits(bits).to_f32(), f16::from_bits(bits + 1).to_f32());
+            let of_f16 = (a + b) / 2.0;
+            let of_bf16 = f32::from_bits(u32::from(bits) << 16 | 0x8000);
+            let (mut x, mut y) = ([of_f16], [of_bf16]);
+            scale_f16(&mut x, 1.0);
+            scale_bf16(&mut y, 1.0);
+            prop_assert_eq!(x[0].to_bits(), f16::from_f32(of_f16).to_f32().to_bits());
+            prop_assert_eq!(y[0].to_bits(), bf16::from_f32(of_bf16).to_f32().to_bits());
+        }
+    }
 }

@@ -1,0 +1,384 @@
+//! The AdamW optimizer: moments for every parameter, and their update.
+
+use crate::Gradients;
+use nibble_kernels::adamw::{self, AdamWConfig, State8};
+use nibble_runtime::{DType, Error, ParamId, Result, Tag, Tensor};
+use rayon::prelude::*;
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+/// Parameters with fewer elements keep 32-bit moments in any case, as with bitsandbytes.
+pub const EIGHT_BIT_FROM: usize = 4096;
+
+/// Precision of the moments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum StateBits {
+    /// 8 bytes an element.
+    #[default]
+    F32,
+    /// Block-wise 8-bit codes: 2.03 bytes an element. Parameters under [`EIGHT_BIT_FROM`] elements keep f32.
+    Bits8,
+}
+
+impl fmt::Display for StateBits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StateBits::F32 => "32",
+            StateBits::Bits8 => "8",
+        })
+    }
+}
+
+impl FromStr for StateBits {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "32" => Ok(StateBits::F32),
+            "8" => Ok(StateBits::Bits8),
+            _ => Err(Error::invalid("adamw", format!("unknown precision of states \"{text}\"; expected 32 or 8"))),
+        }
+    }
+}
+
+/// A parameter to update.
+pub struct Update<'a> {
+    /// Names its gradient and its moments.
+    pub id: ParamId,
+    /// The f32 values, overwritten. Nothing else may refer to their storage.
+    pub value: &'a mut Tensor,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+/// A tensor of the optimizer's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// First moment: f32, or u8 codes.
+    M,
+    /// Scales of the first moment's codes, f32.
+    MAbsmax,
+    /// Second moment: f32, or u8 codes.
+    V,
+    /// Scales of the second moment's codes, f32.
+    VAbsmax,
+}
+
+impl Part {
+    /// All parts.
+    pub const ALL: [Part; 4] = [Part::M, Part::MAbsmax, Part::V, Part::VAbsmax];
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Part::M => "m",
+            Part::MAbsmax => "m.absmax",
+            Part::V => "v",
+            Part::VAbsmax => "v.absmax",
+        })
+    }
+}
+
+impl FromStr for Part {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Part::ALL.into_iter().find(|part| part.to_string() == text);
+        found.ok_or_else(|| Error::invalid("adamw", format!("unknown part of the state \"{text}\"")))
+    }
+}
+
+/// The moments of one parameter.
+#[derive(Debug)]
+enum Moments {
+    F32 { m: Tensor, v: Tensor },
+    Bits8 { m: State8, v: State8 },
+}
+
+impl Moments {
+    fn zeros(param: &Tensor, bits: StateBits) -> Result<Self> {
+        let (device, tag) = (param.device(), Tag::Optimizer);
+        if bits == StateBits::Bits8 && param.numel() >= EIGHT_BIT_FROM {
+            let zeros = || State8::zeros(param.numel(), device, tag);
+            return Ok(Moments::Bits8 { m: zeros()?, v: zeros()? });
+        }
+        let zeros = || Tensor::zeros(param.shape(), DType::F32, device, tag);
+        Ok(Moments::F32 { m: zeros()?, v: zeros()? })
+    }
+
+    fn parts(&self) -> Vec<(Part, &Tensor)> {
+        match self {
+            Moments::F32 { m, v } => vec![(Part::M, m), (Part::V, v)],
+            Moments::Bits8 { m, v } => {
+                vec![(Part::M, &m.codes), (Part::MAbsmax, &m.absmax), (Part::V, &v.codes), (Part::VAbsmax, &v.absmax)]
+            }
+        }
+    }
+
+    fn from_parts(id: ParamId, mut parts: BTreeMap<Part, Tensor>) -> Result<Self> {
+        let mut take = |part| match parts.remove(&part) {
+            // Updates write the state, so it must not share storage.
+            Some(tensor) if !tensor.is_unique() => tensor.copy(Tag::Optimizer),
+            Some(tensor) => Ok(tensor.retag(Tag::Optimizer)),
+            None => Err(Error::invalid("adamw", format!("the state of parameter {} lacks {part}", id.0))),
+        };
+        let (m, v) = (take(Part::M)?, take(Part::V)?);
+        let moments = match (m.dtype(), v.dtype()) {
+            (DType::F32, DType::F32) => Moments::F32 { m, v },
+            (DType::U8, DType::U8) => Moments::Bits8 {
+                m: State8 { codes: m, absmax: take(Part::MAbsmax)? },
+                v: State8 { codes: v, absmax: take(Part::VAbsmax)? },
+            },
+            (m, v) => {
+                let what = format!("the state of parameter {} is {m} and {v}; expected f32 or u8 for both", id.0);
+                return Err(Error::invalid("adamw", what));
+            }
+        };
+        match parts.keys().next() {
+            None => Ok(moments),
+            Some(part) => {
+                Err(Error::invalid("adamw", format!("the state of parameter {} has {part} beside f32 moments", id.0)))
+            }
+        }
+    }
+}
+
+/// AdamW over any number of parameters. State is made at a parameter's first update and counted as [`Tag::Optimizer`].
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    bits: StateBits,
+    /// Updates done.
+    step: u32,
+    moments: BTreeMap<ParamId, Moments>,
+}
+
+impl AdamW {
+    /// An optimizer with no state yet. The learning rate of `config` is not used: each step is given its own.
+    ///
+    /// # Errors
+    /// A setting is out of range.
+    pub fn new(config: AdamWConfig, bits: StateBits) -> Result<Self> {
+        config.validate()?;
+        Ok(AdamW { config, bits, step: 0, moments: BTreeMap::new() })
+    }
+
+    /// Updates done so far.
+    pub fn steps_done(&self) -> u32 {
+        self.step
+    }
+
+    /// Bytes of the moments.
+    pub fn state_bytes(&self) -> usize {
+        self.state().map(|(_, _, tensor)| tensor.size_bytes()).sum()
+    }
+
+    /// One update of `params` with learning rate `lr`; gradients are multiplied by `grad_scale` (the clipping factor over
+    /// the loss scale) on the way. Parameters are updated in parallel; the result does not depend on the threads.
+    ///
+    /// # Errors
+    /// A parameter has no gradient or is named twice, types or shapes do not fit, a parameter's storage is shared, or a
+    /// number is out of range. Nothing has been updated then.
+    pub fn step(&mut self, params: &mut [Update], grads: &Gradients, lr: f64, grad_scale: f32) -> Result<()> {
+        let config = AdamWConfig { lr, ..self.config };
+        config.validate()?;
+        let step = self.step.checked_add(1).ok_or_else(|| Error::invalid("adamw", "too many updates"))?;
+        for param in params.iter() {
+            if !self.moments.contains_key(&param.id) {
+                self.moments.insert(param.id, Moments::zeros(param.value, self.bits)?);
+            }
+        }
+        let mut moments: BTreeMap<ParamId, &mut Moments> = self.moments.iter_mut().map(|(&id, m)| (id, m)).collect();
+        let mut work = Vec::with_capacity(params.len());
+        for param in params {
+            let name = |what: &str| Error::invalid("adamw", format!("parameter {} {what}", param.id.0));
+            let grad = grads.get(param.id).ok_or_else(|| name("has no gradient: it took no part in the loss"))?;
+            let moments = moments.remove(&param.id).ok_or_else(|| name("is to be updated twice"))?;
+            let weight_decay = if param.decay { config.weight_decay } else { 0.0 };
+            work.push((&mut *param.value, grad, moments, AdamWConfig { weight_decay, ..config }));
+        }
+        for (value, grad, moments, config) in &mut work {
+            match moments {
+                Moments::F32 { m, v } => adamw::check32(value, grad, m, v, config, step, grad_scale)?,
+                Moments::Bits8 { m, v } => adamw::check8(value, grad, m, v, config, step, grad_scale)?,
+            }
+        }
+        work.into_par_iter().try_for_each(|(value, grad, moments, config)| match moments {
+            Moments::F32 { m, v } => adamw::step32(value, grad, m, v, &config, step, grad_scale),
+            Moments::Bits8 { m, v } => adamw::step8(value, grad, m, v, &config, step, grad_scale),
+        })?;
+        self.step = step;
+        Ok(())
+    }
+
+    /// The tensors of the state, to be saved along with [`AdamW::steps_done`], in the order of the parameters.
+    pub fn state(&self) -> impl Iterator<Item = (ParamId, Part, &Tensor)> {
+        self.moments.iter().flat_map(|(&id, moments)| moments.parts().into_iter().map(move |(part, t)| (id, part, t)))
+    }
+
+    /// Replaces the state by a saved one. Whether it fits the parameters is checked by the next step.
+    ///
+    /// # Errors
+    /// A parameter lacks a part, has one twice or has one that does not go with the others. The state is as before then.
+    pub fn restore(&mut self, steps_done: u32, state: impl IntoIterator<Item = (ParamId, Part, Tensor)>) -> Result<()> {
+        let mut parts: BTreeMap<ParamId, BTreeMap<Part, Tensor>> = BTreeMap::new();
+        for (id, part, tensor) in state {
+            if parts.entry(id).or_default().insert(part, tensor).is_some() {
+                return Err(Error::invalid("adamw", format!("the state of parameter {} has {part} twice", id.0)));
+            }
+        }
+        let moments = parts.into_iter().map(|(id, parts)| Ok((id, Moments::from_parts(id, parts)?)));
+        self.moments = moments.collect::<Result<_>>()?;
+        self.step = steps_done;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nibble_runtime::GradSink;
+    use proptest::prelude::*;
+
+    /// Element counts of the parameters of a small model: one of them gets 8-bit moments.
+    const SIZES: [usize; 4] = [3, 5000, 1, 700];
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values, &[values.len()], Tag::Adapters).unwrap()
+    }
+
+    fn parameters() -> Vec<Tensor> {
+        SIZES.iter().map(|&size| tensor(&(0..size).map(|i| (i as f32).sin()).collect::<Vec<_>>())).collect()
+    }
+
+    fn gradients(seed: u32) -> Gradients {
+        let mut grads = Gradients::new();
+        for (id, &size) in SIZES.iter().enumerate() {
+            let values: Vec<f32> = (0..size).map(|i| ((i as u32 * 7 + 13 * seed) as f32).cos()).collect();
+            grads.parameter(ParamId(id), tensor(&values)).unwrap();
+        }
+        grads
+    }
+
+    /// The parameters as updates, weight decay on every other one.
+    fn updates(params: &mut [Tensor]) -> Vec<Update<'_>> {
+        let update = |(id, value)| Update { id: ParamId(id), value, decay: id % 2 == 0 };
+        params.iter_mut().enumerate().map(update).collect()
+    }
+
+    fn bytes(params: &[Tensor]) -> Vec<&[u8]> {
+        params.iter().map(Tensor::bytes).collect()
+    }
+
+    fn optimizer(bits: StateBits) -> AdamW {
+        AdamW::new(AdamWConfig::default(), bits).unwrap()
+    }
+
+    #[test]
+    fn small_parameters_keep_32_bits() {
+        let mut params = parameters();
+        let numel: usize = SIZES.iter().sum();
+        for (bits, expected) in
+            [(StateBits::F32, 8 * numel), (StateBits::Bits8, 8 * (numel - 5000) + 2 * (5000 + 4 * 20))]
+        {
+            let mut optimizer = optimizer(bits);
+            assert_eq!(optimizer.state_bytes(), 0);
+            optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, 1.0).unwrap();
+            assert_eq!((optimizer.state_bytes(), optimizer.steps_done()), (expected, 1));
+            assert_eq!(bits.to_string().parse::<StateBits>().unwrap(), bits);
+        }
+    }
+
+    #[test]
+    fn weight_decay_spares_whom_it_should() {
+        let mut params = parameters();
+        let before = params.iter().map(|p| p.as_slice::<f32>().unwrap().to_vec()).collect::<Vec<_>>();
+        let mut none = Gradients::new();
+        for (id, &size) in SIZES.iter().enumerate() {
+            none.parameter(ParamId(id), tensor(&vec![0.0; size])).unwrap();
+        }
+        optimizer(StateBits::F32).step(&mut updates(&mut params), &none, 0.5, 1.0).unwrap();
+        for (id, (after, before)) in params.iter().zip(before).enumerate() {
+            let factor = if id % 2 == 0 { 1.0 - 0.5 * 0.01 } else { 1.0 };
+            assert!(after.as_slice::<f32>().unwrap().iter().zip(before).all(|(a, b)| *a == b * factor));
+        }
+    }
+
+    #[test]
+    fn a_step_that_fails_changes_nothing() {
+        let mut params = parameters();
+        let mut optimizer = optimizer(StateBits::Bits8);
+        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, 1.0).unwrap();
+        let before: Vec<Vec<u8>> = bytes(&params).into_iter().map(<[u8]>::to_vec).collect();
+        let state: Vec<Vec<u8>> = optimizer.state().map(|(.., tensor)| tensor.bytes().to_vec()).collect();
+
+        let mut missing = Gradients::new();
+        let mut wrong = Gradients::new();
+        for (id, grad) in gradients(1).iter().take(3) {
+            missing.parameter(id, grad.clone()).unwrap();
+            wrong.parameter(id, grad.clone()).unwrap();
+        }
+        wrong.parameter(ParamId(3), tensor(&[1.0; 699])).unwrap();
+        for grads in [missing, wrong] {
+            assert!(optimizer.step(&mut updates(&mut params), &grads, 1e-3, 1.0).is_err());
+        }
+        for (lr, scale) in [(f64::NAN, 1.0), (-1.0, 1.0), (1e-3, f32::NAN)] {
+            assert!(optimizer.step(&mut updates(&mut params), &gradients(1), lr, scale).is_err());
+        }
+        let seen = params[3].clone();
+        assert!(optimizer.step(&mut updates(&mut params), &gradients(1), 1e-3, 1.0).is_err());
+        drop(seen);
+        let mut twice = updates(&mut params);
+        twice[1].id = ParamId(0);
+        assert!(optimizer.step(&mut twice, &gradients(1), 1e-3, 1.0).is_err());
+
+        assert_eq!(bytes(&params), before);
+        assert!(optimizer.state().map(|(.., tensor)| tensor.bytes()).eq(state));
+        assert_eq!(optimizer.steps_done(), 1);
+    }
+
+    #[test]
+    fn a_state_with_parts_that_do_not_go_together_is_refused() {
+        let f32s = || tensor(&[0.0; 4]);
+        let u8s = || Tensor::from_slice(&[0u8; 4], &[4], Tag::Workspace).unwrap();
+        let bad: [Vec<(Part, Tensor)>; 6] = [
+            vec![(Part::M, f32s())],
+            vec![(Part::M, f32s()), (Part::V, u8s())],
+            vec![(Part::M, u8s()), (Part::V, u8s()), (Part::MAbsmax, f32s())],
+            vec![(Part::M, f32s()), (Part::V, f32s()), (Part::VAbsmax, f32s())],
+            vec![(Part::M, f32s()), (Part::V, f32s()), (Part::M, f32s())],
+            vec![(Part::V, f32s())],
+        ];
+        let mut optimizer = optimizer(StateBits::F32);
+        for parts in bad {
+            let parts = parts.into_iter().map(|(part, tensor)| (ParamId(1), part, tensor));
+            assert!(optimizer.restore(3, parts).is_err());
+        }
+        assert_eq!((optimizer.steps_done(), optimizer.state().count()), (0, 0));
+        assert!(Part::ALL.into_iter().all(|part| part.to_string().parse::<Part>().unwrap() == part));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn neither_threads_nor_a_restart_change_a_bit(eight in any::<bool>(), at in 0u32..6, threads in 1usize..4) {
+            let bits = if eight { StateBits::Bits8 } else { StateBits::F32 };
+            let run = |restart: Option<u32>| {
+                let (mut params, mut optimizer) = (parameters(), optimizer(bits));
+                for step in 0..6 {
+                    if restart == Some(step) {
+                        let saved: Vec<_> = optimizer.state().map(|(id, part, t)| (id, part, t.clone())).collect();
+                        let done = optimizer.steps_done();
+                        optimizer = self::optimizer(bits);
+                        optimizer.restore(done, saved).unwrap();
+                    }
+                    optimizer.step(&mut updates(&mut params), &gradients(step), 1e-2, 0.5).unwrap();
+                }
+                bytes(&params).concat()
+            };
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            prop_assert!(run(None) == pool.install(|| run(Some(at))));
+        }
+    }
+}
