@@ -1,3 +1,16 @@
 //! nibble: QLoRA fine-tuning of Llama models.
+//!
+//! [`train::train`] is a whole run, in the order in which data walks through it.
 
+pub mod cli;
+pub mod commands;
 pub mod data;
+pub mod default_task;
+pub mod eval;
+pub mod interrupt;
+mod loss_scale;
+pub mod model;
+pub mod report;
+pub mod run_dir;
+pub mod settings;
+pub mod train;

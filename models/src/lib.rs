@@ -4,7 +4,10 @@ pub mod chat;
 pub mod config;
 mod error;
 pub mod files;
+pub mod generate;
+pub mod llama;
 pub mod tokenizer;
 
 pub use config::LlamaConfig;
 pub use error::{Error, Result};
+pub use llama::Llama;

@@ -5,6 +5,7 @@ mod layer;
 mod linear;
 mod load;
 mod pass;
+mod save;
 
 #[cfg(test)]
 mod composed;

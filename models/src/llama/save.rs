@@ -1,0 +1,40 @@
+//! A model as a Hugging Face folder.
+
+use super::{Layer, Llama};
+use crate::{
+    Result,
+    files::checkpoint::{CheckpointTensor, write_checkpoint},
+};
+use nibble_kernels::linear::Weight;
+use nibble_runtime::{DType, Tag, Tensor};
+use std::path::Path;
+
+impl Llama {
+    /// Writes the base weights (adapters apart) into `dir` as transformers reads them: quantized linears in bitsandbytes'
+    /// format, everything else in `dtype`.
+    pub fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
+        let cast = |tensor: &Tensor| -> Result<CheckpointTensor> {
+            Ok(CheckpointTensor::Dense(tensor.clone().into_dtype(dtype, Tag::Workspace)?))
+        };
+        let mut weights = vec![("model.embed_tokens.weight".to_string(), cast(&self.embedding.value)?)];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let Layer { input_norm, post_norm, .. } = layer;
+            let norms = [("input_layernorm", input_norm), ("post_attention_layernorm", post_norm)];
+            for (name, norm) in norms {
+                weights.push((format!("model.layers.{i}.{name}.weight"), cast(&norm.value)?));
+            }
+            for linear in layer.linears() {
+                let weight = match &linear.weight {
+                    Weight::Dense(tensor) => cast(tensor)?,
+                    Weight::Quantized(quantized) => CheckpointTensor::Quantized(quantized.clone()),
+                };
+                weights.push((format!("{}.weight", linear.name), weight));
+            }
+        }
+        weights.push(("model.norm.weight".into(), cast(&self.norm.value)?));
+        if let Some(head) = &self.head {
+            weights.push(("lm_head.weight".into(), cast(&head.value)?));
+        }
+        write_checkpoint(dir, &self.config, dtype, &weights)
+    }
+}

@@ -1,0 +1,151 @@
+//! The commands besides training.
+
+use crate::{
+    cli::{Cli, Command, EvalArgs, GenerateArgs, LogitsArgs, QuantizeArgs},
+    data, default_task, eval, interrupt,
+    model::{Model, ModelSource},
+    report,
+    settings::{Settings, TrainArgs},
+    train,
+};
+use anyhow::{Context, Result, bail, ensure};
+use nibble_kernels::linear::Weight;
+use nibble_models::{
+    chat::Message,
+    files::{bnb, checkpoint::Checkpoint, inspect, safetensors::write_safetensors},
+    generate::{Sampling, generate},
+    tokenizer::Tokenizer,
+};
+use std::{io::Write, path::Path};
+
+/// Runs what the command line asks for; the exit code of the program.
+pub fn run(cli: Cli) -> Result<i32> {
+    match cli.command {
+        None => train_command(&cli.train),
+        Some(Command::Train(args)) => train_command(&args),
+        Some(Command::Generate(args)) => generate_command(&args).map(|()| 0),
+        Some(Command::Eval(args)) => eval_command(&args),
+        Some(Command::Logits(args)) => logits_command(&args).map(|()| 0),
+        Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
+        Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
+    }
+}
+
+fn train_command(args: &TrainArgs) -> Result<i32> {
+    let settings = Settings::resolve(args, default_task::RECIPE)?;
+    interrupt::listen().context("listening for Ctrl-C")?;
+    let outcome = train::train(&settings)?;
+    Ok(if outcome.interrupted { interrupt::EXIT_CODE } else { 0 })
+}
+
+fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
+    let mut model = Model::load(&ModelSource::from(args))?;
+    if let Some(dir) = &args.adapter {
+        model.attach(dir)?;
+    }
+    Ok(model)
+}
+
+fn generate_command(args: &GenerateArgs) -> Result<()> {
+    ensure!(args.temperature >= 0.0, "--temperature must not be negative");
+    ensure!(args.top_p > 0.0 && args.top_p <= 1.0, "--top-p must be above 0 and at most 1");
+    let model = load(&args.model)?;
+    let tokenizer = model.tokenizer()?;
+    let prompt = if args.chat {
+        let template = tokenizer.chat()?.context("this model has no chat template; leave --chat out")?;
+        // The template writes the special tokens itself.
+        let text = template.render(&[Message::new("user", &args.prompt)], true)?;
+        tokenizer.encode(&text, false)?
+    } else {
+        tokenizer.encode(&args.prompt, true)?
+    };
+    let stop = model.stop_ids(&tokenizer);
+    let sampling =
+        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let mut printed = Streaming::new(&tokenizer);
+    if !args.chat {
+        printed.write(&args.prompt)?;
+    }
+    let mut failure = None;
+    generate(&model.llama, &prompt, args.max_new_tokens, &stop, sampling, |token| {
+        let result = if stop.contains(&token) { Ok(()) } else { printed.push(token) };
+        result.map_err(|error| failure = Some(error)).is_ok()
+    })?;
+    printed.write("\n")?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// Text that appears as its tokens come. A character may take several tokens, so only what can no longer change is shown.
+struct Streaming<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: Vec<u32>,
+    shown: usize,
+}
+
+impl<'a> Streaming<'a> {
+    fn new(tokenizer: &'a Tokenizer) -> Self {
+        Streaming { tokenizer, ids: Vec::new(), shown: 0 }
+    }
+
+    fn push(&mut self, token: u32) -> Result<()> {
+        self.ids.push(token);
+        let text = self.tokenizer.decode(&self.ids, true)?;
+        let complete = text.trim_end_matches('\u{FFFD}');
+        if let Some(new) = complete.get(self.shown..) {
+            self.write(new)?;
+            self.shown = complete.len();
+        }
+        Ok(())
+    }
+
+    fn write(&self, text: &str) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
+    }
+}
+
+fn eval_command(args: &EvalArgs) -> Result<i32> {
+    interrupt::listen().context("listening for Ctrl-C")?;
+    let model = load(&args.model)?;
+    let tokenizer = model.tokenizer()?;
+    let options = data::LoadOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
+    let examples = data::load_examples(&args.data, &tokenizer, &options)?;
+    let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
+    if args.json {
+        println!("{}", serde_json::to_string(&result)?);
+    } else {
+        println!("examples     {}", result.examples);
+        println!("tokens       {}", result.tokens);
+        println!("mean NLL     {:.6}", result.nll);
+        println!("perplexity   {:.4}", result.perplexity);
+        println!("exact match  {:.2} %", 100.0 * result.exact_match);
+    }
+    eprintln!("{}", report::memory_line());
+    Ok(0)
+}
+
+fn logits_command(args: &LogitsArgs) -> Result<()> {
+    let model = load(&args.model)?;
+    let vocab = model.llama.config.vocab_size;
+    if let Some(bad) = args.ids.iter().find(|&&id| id as usize >= vocab) {
+        bail!("id {bad} is outside of the model's vocabulary of {vocab}");
+    }
+    let ids: Vec<i32> = args.ids.iter().map(|&id| id as i32).collect();
+    let logits = model.llama.logits(&ids, &[ids.len()])?.reshape(&[1, ids.len(), vocab])?;
+    write_safetensors(&args.out, &[("logits".to_string(), logits)], &[])?;
+    eprintln!("wrote logits [1, {}, {vocab}] f32 to {}", ids.len(), args.out.display());
+    Ok(())
+}
+
+fn quantize_command(args: &QuantizeArgs) -> Result<()> {
+    bnb::quantize_folder(&args.model, &args.out, args.quant, args.block_size, !args.no_double_quant)?;
+    let checkpoint = Checkpoint::open(&args.out)?;
+    eprintln!("wrote {}", args.out.display());
+    let _ = (Weight::size_bytes, checkpoint);
+    Ok(())
+}
+
+fn inspect_command(path: &Path) -> Result<()> {
+    print!("{}", inspect::describe(path)?);
+    Ok(())
+}

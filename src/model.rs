@@ -1,0 +1,144 @@
+//! From a path to a model that is ready to run, with its tokenizer.
+
+use crate::{
+    cli::{DTypeChoice, ModelArgs, QuantChoice},
+    default_task, report,
+};
+use anyhow::{Context, Result};
+use nibble_models::{
+    Llama,
+    files::{checkpoint::Checkpoint, peft},
+    llama::{Footprint, LoadOptions, Quantization},
+    tokenizer::Tokenizer,
+};
+use nibble_runtime::DeviceRequest;
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+};
+use tempfile::TempDir;
+
+/// Which model to load, and how.
+#[derive(Clone, Debug)]
+pub struct ModelSource {
+    /// `None` for the embedded model.
+    pub path: Option<PathBuf>,
+    pub quant: QuantChoice,
+    pub double_quant: bool,
+    pub block_size: usize,
+    pub dtype: DTypeChoice,
+    pub device: DeviceRequest,
+}
+
+impl From<&ModelArgs> for ModelSource {
+    fn from(args: &ModelArgs) -> Self {
+        ModelSource {
+            path: args.model.clone(),
+            quant: args.quant,
+            double_quant: !args.no_double_quant,
+            block_size: args.block_size,
+            dtype: args.dtype,
+            device: args.device,
+        }
+    }
+}
+
+/// A model and what comes with it.
+pub struct Model {
+    pub llama: Llama,
+    pub footprint: Footprint,
+    /// What the user calls the model.
+    pub name: String,
+    checkpoint: Checkpoint,
+    /// The unpacked embedded model, for as long as its files are mapped.
+    _unpacked: Option<TempDir>,
+}
+
+impl Model {
+    /// Loads the model, saying on standard error what it is and where it runs.
+    pub fn load(source: &ModelSource) -> Result<Model> {
+        let device = source.device.resolve()?;
+        let unpacked = match source.path {
+            None => Some(default_task::unpack().context("unpacking the embedded model")?),
+            Some(_) => None,
+        };
+        let path = match (&source.path, &unpacked) {
+            (Some(path), _) => path.clone(),
+            (None, Some(dir)) => dir.path().join(default_task::MODEL),
+            (None, None) => unreachable!("the embedded model was unpacked above"),
+        };
+        let checkpoint = Checkpoint::open(&path)?;
+        let quantization = source.quant.0.map(|quant_type| Quantization {
+            quant_type,
+            block_size: source.block_size,
+            double_quant: source.double_quant,
+        });
+        let dtype = source.dtype.resolve();
+        let bar = report::bar("load", checkpoint.config().num_layers);
+        let (llama, footprint) = Llama::load(&checkpoint, LoadOptions { quantization, dtype }, |done, _| {
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        let name = match &source.path {
+            None => "the embedded model".to_string(),
+            Some(path) => path.display().to_string(),
+        };
+        let c = &llama.config;
+        let threads = rayon::current_num_threads();
+        eprintln!("device   {device}, {threads} threads, computing in {dtype}");
+        eprintln!(
+            "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
+            c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size
+        );
+        let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
+        let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
+        eprintln!(
+            "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; embedding, head and norms {other}",
+            footprint.weights as f64 / 1e6,
+            source.quant
+        );
+        Ok(Model { llama, footprint, name, checkpoint, _unpacked: unpacked })
+    }
+
+    /// The tokenizer that comes with the checkpoint.
+    ///
+    /// # Errors
+    /// There is none, or it has more tokens than the model.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = match self.checkpoint.gguf() {
+            Some(gguf) => Tokenizer::from_gguf(gguf)?,
+            None => Tokenizer::from_folder(self.checkpoint.path())?,
+        };
+        let vocab = self.llama.config.vocab_size;
+        anyhow::ensure!(
+            tokenizer.vocab_size() <= vocab,
+            "{}: the tokenizer has {} tokens but the model {vocab}; they do not belong together",
+            self.checkpoint.path().display(),
+            tokenizer.vocab_size()
+        );
+        Ok(tokenizer)
+    }
+
+    /// Puts a PEFT adapter on the model.
+    pub fn attach(&mut self, dir: &Path) -> Result<peft::AdapterConfig> {
+        let adapter = peft::read_adapter(dir)?;
+        self.llama.set_adapter(&adapter, dir)?;
+        let rank = adapter.tensors.values().next().map_or(0, |(a, _)| a.shape()[0]);
+        eprintln!("adapter  {}: rank {rank} on {} layers", dir.display(), adapter.tensors.len());
+        Ok(adapter.config)
+    }
+
+    /// Ids that end a text: those of the tokenizer, then those of the model's configuration.
+    pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut ids = tokenizer.eos_ids().to_vec();
+        ids.extend(&self.llama.config.eos_token_ids);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+}
+
+/// Whether standard output is a person's terminal.
+pub fn on_terminal() -> bool {
+    std::io::stdout().is_terminal()
+}

@@ -1,0 +1,173 @@
+//! What a run shows and leaves behind: the progress bar, `metrics.jsonl`, the loss curve.
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use nibble_runtime::memory;
+use plotters::prelude::*;
+use serde::Serialize;
+use std::{
+    fs::File,
+    io::{IsTerminal, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// One optimizer step, as a line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StepMetrics {
+    /// From 1.
+    pub step: u32,
+    /// Mean loss of the labelled tokens of the step.
+    pub loss: f64,
+    /// Global norm of the gradient, before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// Tokens read in the step.
+    pub tokens: usize,
+    /// Tokens a second in the step.
+    pub tok_s: f64,
+}
+
+/// Bytes as text, in powers of 1024.
+pub fn bytes(count: usize) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 || unit == "GiB" {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    unreachable!("the last unit returns")
+}
+
+/// A bar over `total` units on a terminal; elsewhere nothing.
+pub fn bar(what: &str, total: usize) -> ProgressBar {
+    let bar = ProgressBar::new(total as u64);
+    let style = ProgressStyle::with_template("{prefix:>10} {bar:28.cyan/dim} {pos}/{len}  {msg}  eta {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
+    bar.set_prefix(what.to_string());
+    bar
+}
+
+/// Steps of a run, as they happen.
+pub struct StepLog {
+    bar: ProgressBar,
+    file: File,
+    steps: Vec<StepMetrics>,
+    total: u32,
+    smoothed: Option<f64>,
+    last_line: Instant,
+}
+
+/// Without a terminal, a line is printed this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl StepLog {
+    /// Starts `metrics.jsonl` in `dir`.
+    pub fn create(dir: &Path, total: u32) -> Result<Self> {
+        let path = dir.join("metrics.jsonl");
+        let file = File::create_new(&path).with_context(|| format!("creating {}", path.display()))?;
+        let bar = bar("train", total as usize);
+        Ok(StepLog { bar, file, steps: Vec::new(), total, smoothed: None, last_line: Instant::now() })
+    }
+
+    /// Records a step.
+    pub fn push(&mut self, metrics: StepMetrics) -> Result<()> {
+        let line = serde_json::to_string(&metrics)?;
+        writeln!(self.file, "{line}").context("writing metrics.jsonl")?;
+        let smoothed = self.smoothed.map_or(metrics.loss, |old| 0.9 * old + 0.1 * metrics.loss);
+        self.smoothed = Some(smoothed);
+        let held = bytes(memory::usage().total);
+        let text = format!("loss {smoothed:.4}  {:.0} tok/s  mem {held}", metrics.tok_s);
+        self.bar.set_position(u64::from(metrics.step));
+        self.bar.set_message(text.clone());
+        let last = metrics.step == self.total;
+        let due = last || metrics.step == 1 || self.last_line.elapsed() >= LINE_EVERY;
+        if due && !std::io::stderr().is_terminal() {
+            self.last_line = Instant::now();
+            let left = self.bar.eta().as_secs();
+            eprintln!("step {}/{}  {text}  {left} s left", metrics.step, self.total);
+        }
+        self.steps.push(metrics);
+        Ok(())
+    }
+
+    /// Ends the bar and hands out the steps.
+    pub fn finish(self) -> Vec<StepMetrics> {
+        self.bar.finish();
+        self.steps
+    }
+}
+
+/// Draws the loss of every step, and its running mean, as an SVG picture.
+pub fn loss_curve(path: &Path, steps: &[StepMetrics], title: &str) -> Result<()> {
+    let losses: Vec<(f64, f64)> = steps.iter().map(|s| (f64::from(s.step), s.loss)).collect();
+    let mut mean = Vec::with_capacity(losses.len());
+    let mut smoothed = None;
+    for &(step, loss) in &losses {
+        let value = smoothed.map_or(loss, |old| 0.9 * old + 0.1 * loss);
+        smoothed = Some(value);
+        mean.push((step, value));
+    }
+    let top = losses.iter().map(|&(_, loss)| loss).filter(|loss| loss.is_finite()).fold(0.0, f64::max);
+    let last = losses.last().map_or(1.0, |&(step, _)| step);
+    let mut picture = String::new();
+    {
+        let area = SVGBackend::with_string(&mut picture, (800, 480)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(title, ("sans-serif", 20))
+            .margin(12)
+            .x_label_area_size(40)
+            .y_label_area_size(56)
+            .build_cartesian_2d(1.0..last.max(2.0), 0.0..(1.05 * top).max(1e-3))?;
+        chart.configure_mesh().x_desc("step").y_desc("loss (nats a token)").light_line_style(WHITE).draw()?;
+        let (pale, strong) = (RGBColor(170, 196, 228), RGBColor(31, 87, 160));
+        chart
+            .draw_series(LineSeries::new(losses, pale))?
+            .label("each step")
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], pale));
+        chart
+            .draw_series(LineSeries::new(mean, strong.stroke_width(2)))?
+            .label("running mean")
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], strong));
+        chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
+        area.present()?;
+    }
+    nibble_models::files::atomic::atomic_write(path, |out| out.write_all(picture.as_bytes()))?;
+    Ok(())
+}
+
+/// Peak memory by tag, largest first, as one line.
+pub fn memory_line() -> String {
+    let usage = memory::usage();
+    let mut tags: Vec<_> = memory::Tag::ALL.iter().zip(usage.peak).filter(|(_, peak)| *peak > 0).collect();
+    tags.sort_by_key(|(_, peak)| std::cmp::Reverse(*peak));
+    let parts: Vec<String> = tags.iter().map(|(tag, peak)| format!("{tag} {}", bytes(*peak))).collect();
+    let process = memory::process_peak().map_or(String::new(), |peak| format!("; whole process {}", bytes(peak)));
+    format!("peak memory {} ({}){process}", bytes(usage.total_peak), parts.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_as_people_write_them() {
+        assert_eq!(bytes(512), "512 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(5 << 40), "5120.0 GiB");
+    }
+
+    #[test]
+    fn the_curve_is_drawn_even_for_one_step_or_a_broken_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let step = |step, loss| StepMetrics { step, loss, grad_norm: 1.0, lr: 1e-3, tokens: 8, tok_s: 4.0 };
+        for (name, steps) in [("one", vec![step(1, 2.0)]), ("nan", vec![step(1, 2.0), step(2, f64::NAN)]), ("no", vec![])] {
+            let path = dir.path().join(name);
+            loss_curve(&path, &steps, "loss").unwrap();
+            assert!(std::fs::read_to_string(path).unwrap().contains("</svg>"));
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The reference stack (transformers, peft, bitsandbytes) in f32 on a small Llama: logits, loss, every gradient, and 30
+//! QLoRA training steps. `tests/golden/gqa_llama3rope` holds its outputs.
+
+use nibble::{settings::Settings, train::train};
+use nibble_kernels::quantize::QuantType;
+use nibble_models::{
+    Llama,
+    files::{
+        checkpoint::{Checkpoint, CheckpointTensor},
+        peft::read_adapter,
+        safetensors::SafetensorsFile,
+    },
+    llama::{LoadOptions, Packed, Quantization},
+};
+use nibble_optim::Gradients;
+use nibble_runtime::{DType, Tag, Tensor};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gqa_llama3rope").join(name)
+}
+
+fn tensor(name: &str) -> Tensor {
+    SafetensorsFile::open(&golden("golden.safetensors")).unwrap().tensor(name, Tag::Workspace).unwrap()
+}
+
+fn integers(name: &str) -> Vec<i32> {
+    tensor(name).as_slice::<i64>().unwrap().iter().map(|&x| x as i32).collect()
+}
+
+fn doubles(name: &str) -> Vec<f64> {
+    let file = SafetensorsFile::open(&golden("golden.safetensors")).unwrap();
+    let bytes = file.view(name).unwrap().bytes;
+    bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+const NF4: Quantization = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: true };
+
+fn load(folder: &str, quantization: Option<Quantization>) -> Llama {
+    let checkpoint = Checkpoint::open(&golden(folder)).unwrap();
+    Llama::load(&checkpoint, LoadOptions { quantization, dtype: DType::F32 }, |_, _| {}).unwrap().0
+}
+
+const LENGTHS: [usize; 2] = [48, 48];
+
+/// Labels moved by one: what each position predicts.
+fn shifted(labels: &[i32]) -> Vec<i32> {
+    labels.chunks(48).flat_map(|row| row[1..].iter().copied().chain([-100])).collect()
+}
+
+#[track_caller]
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
+    let (found, expected) = (found.to_f32().unwrap(), expected.to_f32().unwrap());
+    assert_eq!(found.len(), expected.len());
+    let worst = found.iter().zip(expected.iter()).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
+    assert!(worst <= tolerance, "differs by {worst}");
+}
+
+fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
+    let (found, expected) = (found.to_f32().unwrap(), expected.to_f32().unwrap());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut found.iter().zip(expected.iter()).map(|(&f, &e)| f64::from(f) - f64::from(e)));
+    error / norm(&mut expected.iter().map(|&e| f64::from(e)))
+}
+
+/// Gradients of the mean loss over the labelled tokens; returns the loss too.
+fn gradients(llama: &Llama) -> (f64, Gradients) {
+    let (ids, labels) = (integers("ids"), shifted(&integers("labels")));
+    let count = labels.iter().filter(|&&label| label != -100).count();
+    let mut grads = Gradients::new();
+    let batch = Packed { ids: &ids, labels: &labels, lengths: &LENGTHS };
+    let out = llama.train(batch, 1.0 / count as f32, None, &mut grads).unwrap();
+    (out.sum() / count as f64, grads)
+}
+
+#[test]
+fn logits_loss_and_every_full_gradient() {
+    let mut llama = load("model", None);
+    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits"), 1e-4);
+    llama.train_all().unwrap();
+    let (loss, grads) = gradients(&llama);
+    let expected = f64::from(tensor("loss").to_f32().unwrap()[0]);
+    assert!((loss - expected).abs() < 1e-5, "loss {loss}, expected {expected}");
+    let parameters = llama.parameters();
+    assert_eq!(parameters.len(), 3 * 9 + 3);
+    for (id, name, _) in parameters {
+        let error = relative_error(grads.get(id).unwrap(), &tensor(&format!("grad.{name}")));
+        assert!(error < 1e-4, "{name}: {error}");
+    }
+}
+
+#[test]
+fn nf4_logits_and_every_lora_gradient() {
+    // Quantized here, and as transformers saved it.
+    for (folder, quantization) in [("model", Some(NF4)), ("model-bnb4", None)] {
+        let mut llama = load(folder, quantization);
+        let ids = integers("ids");
+        assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_nf4"), 1e-4);
+        let dir = golden("adapter-init");
+        llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
+        let (_, grads) = gradients(&llama);
+        let parameters = llama.parameters();
+        assert_eq!(parameters.len(), 3 * 7 * 2);
+        for (id, name, _) in parameters {
+            let expected = tensor(&format!("lora_grad.base_model.model.{name}"));
+            let found = grads.get(id).unwrap();
+            if expected.to_f32().unwrap().iter().all(|&x| x == 0.0) {
+                assert!(found.to_f32().unwrap().iter().all(|&x| x == 0.0), "{name} should be zero"); // B = 0
+            } else {
+                let error = relative_error(found, &expected);
+                assert!(error < 1e-4, "{name}: {error}");
+            }
+        }
+        let dir = golden("adapter-final");
+        llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
+        assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_final"), 5e-3);
+    }
+}
+
+/// The whole program: data file in, metrics and adapter out.
+#[test]
+fn thirty_training_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("train.jsonl");
+    let mut file = std::fs::File::create(&data).unwrap();
+    for row in integers("train.ids").chunks(48) {
+        writeln!(file, "{{\"input_ids\": {row:?}}}").unwrap();
+    }
+    drop(file);
+    let settings = Settings {
+        model: Some(golden("model")),
+        data: Some(data),
+        adapter_init: Some(golden("adapter-init")),
+        out: Some(dir.path().join("run")),
+        steps: Some(30),
+        batch_size: 2,
+        grad_accum: 1,
+        lr: 1e-3,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        dropout: 0.0,
+        no_shuffle: true,
+        ..Settings::default()
+    };
+    train(&settings).unwrap();
+    let metrics = std::fs::read_to_string(dir.path().join("run/metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (losses, norms) = (doubles("train.losses"), doubles("train.grad_norms"));
+    assert_eq!(lines.len(), 30);
+    for (line, (loss, norm)) in lines.iter().zip(losses.iter().zip(&norms)) {
+        let (found, found_norm) = (line["loss"].as_f64().unwrap(), line["grad_norm"].as_f64().unwrap());
+        assert!((found - loss).abs() < 1e-3, "step {}: loss {found}, expected {loss}", line["step"]);
+        assert!((found_norm / norm - 1.0).abs() < 0.01, "step {}: norm {found_norm}, expected {norm}", line["step"]);
+    }
+    let mut llama = load("model", Some(NF4));
+    let adapter = dir.path().join("run/adapter");
+    llama.set_adapter(&read_adapter(&adapter).unwrap(), &adapter).unwrap();
+    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_final"), 5e-3);
+}
+
+/// `quantize` gives the packed bytes that transformers and bitsandbytes saved.
+#[test]
+fn a_quantized_folder_has_the_packed_bytes_of_bitsandbytes() {
+    let dir = tempfile::tempdir().unwrap();
+    load("model", Some(NF4)).save(dir.path(), DType::BF16).unwrap();
+    let (ours, theirs) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(&golden("model-bnb4")).unwrap());
+    let mut compared = 0;
+    for layer in 0..3 {
+        for (module, shape) in [
+            ("self_attn.q_proj", [128, 128]),
+            ("self_attn.k_proj", [64, 128]),
+            ("self_attn.v_proj", [64, 128]),
+            ("self_attn.o_proj", [128, 128]),
+            ("mlp.gate_proj", [384, 128]),
+            ("mlp.up_proj", [384, 128]),
+            ("mlp.down_proj", [128, 384]),
+        ] {
+            let name = format!("model.layers.{layer}.{module}.weight");
+            let read = |checkpoint: &Checkpoint| match checkpoint.weight(&name, &shape, Tag::Weights).unwrap() {
+                CheckpointTensor::Quantized(quantized) => quantized,
+                CheckpointTensor::Dense(_) => panic!("{name} is not quantized"),
+            };
+            assert_eq!(read(&ours).packed.bytes(), read(&theirs).packed.bytes(), "{name}");
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 21);
+}
