@@ -8,6 +8,7 @@ mod metadata;
 pub mod quants;
 mod types;
 
+pub use llama::{gguf_name, hf_name};
 pub use types::GgmlType;
 
 use super::mapped::MappedFile;
