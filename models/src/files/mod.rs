@@ -4,6 +4,8 @@
 //! that is written goes through [`atomic::atomic_write`].
 
 pub mod atomic;
+pub mod bnb;
+pub mod checkpoint;
 pub mod gguf;
 pub mod mapped;
 pub mod safetensors;
