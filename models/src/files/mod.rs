@@ -7,6 +7,8 @@ pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
 pub mod gguf;
+pub mod inspect;
 pub mod mapped;
+pub mod peft;
 pub mod safetensors;
 pub mod shards;
