@@ -1,0 +1,201 @@
+//! One safetensors file: reading through a memory map, and writing.
+//!
+//! Format: a u64 length, a JSON header of that length, then the tensors' bytes without gaps.
+
+use super::{atomic::atomic_write, mapped::MappedFile};
+use crate::{Error, Result};
+use nibble_runtime::{DType, Tag, Tensor};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use std::{collections::BTreeMap, collections::HashMap, ops::Range, path::Path};
+
+/// The format's own limit on the header.
+const MAX_HEADER: usize = 100_000_000;
+
+/// An open safetensors file.
+#[derive(Debug)]
+pub struct SafetensorsFile {
+    file: MappedFile,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data: usize,
+}
+
+/// A tensor in a file: its type, its shape and its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// Type by the format's name; [`TensorView::dtype`] for those that nibble holds.
+    pub format: Dtype,
+    /// Sizes of the dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// The elements, little-endian, not necessarily aligned.
+    pub bytes: &'a [u8],
+}
+
+impl TensorView<'_> {
+    /// The element type, if nibble has it.
+    pub fn dtype(&self) -> Option<DType> {
+        from_format(self.format)
+    }
+}
+
+fn from_format(format: Dtype) -> Option<DType> {
+    Some(match format {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::U8 => DType::U8,
+        Dtype::I8 => DType::I8,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        _ => return None,
+    })
+}
+
+fn to_format(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::U8 => Dtype::U8,
+        DType::I8 => Dtype::I8,
+        DType::I32 => Dtype::I32,
+        DType::I64 => Dtype::I64,
+    }
+}
+
+/// Checks a file's bytes: the header, and where the data begins. The header's own parser sees to it that tensors follow
+/// each other without gap or overlap and that every shape fits its bytes; here, that the whole fits the file.
+fn parse(bytes: &[u8]) -> std::result::Result<(Metadata, usize), String> {
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(format!("{} bytes, not even a header's length", bytes.len()));
+    };
+    let length = u64::from_le_bytes(*length);
+    let header = usize::try_from(length).ok().and_then(|length| rest.get(..length)).ok_or_else(|| {
+        let left = rest.len();
+        format!("the header claims {length} bytes, but {left} follow; truncated, or not a safetensors file")
+    })?;
+    if header.len() > MAX_HEADER {
+        return Err(format!("a header of {length} bytes; at most {MAX_HEADER} are allowed"));
+    }
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("damaged header: {e}"))?;
+    let (found, expected) = (rest.len() - header.len(), metadata.data_len());
+    if found != expected {
+        let what = if found < expected { "truncated" } else { "damaged" };
+        return Err(format!("{what}: the header describes {expected} bytes of tensors, the file has {found}"));
+    }
+    Ok((metadata, 8 + header.len()))
+}
+
+impl SafetensorsFile {
+    /// Maps a file and checks its header.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: missing or unreadable. [`Error::File`]: truncated, or a header that is malformed, contradicts
+    /// itself (offsets that overlap or leave gaps, shapes that do not fit) or the file's size.
+    pub fn open(path: &Path) -> Result<SafetensorsFile> {
+        let file = MappedFile::open(path)?;
+        let parsed = parse(file.bytes());
+        let (header, data) =
+            parsed.map_err(|what| Error::file(path, format!("not a valid safetensors file: {what}")))?;
+        Ok(SafetensorsFile { file, header, data })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Names of the tensors, in the order of their bytes.
+    pub fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
+    }
+
+    /// The header's free-form text entries.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
+    fn range(&self, info: &TensorInfo) -> Range<usize> {
+        self.data + info.data_offsets.0..self.data + info.data_offsets.1
+    }
+
+    /// A tensor, in place.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`]: no tensor of this name.
+    pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
+        let info = self
+            .header
+            .info(name)
+            .ok_or_else(|| Error::mismatch(self.path(), format!("the file has no tensor \"{name}\"")))?;
+        Ok(TensorView { format: info.dtype, shape: &info.shape, bytes: &self.file.bytes()[self.range(info)] })
+    }
+
+    /// A copy of a tensor, counted under `tag`. The file's pages are given back afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`]: no tensor of this name. [`Error::Unsupported`]: an element type that nibble does not hold.
+    pub fn tensor(&self, name: &str, tag: Tag) -> Result<Tensor> {
+        let view = self.view(name)?;
+        let Some(dtype) = view.dtype() else {
+            let what =
+                format!("tensor \"{name}\" holds {}; nibble reads F32, F16, BF16, U8, I8, I32, I64", view.format);
+            return Err(Error::unsupported(self.path(), what));
+        };
+        let tensor = Tensor::from_bytes(view.bytes, dtype, view.shape, tag)?;
+        self.release_tensor(name);
+        Ok(tensor)
+    }
+
+    /// Gives the pages of one tensor back to the system.
+    pub fn release_tensor(&self, name: &str) {
+        if let Some(info) = self.header.info(name) {
+            self.file.release(self.range(info));
+        }
+    }
+
+    /// Gives the whole file's pages back to the system; they return from disk when touched.
+    pub fn release(&self) {
+        self.file.release(0..self.file.bytes().len());
+    }
+}
+
+/// Writes tensors to a safetensors file, as [`atomic_write`] does. They are laid out as the reference implementation
+/// does it: larger alignments first, then by name.
+///
+/// # Errors
+/// [`Error::Io`]: the file cannot be written. [`Error::Invalid`]: a name appears twice or is reserved.
+pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
+    let mut order: Vec<_> = tensors.iter().collect();
+    order.sort_by(|(a_name, a), (b_name, b)| {
+        to_format(b.dtype()).cmp(&to_format(a.dtype())).then_with(|| a_name.cmp(b_name))
+    });
+    let mut names = std::collections::HashSet::new();
+    let mut offset = 0;
+    let mut infos = Vec::with_capacity(order.len());
+    for (name, tensor) in &order {
+        if name == "__metadata__" || !names.insert(name) {
+            return Err(Error::Invalid(format!("{}: cannot write two tensors named \"{name}\"", path.display())));
+        }
+        let end = offset + tensor.size_bytes();
+        let (dtype, shape) = (to_format(tensor.dtype()), tensor.shape().to_vec());
+        infos.push((name.clone(), TensorInfo { dtype, shape, data_offsets: (offset, end) }));
+        offset = end;
+    }
+    let text: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    let invalid = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", path.display()));
+    let header = Metadata::new((!text.is_empty()).then_some(text), infos).map_err(|e| invalid(&e))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
+    // Padding aligns the tensors' bytes.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    atomic_write(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        order.iter().try_for_each(|(_, tensor)| file.write_all(tensor.bytes()))
+    })
+}
