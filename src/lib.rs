@@ -1,3 +1,4 @@
 //! nibble: QLoRA fine-tuning of Llama models.
 
 pub mod data;
+pub mod default_task;
