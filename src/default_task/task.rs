@@ -1,0 +1,118 @@
+//! The fine-tuning task: turn a sentence of the small world into a function call in JSON.
+//!
+//! Training and held-out rows share no pair of person and thing, so a model cannot pass by remembering rows.
+
+use super::world::{Dice, Event, Kind};
+
+/// The Philox purposes of training and held-out rows.
+const TRAIN: u32 = 0x7A5;
+const HELD_OUT: u32 = 0x7A6;
+
+/// A prompt and what the fine-tuned model should answer.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Row {
+    pub prompt: String,
+    pub completion: String,
+}
+
+/// Whether events of this person and this thing are kept for evaluation (one pair in eight).
+fn held_out(event: &Event) -> bool {
+    (event.who + event.item).is_multiple_of(8)
+}
+
+/// `count` training rows of `seed`.
+pub fn train_rows(seed: u64, count: u32) -> Vec<Row> {
+    (0..count).map(|index| row(seed, TRAIN, index, false)).collect()
+}
+
+/// `count` held-out rows of `seed`.
+pub fn eval_rows(seed: u64, count: u32) -> Vec<Row> {
+    (0..count).map(|index| row(seed, HELD_OUT, index, true)).collect()
+}
+
+fn row(seed: u64, purpose: u32, index: u32, want_held_out: bool) -> Row {
+    let dice = &mut Dice::new(seed, purpose, index);
+    let event = loop {
+        let event = Event::roll(dice);
+        if held_out(&event) == want_held_out {
+            break event;
+        }
+    };
+    let mut prompt = event.tell(dice);
+    if dice.one_in(3) {
+        prompt.push_str(&distraction(&event, dice));
+    }
+    prompt.push('\n');
+    Row { prompt, completion: call(&event) }
+}
+
+/// A second sentence that must not change the answer.
+fn distraction(event: &Event, dice: &mut Dice) -> String {
+    match dice.below(3) {
+        0 => " It was a cold morning.".to_string(),
+        1 => format!(" It was an old {}, but {} did not mind.", event.item(), event.who()),
+        _ => format!(" {} stayed at home that day.", super::world::PEOPLE[dice.below(super::world::PEOPLE.len())]),
+    }
+}
+
+/// The JSON call that records `event`.
+fn call(event: &Event) -> String {
+    let (who, colour, item, place, day) = (event.who(), event.colour(), event.item(), event.place(), event.day());
+    let (name, receiver) = match event.kind {
+        Kind::Move => ("move", String::new()),
+        Kind::Give => ("give", format!("\"to\": \"{}\", ", event.other())),
+        Kind::Find => ("find", String::new()),
+        Kind::Lose => ("lose", String::new()),
+    };
+    format!(
+        "{{\"call\": \"{name}\", \"who\": \"{who}\", {receiver}\"colour\": \"{colour}\", \"item\": \"{item}\", \
+         \"place\": \"{place}\", \"day\": \"{day}\"}}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn the_same_seed_makes_the_same_rows() {
+        assert_eq!(train_rows(3, 50), train_rows(3, 50));
+        assert_ne!(train_rows(3, 50), train_rows(4, 50));
+        assert_eq!(train_rows(3, 50)[..20], train_rows(3, 20));
+    }
+
+    #[test]
+    fn held_out_rows_hold_pairs_that_training_never_shows() {
+        let pairs = |rows: Vec<Row>| -> HashSet<(String, String)> {
+            let fields = rows.iter().map(|row| serde_json::from_str::<serde_json::Value>(&row.completion).unwrap());
+            fields.map(|call| (call["who"].to_string(), call["item"].to_string())).collect()
+        };
+        let (train, eval) = (pairs(train_rows(1, 2000)), pairs(eval_rows(1, 200)));
+        assert!(train.len() > 500 && eval.len() > 100);
+        assert!(train.is_disjoint(&eval));
+    }
+
+    #[test]
+    fn every_argument_is_a_word_of_the_prompt() {
+        for row in train_rows(5, 500).iter().chain(&eval_rows(5, 200)) {
+            let call: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&row.completion).unwrap();
+            assert_eq!(call.len(), if call["call"] == "give" { 7 } else { 6 });
+            let words: HashSet<&str> = row.prompt.split(|c: char| !c.is_alphabetic()).collect();
+            for (key, value) in call.iter().filter(|(key, _)| *key != "call") {
+                assert!(words.contains(value.as_str().unwrap()), "{key} of {row:?}");
+            }
+            assert!(row.prompt.ends_with(".\n"));
+        }
+    }
+
+    /// One prompt, one answer: the prompt alone decides the call.
+    #[test]
+    fn no_prompt_has_two_answers() {
+        let mut answers = std::collections::HashMap::new();
+        for row in train_rows(1, 4000) {
+            let known = answers.entry(row.prompt).or_insert_with(|| row.completion.clone());
+            assert_eq!(*known, row.completion);
+        }
+    }
+}
