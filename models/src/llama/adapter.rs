@@ -3,7 +3,7 @@
 use super::{Linear, Llama, Lora, Param};
 use crate::{
     Error, Result,
-    files::peft::{Adapter, AdapterConfig},
+    files::peft::{Adapter, AdapterConfig, TargetModules},
 };
 use nibble_kernels::{linear::Weight, quantize::dequantize};
 use nibble_runtime::{
@@ -31,6 +31,22 @@ pub struct LoraConfig {
     pub rslora: bool,
     /// Last parts of the names of the layers to adapt, out of [`TARGETS`].
     pub targets: Vec<String>,
+}
+
+impl LoraConfig {
+    /// The settings in PEFT's form, for a base model of this name.
+    pub fn to_peft(&self, base: Option<String>) -> AdapterConfig {
+        AdapterConfig {
+            r: self.rank,
+            lora_alpha: self.alpha,
+            // Through text, so that 0.1 is written as 0.1 and not as the f32 nearest to it.
+            lora_dropout: self.dropout.to_string().parse().unwrap_or(0.0),
+            use_rslora: self.rslora,
+            target_modules: Some(TargetModules::Names(self.targets.clone())),
+            base_model_name_or_path: base,
+            ..AdapterConfig::default()
+        }
+    }
 }
 
 fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {
