@@ -1,1 +1,4 @@
 //! Checkpoint, adapter and GGUF files.
+
+pub mod gguf;
+pub mod mapped;
