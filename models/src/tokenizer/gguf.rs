@@ -1,0 +1,209 @@
+//! A tokenizer from the vocabulary in a GGUF header.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, ModelWrapper};
+
+use super::{Specials, Tokenizer, byte_level, sentencepiece};
+use crate::{Error, Result};
+
+/// `tokenizer.ggml.token_type`: what a token is.
+const UNKNOWN: i32 = 2;
+const NORMAL: i32 = 1;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const BYTE: i32 = 6;
+
+/// The `tokenizer.*` keys of a GGUF header.
+#[derive(Clone, Debug, Default)]
+pub struct GgufVocab {
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    pub model: String,
+    /// `tokenizer.ggml.pre`: how byte-level BPE cuts a text into words.
+    pub pre: Option<String>,
+    /// Spelling of every token, by id.
+    pub tokens: Vec<String>,
+    /// Kind of every token (1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte); empty if the file has none.
+    pub token_types: Vec<i32>,
+    /// `left right` pairs, best first; empty if the file has none.
+    pub merges: Vec<String>,
+    /// Score of every token; empty if the file has none.
+    pub scores: Vec<f32>,
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    /// End of a turn, where it is another token than `eos`.
+    pub eot: Option<u32>,
+    pub pad: Option<u32>,
+    pub unk: Option<u32>,
+    pub add_bos: Option<bool>,
+    pub add_eos: Option<bool>,
+    /// Whether SentencePiece puts a space before a text (it does unless this is `false`).
+    pub add_space_prefix: Option<bool>,
+    pub chat_template: Option<String>,
+}
+
+impl Tokenizer {
+    /// The tokenizer of a GGUF file; `path` is for error messages.
+    ///
+    /// [`Error::Unsupported`] for a tokenizer model or pre-tokenizer that is not known, [`Error::File`] for arrays that
+    /// do not fit each other.
+    pub fn from_gguf_vocab(vocab: &GgufVocab, path: &Path) -> Result<Self> {
+        let file = |what: String| Error::file(path, format!("tokenizer: {what}"));
+        vocab.check().map_err(file)?;
+        let (mut inner, add_bos) = match vocab.model.as_str() {
+            "gpt2" => {
+                let pre = vocab.pre.as_deref().unwrap_or("default");
+                let family = byte_level::family(pre).map_err(|error| file(error.to_string()))?.ok_or_else(|| {
+                    let what = format!(
+                        "the pre-tokenizer {pre:?} (tokenizer.ggml.pre) is not supported; \
+                         use the model's Hugging Face folder, which has a tokenizer.json"
+                    );
+                    Error::unsupported(path, what)
+                })?;
+                let add_bos = family.add_bos;
+                (vocab.byte_level(family).map_err(file)?, add_bos)
+            }
+            "llama" => (vocab.sentencepiece().map_err(file)?, true),
+            other => {
+                let what = format!("the tokenizer model {other:?} (tokenizer.ggml.model) is not supported: gpt2, llama");
+                return Err(Error::unsupported(path, what));
+            }
+        };
+        vocab.add_tokens(&mut inner).map_err(file)?;
+        let mut eos: Vec<u32> = vocab.eos.into_iter().collect();
+        eos.extend(vocab.eot.filter(|eot| Some(*eot) != vocab.eos));
+        let specials = Specials {
+            bos: vocab.bos,
+            eos,
+            pad: vocab.pad,
+            unk: vocab.unk,
+            add_bos: Some(vocab.add_bos.unwrap_or(add_bos)),
+            add_eos: Some(vocab.add_eos.unwrap_or(false)),
+            chat_template: vocab.chat_template.clone(),
+        };
+        Self::assemble(inner, specials).map_err(file)
+    }
+}
+
+impl GgufVocab {
+    fn check(&self) -> std::result::Result<(), String> {
+        let count = self.tokens.len();
+        if count == 0 {
+            return Err("tokenizer.ggml.tokens is empty".to_owned());
+        }
+        if u32::try_from(count).is_err() {
+            return Err(format!("{count} tokens are more than ids can name"));
+        }
+        for (name, len) in [("token_type", self.token_types.len()), ("scores", self.scores.len())] {
+            if len != 0 && len != count {
+                return Err(format!("tokenizer.ggml.{name} has {len} entries for {count} tokens"));
+            }
+        }
+        let ids =
+            [("bos", self.bos), ("eos", self.eos), ("eot", self.eot), ("padding", self.pad), ("unknown", self.unk)];
+        for (name, id) in ids {
+            if let Some(id) = id.filter(|id| *id as usize >= count) {
+                return Err(format!("tokenizer.ggml.{name}_token_id is {id}, but there are {count} tokens"));
+            }
+        }
+        Ok(())
+    }
+
+    fn kind(&self, id: usize) -> i32 {
+        self.token_types.get(id).copied().unwrap_or(NORMAL)
+    }
+
+    fn ids(&self) -> HashMap<String, u32> {
+        self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect()
+    }
+
+    fn byte_level(&self, family: byte_level::Family) -> std::result::Result<tokenizers::Tokenizer, String> {
+        let merges = split_merges(&self.merges)?;
+        let model = bpe(self.ids(), merges, |builder| builder.ignore_merges(family.ignore_merges))?;
+        let mut inner = tokenizers::Tokenizer::new(model);
+        inner.with_pre_tokenizer(Some(family.pre_tokenizer));
+        inner.with_decoder(Some(ByteLevel::new(false, true, true)));
+        Ok(inner)
+    }
+
+    fn sentencepiece(&self) -> std::result::Result<tokenizers::Tokenizer, String> {
+        let merges = if self.merges.is_empty() {
+            if self.scores.is_empty() {
+                return Err("a SentencePiece vocabulary needs tokenizer.ggml.scores or tokenizer.ggml.merges".to_owned());
+            }
+            sentencepiece::merges(&self.tokens, &self.scores, |id| self.kind(id) == NORMAL)?
+        } else {
+            split_merges(&self.merges)?
+        };
+        // Without byte tokens, falling back to bytes would fall through to nothing.
+        let bytes = self.token_types.contains(&BYTE) || self.tokens.iter().any(|token| token == "<0x0A>");
+        let unk = self.unk.map(|id| id as usize);
+        let unk = unk.or_else(|| (0..self.tokens.len()).find(|&id| self.kind(id) == UNKNOWN));
+        let model = bpe(self.ids(), merges, |builder| {
+            let builder = builder.fuse_unk(true).byte_fallback(bytes);
+            match unk {
+                Some(id) => builder.unk_token(self.tokens[id].clone()),
+                None => builder,
+            }
+        })?;
+        let prefix = self.add_space_prefix.unwrap_or(true);
+        let mut inner = tokenizers::Tokenizer::new(model);
+        let normalizer = sentencepiece::normalizer(prefix).map_err(|error| error.to_string())?;
+        inner.with_normalizer(Some(normalizer)).map_err(|error| error.to_string())?;
+        inner.with_decoder(Some(sentencepiece::decoder(prefix).map_err(|error| error.to_string())?));
+        Ok(inner)
+    }
+
+    /// Control and user-defined tokens are found in a text before anything else, whole.
+    fn add_tokens(&self, inner: &mut tokenizers::Tokenizer) -> std::result::Result<(), String> {
+        let special = |id: usize| {
+            self.kind(id) == CONTROL || [self.bos, self.eos, self.eot, self.pad].contains(&Some(id as u32))
+        };
+        let mut added = Vec::new();
+        for (id, token) in self.tokens.iter().enumerate() {
+            if !token.is_empty() && (special(id) || self.kind(id) == USER_DEFINED || self.kind(id) == UNKNOWN) {
+                let special = special(id) || self.kind(id) == UNKNOWN;
+                added.push(AddedToken::from(token.as_str(), special).normalized(false));
+            }
+        }
+        inner.add_tokens(added).map(drop).map_err(|error| error.to_string())
+    }
+}
+
+fn split_merges(merges: &[String]) -> std::result::Result<Vec<(String, String)>, String> {
+    let split = |(i, merge): (usize, &String)| match merge.split_once(' ') {
+        Some((left, right)) if !left.is_empty() && !right.is_empty() => Ok((left.to_owned(), right.to_owned())),
+        _ => Err(format!("merge {i} is {merge:?}; expected two parts with a space between")),
+    };
+    merges.iter().enumerate().map(split).collect()
+}
+
+/// Builds a BPE after checking what the builder takes on trust: that both parts of a merge and the whole are tokens.
+fn bpe(
+    ids: HashMap<String, u32>,
+    merges: Vec<(String, String)>,
+    settings: impl FnOnce(BpeBuilder) -> BpeBuilder,
+) -> std::result::Result<ModelWrapper, String> {
+    check_merges(&ids, merges.iter().map(|(left, right)| (left.as_str(), right.as_str())))?;
+    let builder = BPE::builder().vocab_and_merges(ids.into_iter().collect::<Vocab>(), merges);
+    Ok(settings(builder).build().map_err(|error| error.to_string())?.into())
+}
+
+/// An unknown part would make the builder panic.
+pub(super) fn check_merges<'a>(
+    ids: &HashMap<String, u32>,
+    merges: impl Iterator<Item = (&'a str, &'a str)>,
+) -> std::result::Result<(), String> {
+    let known: HashSet<&str> = ids.keys().map(String::as_str).collect();
+    for (left, right) in merges {
+        for part in [left, right, &format!("{left}{right}")] {
+            if !known.contains(part) {
+                return Err(format!("the merge of {left:?} and {right:?} needs the token {part:?}, which is missing"));
+            }
+        }
+    }
+    Ok(())
+}
