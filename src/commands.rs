@@ -1,7 +1,7 @@
 //! The commands besides training.
 
 use crate::{
-    cli::{Cli, Command, EvalArgs, GenerateArgs, LogitsArgs, QuantizeArgs},
+    cli::{Cli, Command, DTypeChoice, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task, eval, interrupt,
     model::{Model, ModelSource},
     report,
@@ -9,13 +9,13 @@ use crate::{
     train,
 };
 use anyhow::{Context, Result, bail, ensure};
-use nibble_kernels::linear::Weight;
 use nibble_models::{
     chat::Message,
-    files::{bnb, checkpoint::Checkpoint, inspect, safetensors::write_safetensors},
+    files::{inspect, safetensors::write_safetensors},
     generate::{Sampling, generate},
     tokenizer::Tokenizer,
 };
+use nibble_runtime::DeviceRequest;
 use std::{io::Write, path::Path};
 
 /// Runs what the command line asks for; the exit code of the program.
@@ -108,7 +108,7 @@ fn eval_command(args: &EvalArgs) -> Result<i32> {
     interrupt::listen().context("listening for Ctrl-C")?;
     let model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
-    let options = data::LoadOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
+    let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
     let examples = data::load_examples(&args.data, &tokenizer, &options)?;
     let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
     if args.json {
@@ -138,10 +138,25 @@ fn logits_command(args: &LogitsArgs) -> Result<()> {
 }
 
 fn quantize_command(args: &QuantizeArgs) -> Result<()> {
-    bnb::quantize_folder(&args.model, &args.out, args.quant, args.block_size, !args.no_double_quant)?;
-    let checkpoint = Checkpoint::open(&args.out)?;
+    if args.out.join("config.json").exists() || args.out.is_file() {
+        bail!("{} already holds a model; choose another --out or move it away", args.out.display());
+    }
+    let source = ModelSource {
+        path: Some(args.model.clone()),
+        quant: QuantChoice(Some(args.quant)),
+        double_quant: !args.no_double_quant,
+        block_size: args.block_size,
+        dtype: DTypeChoice(None),
+        device: DeviceRequest::Auto,
+    };
+    let model = Model::load_as_stored(&source)?;
+    let tokenizer = model.tokenizer();
+    model.llama.save(&args.out, model.llama.dtype)?;
+    match tokenizer {
+        Ok(tokenizer) => tokenizer.save(&args.out)?,
+        Err(error) => eprintln!("warning: no tokenizer was written: {error:#}"),
+    }
     eprintln!("wrote {}", args.out.display());
-    let _ = (Weight::size_bytes, checkpoint);
     Ok(())
 }
 

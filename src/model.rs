@@ -11,7 +11,7 @@ use nibble_models::{
     llama::{Footprint, LoadOptions, Quantization},
     tokenizer::Tokenizer,
 };
-use nibble_runtime::DeviceRequest;
+use nibble_runtime::{DType, DeviceRequest};
 use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
@@ -57,6 +57,15 @@ pub struct Model {
 impl Model {
     /// Loads the model, saying on standard error what it is and where it runs.
     pub fn load(source: &ModelSource) -> Result<Model> {
+        Self::load_in(source, Some(source.dtype.resolve()))
+    }
+
+    /// As [`Model::load`], computing in the type that the checkpoint's weights have (bf16 for a GGUF).
+    pub fn load_as_stored(source: &ModelSource) -> Result<Model> {
+        Self::load_in(source, None)
+    }
+
+    fn load_in(source: &ModelSource, dtype: Option<DType>) -> Result<Model> {
         let device = source.device.resolve()?;
         let unpacked = match source.path {
             None => Some(default_task::unpack().context("unpacking the embedded model")?),
@@ -73,7 +82,7 @@ impl Model {
             block_size: source.block_size,
             double_quant: source.double_quant,
         });
-        let dtype = source.dtype.resolve();
+        let dtype = dtype.map_or_else(|| checkpoint.dtype(), Ok)?;
         let bar = report::bar("load", checkpoint.config().num_layers);
         let (llama, footprint) = Llama::load(&checkpoint, LoadOptions { quantization, dtype }, |done, _| {
             bar.set_position(done as u64);
@@ -117,6 +126,11 @@ impl Model {
             tokenizer.vocab_size()
         );
         Ok(tokenizer)
+    }
+
+    /// The type of the weights in the checkpoint.
+    pub fn stored_dtype(&self) -> Result<DType> {
+        Ok(self.checkpoint.dtype()?)
     }
 
     /// Puts a PEFT adapter on the model.

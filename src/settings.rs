@@ -61,13 +61,13 @@ pub struct TrainArgs {
     pub warmup: Option<u32>,
     /// Decoupled weight decay [default: 0]
     #[arg(long, value_name = "RATE")]
-    pub weight_decay: Option<f32>,
+    pub weight_decay: Option<f64>,
     /// β₁ and β₂ of AdamW [default: 0.9,0.999]
     #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 1)]
-    pub betas: Option<Vec<f32>>,
+    pub betas: Option<Vec<f64>>,
     /// ε of AdamW [default: 1e-8]
     #[arg(long, value_name = "EPS")]
-    pub eps: Option<f32>,
+    pub eps: Option<f64>,
     /// Precision of the optimizer's moments: 32 or 8 bits [default: 32]
     #[arg(long, value_name = "BITS")]
     pub optimizer_bits: Option<String>,
@@ -176,9 +176,9 @@ pub struct Settings {
     #[serde(with = "as_text")]
     pub schedule: Schedule,
     pub warmup: u32,
-    pub weight_decay: f32,
-    pub betas: [f32; 2],
-    pub eps: f32,
+    pub weight_decay: f64,
+    pub betas: [f64; 2],
+    pub eps: f64,
     #[serde(with = "as_text")]
     pub optimizer_bits: StateBits,
     pub max_grad_norm: f64,

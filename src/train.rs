@@ -128,7 +128,7 @@ fn load_data(model: &Model, tokenizer: &Tokenizer, settings: &Settings) -> Resul
     let inside = |name: &str| embedded.as_ref().map(|dir| dir.path().join(name));
     let train = settings.data.clone().or_else(|| inside(default_task::TRAIN));
     let held_out = settings.eval_data.clone().or_else(|| inside(default_task::EVAL));
-    let options = data::LoadOptions { seq_len: settings.seq_len, vocab_size: model.llama.config.vocab_size };
+    let options = data::DataOptions { seq_len: settings.seq_len, vocab_size: model.llama.config.vocab_size };
     let load = |path: Option<PathBuf>| match path {
         None => Ok(Vec::new()),
         Some(path) => data::load_examples(&path, tokenizer, &options),
@@ -167,7 +167,7 @@ fn optimize(
     adapter_config: &Option<peft::AdapterConfig>,
     tokenizer: &Tokenizer,
 ) -> Result<(Vec<StepMetrics>, bool)> {
-    let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle);
+    let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
     let window = settings.grad_accum;
     let epochs = settings.epochs.unwrap_or(1) as usize;
     let total = match settings.steps {
@@ -269,7 +269,7 @@ fn save(
         Some(config) => peft::write_adapter(&run.join("adapter"), &model.llama.adapter(config.clone()))?,
         None => {
             let dir = run.join("model");
-            model.llama.save(&dir)?;
+            model.llama.save(&dir, model.stored_dtype()?)?;
             tokenizer.save(&dir)?;
         }
     }

@@ -67,11 +67,11 @@ fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
 }
 
 /// Gradients of the mean loss over the labelled tokens; returns the loss too.
-fn gradients(llama: &Llama) -> (f64, Gradients) {
-    let (ids, labels) = (integers("ids"), shifted(&integers("labels")));
+fn gradients(llama: &Llama, ids: &[i32], labels: &[i32]) -> (f64, Gradients) {
+    let labels = shifted(labels);
     let count = labels.iter().filter(|&&label| label != -100).count();
     let mut grads = Gradients::new();
-    let batch = Packed { ids: &ids, labels: &labels, lengths: &LENGTHS };
+    let batch = Packed { ids, labels: &labels, lengths: &LENGTHS };
     let out = llama.train(batch, 1.0 / count as f32, None, &mut grads).unwrap();
     (out.sum() / count as f64, grads)
 }
@@ -81,7 +81,7 @@ fn logits_loss_and_every_full_gradient() {
     let mut llama = load("model", None);
     assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits"), 1e-4);
     llama.train_all().unwrap();
-    let (loss, grads) = gradients(&llama);
+    let (loss, grads) = gradients(&llama, &integers("ids"), &integers("labels"));
     let expected = f64::from(tensor("loss").to_f32().unwrap()[0]);
     assert!((loss - expected).abs() < 1e-5, "loss {loss}, expected {expected}");
     let parameters = llama.parameters();
@@ -94,30 +94,36 @@ fn logits_loss_and_every_full_gradient() {
 
 #[test]
 fn nf4_logits_and_every_lora_gradient() {
-    // Quantized here, and as transformers saved it.
-    for (folder, quantization) in [("model", Some(NF4)), ("model-bnb4", None)] {
-        let mut llama = load(folder, quantization);
-        let ids = integers("ids");
-        assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_nf4"), 1e-4);
-        let dir = golden("adapter-init");
-        llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
-        let (_, grads) = gradients(&llama);
-        let parameters = llama.parameters();
-        assert_eq!(parameters.len(), 3 * 7 * 2);
-        for (id, name, _) in parameters {
-            let expected = tensor(&format!("lora_grad.base_model.model.{name}"));
-            let found = grads.get(id).unwrap();
-            if expected.to_f32().unwrap().iter().all(|&x| x == 0.0) {
-                assert!(found.to_f32().unwrap().iter().all(|&x| x == 0.0), "{name} should be zero"); // B = 0
-            } else {
-                let error = relative_error(found, &expected);
-                assert!(error < 1e-4, "{name}: {error}");
-            }
+    let mut llama = load("model-bnb4", None);
+    let ids = integers("ids");
+    assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_nf4"), 1e-4);
+    let dir = golden("adapter-init");
+    llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
+    let first = &integers("train.ids")[..96];
+    let (_, grads) = gradients(&llama, first, first);
+    let parameters = llama.parameters();
+    assert_eq!(parameters.len(), 3 * 7 * 2);
+    for (id, name, _) in parameters {
+        let expected = tensor(&format!("lora_grad.base_model.model.{name}"));
+        let found = grads.get(id).unwrap();
+        if expected.to_f32().unwrap().iter().all(|&x| x == 0.0) {
+            assert!(found.to_f32().unwrap().iter().all(|&x| x == 0.0), "{name} should be zero"); // B = 0
+        } else {
+            let error = relative_error(found, &expected);
+            assert!(error < 1e-4, "{name}: {error}");
         }
-        let dir = golden("adapter-final");
-        llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
-        assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_final"), 5e-3);
     }
+    let dir = golden("adapter-final");
+    llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
+    assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_final"), 1e-4);
+}
+
+/// The golden model was quantized by bitsandbytes on a CPU, whose 8-bit scale codes differ from its CUDA kernel's (and
+/// ours) in 20 of 9,216 near-ties, by one step.
+#[test]
+fn nf4_logits_of_our_own_quantization() {
+    let llama = load("model", Some(NF4));
+    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_nf4"), 5e-3);
 }
 
 /// The whole program: data file in, metrics and adapter out.

@@ -24,6 +24,38 @@ pub const EVAL_ROWS: u32 = 200;
 /// Scenes of the base model's text.
 pub const SCENES: u32 = 30_000;
 
+/// Folder of the model within [`unpack`]'s folder.
+pub const MODEL: &str = "model";
+/// The examples to train on, within [`unpack`]'s folder.
+pub const TRAIN: &str = "train.jsonl";
+/// The held-out examples, within [`unpack`]'s folder.
+pub const EVAL: &str = "eval.jsonl";
+/// Settings of the default run, as TOML over the usual defaults.
+pub const RECIPE: &str = include_str!("../../assets/default/recipe.toml");
+
+/// Writes the embedded model and data into a temporary folder, so that they are read like anyone's files. The folder goes
+/// with the returned value.
+pub fn unpack() -> io::Result<tempfile::TempDir> {
+    macro_rules! asset {
+        ($name:literal) => {
+            ($name, include_bytes!(concat!("../../assets/default/", $name)).as_slice())
+        };
+    }
+    let dir = tempfile::Builder::new().prefix("nibble-").tempdir()?;
+    std::fs::create_dir(dir.path().join(MODEL))?;
+    for (name, bytes) in [
+        asset!("model/config.json"),
+        asset!("model/model.safetensors"),
+        asset!("model/tokenizer.json"),
+        asset!("model/tokenizer_config.json"),
+        asset!("train.jsonl"),
+        asset!("eval.jsonl"),
+    ] {
+        std::fs::write(dir.path().join(name), bytes)?;
+    }
+    Ok(dir)
+}
+
 /// A failure to make the assets.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -48,7 +80,7 @@ pub fn write(assets: &Path, work: &Path, seed: u64) -> Result<(), Error> {
     let scenes: Vec<String> = (0..SCENES).map(|index| text::scene(seed, index)).collect();
     let tokenizer = tokenizer::train(&scenes, init::VOCAB)?.to_string(true)?;
     let init = work.join("init");
-    for dir in [assets, &init] {
+    for dir in [&assets.join(MODEL), &init] {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
         put(&dir.join("tokenizer.json"), &tokenizer)?;
         put(&dir.join("tokenizer_config.json"), &pretty(&tokenizer::config_json()))?;

@@ -134,6 +134,21 @@ impl Checkpoint {
         self.kind
     }
 
+    /// The type of the weights that are not quantized, told by the embedding; bf16 for a GGUF, which was made from it.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`]: there is no embedding.
+    pub fn dtype(&self) -> Result<DType> {
+        match &self.source {
+            Source::Gguf(_) => Ok(DType::BF16),
+            Source::Folder(shards) => {
+                let view = shards.view("model.embed_tokens.weight")?;
+                let what = || format!("the embedding holds {}; expected F32, F16 or BF16", view.format);
+                view.dtype().filter(|dtype| dtype.is_float()).ok_or_else(|| Error::unsupported(&self.path, what()))
+            }
+        }
+    }
+
     /// The GGUF file, if it is one: for its tokenizer and chat template.
     pub fn gguf(&self) -> Option<&GgufFile> {
         match &self.source {
