@@ -91,7 +91,8 @@ impl Tokenizer {
     }
 }
 
-/// Parses a `tokenizer.json`, first checking what the `tokenizers` crate takes on trust.
+/// Parses a `tokenizer.json`, first checking what the `tokenizers` crate takes on trust: that it is JSON throughout, and
+/// that merges and vocabulary fit each other. Violations panic there.
 pub(super) fn parse(json: &[u8]) -> std::result::Result<tokenizers::Tokenizer, String> {
     check(json)?;
     tokenizers::Tokenizer::from_bytes(json).map_err(|error| format!("not a tokenizer: {error}"))
@@ -120,7 +121,8 @@ enum Merge {
 }
 
 fn check(json: &[u8]) -> std::result::Result<(), String> {
-    let outline: Outline = serde_json::from_slice(json).map_err(|error| format!("malformed: {error}"))?;
+    let value: Value = serde_json::from_slice(json).map_err(|error| format!("malformed: {error}"))?;
+    let outline: Outline = serde_json::from_value(value).map_err(|error| format!("malformed: {error}"))?;
     let Some(model) = outline.model else { return Err("has no \"model\"".to_owned()) };
     if model.merges.is_empty() {
         return Ok(());

@@ -8,6 +8,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, ModelWrapper};
 
 use super::{Specials, Tokenizer, byte_level, sentencepiece};
+use crate::files::gguf::GgufFile;
 use crate::{Error, Result};
 
 /// `tokenizer.ggml.token_type`: what a token is.
@@ -46,7 +47,12 @@ pub struct GgufVocab {
 }
 
 impl Tokenizer {
-    /// The tokenizer of a GGUF file; `path` is for error messages.
+    /// The tokenizer in the header of a GGUF file.
+    pub fn from_gguf(file: &GgufFile) -> Result<Self> {
+        Self::from_gguf_vocab(&GgufVocab::read(file)?, file.path())
+    }
+
+    /// The tokenizer of a vocabulary; `path` is for error messages.
     ///
     /// [`Error::Unsupported`] for a tokenizer model or pre-tokenizer that is not known, [`Error::File`] for arrays that
     /// do not fit each other.
@@ -68,7 +74,8 @@ impl Tokenizer {
             }
             "llama" => (vocab.sentencepiece().map_err(file)?, true),
             other => {
-                let what = format!("the tokenizer model {other:?} (tokenizer.ggml.model) is not supported: gpt2, llama");
+                let what =
+                    format!("the tokenizer model {other:?} (tokenizer.ggml.model) is not supported: gpt2, llama");
                 return Err(Error::unsupported(path, what));
             }
         };
@@ -89,6 +96,32 @@ impl Tokenizer {
 }
 
 impl GgufVocab {
+    /// Reads the `tokenizer.*` keys of `file`; a file without a vocabulary is an [`Error::File`].
+    pub fn read(file: &GgufFile) -> Result<Self> {
+        let missing =
+            |key: &str| Error::file(file.path(), format!("has no readable {key}: the file carries no tokenizer"));
+        let text = |key: &str| file.get_str(key).map(str::to_owned);
+        // -1 stands for "none" in some files and reads as no u32.
+        let id = |name: &str| file.get_u32(&format!("tokenizer.ggml.{name}_token_id"));
+        Ok(GgufVocab {
+            model: text("tokenizer.ggml.model").ok_or_else(|| missing("tokenizer.ggml.model"))?,
+            pre: text("tokenizer.ggml.pre"),
+            tokens: file.get_str_array("tokenizer.ggml.tokens").ok_or_else(|| missing("tokenizer.ggml.tokens"))?,
+            token_types: file.get_i32_array("tokenizer.ggml.token_type").unwrap_or_default(),
+            merges: file.get_str_array("tokenizer.ggml.merges").unwrap_or_default(),
+            scores: file.get_f32_array("tokenizer.ggml.scores").unwrap_or_default(),
+            bos: id("bos"),
+            eos: id("eos"),
+            eot: id("eot"),
+            pad: id("padding"),
+            unk: id("unknown"),
+            add_bos: file.get_bool("tokenizer.ggml.add_bos_token"),
+            add_eos: file.get_bool("tokenizer.ggml.add_eos_token"),
+            add_space_prefix: file.get_bool("tokenizer.ggml.add_space_prefix"),
+            chat_template: text("tokenizer.chat_template"),
+        })
+    }
+
     fn check(&self) -> std::result::Result<(), String> {
         let count = self.tokens.len();
         if count == 0 {
@@ -132,7 +165,9 @@ impl GgufVocab {
     fn sentencepiece(&self) -> std::result::Result<tokenizers::Tokenizer, String> {
         let merges = if self.merges.is_empty() {
             if self.scores.is_empty() {
-                return Err("a SentencePiece vocabulary needs tokenizer.ggml.scores or tokenizer.ggml.merges".to_owned());
+                return Err(
+                    "a SentencePiece vocabulary needs tokenizer.ggml.scores or tokenizer.ggml.merges".to_owned()
+                );
             }
             sentencepiece::merges(&self.tokens, &self.scores, |id| self.kind(id) == NORMAL)?
         } else {
@@ -159,9 +194,8 @@ impl GgufVocab {
 
     /// Control and user-defined tokens are found in a text before anything else, whole.
     fn add_tokens(&self, inner: &mut tokenizers::Tokenizer) -> std::result::Result<(), String> {
-        let special = |id: usize| {
-            self.kind(id) == CONTROL || [self.bos, self.eos, self.eot, self.pad].contains(&Some(id as u32))
-        };
+        let special =
+            |id: usize| self.kind(id) == CONTROL || [self.bos, self.eos, self.eot, self.pad].contains(&Some(id as u32));
         let mut added = Vec::new();
         for (id, token) in self.tokens.iter().enumerate() {
             if !token.is_empty() && (special(id) || self.kind(id) == USER_DEFINED || self.kind(id) == UNKNOWN) {

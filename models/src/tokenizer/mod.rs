@@ -83,7 +83,14 @@ impl Tokenizer {
     /// a SentencePiece tokenizer puts before a text. Concatenating a prompt's ids with these decodes to the
     /// concatenated text.
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
-        encode(self.continuing.as_deref().unwrap_or(&self.inner), text, false)
+        let Some(continuing) = self.continuing.as_deref() else { return encode(&self.inner, text, false) };
+        // What follows a special token inside the text gets its space as it would in the whole text.
+        let added = self.inner.get_added_tokens_decoder();
+        let first = added.values().filter(|token| token.special).filter_map(|token| text.find(&token.content)).min();
+        let (head, tail) = text.split_at(first.unwrap_or(text.len()));
+        let mut ids = encode(continuing, head, false)?;
+        ids.extend(encode(&self.inner, tail, false)?);
+        Ok(ids)
     }
 
     /// The text of `ids`; `skip_special` leaves special tokens out. Bytes that are no UTF-8 become U+FFFD.
@@ -145,7 +152,10 @@ impl Tokenizer {
     pub fn chat(&self) -> Result<Option<ChatTemplate>> {
         let token = |id: Option<u32>| id.and_then(|id| self.id_to_token(id));
         let (bos, eos) = (token(self.bos), token(self.eos()));
-        self.chat_template.as_deref().map(|source| ChatTemplate::new(source, bos.as_deref(), eos.as_deref())).transpose()
+        self.chat_template
+            .as_deref()
+            .map(|source| ChatTemplate::new(source, bos.as_deref(), eos.as_deref()))
+            .transpose()
     }
 
     /// The same tokenizer with these special tokens: `bos` is added before a text if there is one, the first of `eos`
@@ -176,8 +186,9 @@ impl std::fmt::Debug for Tokenizer {
 
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {
     // encode_fast leaves out the offsets, which nothing here needs.
-    let encoding =
-        tokenizer.encode_fast(text, add_special).map_err(|error| Error::Invalid(format!("encoding a text: {error}")))?;
+    let encoding = tokenizer
+        .encode_fast(text, add_special)
+        .map_err(|error| Error::Invalid(format!("encoding a text: {error}")))?;
     Ok(encoding.get_ids().to_vec())
 }
 

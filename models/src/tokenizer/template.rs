@@ -19,7 +19,8 @@ pub(super) fn install(inner: &mut tokenizers::Tokenizer, specials: &Specials) ->
         let before = if wanted.0 { specials.bos } else { None };
         let after = if wanted.1 { eos } else { None };
         // Byte-level post-processing only moves offsets, which are not used: a template may replace it.
-        inner.with_post_processor(template(inner, before, after)?);
+        let processor = template(inner, before, after)?;
+        inner.with_post_processor(processor);
     }
     Ok(wanted)
 }
