@@ -50,7 +50,7 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
     ensure!(args.temperature >= 0.0, "--temperature must not be negative");
     ensure!(args.top_p > 0.0 && args.top_p <= 1.0, "--top-p must be above 0 and at most 1");
     let model = load(&args.model)?;
-    let tokenizer = model.tokenizer()?;
+    let tokenizer = model.needs_tokenizer()?;
     let prompt = if args.chat {
         let template = tokenizer.chat()?.context("this model has no chat template; leave --chat out")?;
         // The template writes the special tokens itself.
@@ -109,7 +109,7 @@ fn eval_command(args: &EvalArgs) -> Result<i32> {
     let model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
     let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
-    let examples = data::load_examples(&args.data, &tokenizer, &options)?;
+    let examples = data::load_examples(&args.data, tokenizer.as_ref(), &options)?;
     let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
     if args.json {
         println!("{}", serde_json::to_string(&result)?);
@@ -150,11 +150,11 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
         device: DeviceRequest::Auto,
     };
     let model = Model::load_as_stored(&source)?;
-    let tokenizer = model.tokenizer();
+    let tokenizer = model.tokenizer()?;
     model.llama.save(&args.out, model.llama.dtype)?;
     match tokenizer {
-        Ok(tokenizer) => tokenizer.save(&args.out)?,
-        Err(error) => eprintln!("warning: no tokenizer was written: {error:#}"),
+        Some(tokenizer) => tokenizer.save(&args.out)?,
+        None => eprintln!("warning: {} has no tokenizer.json, so none was written", args.model.display()),
     }
     eprintln!("wrote {}", args.out.display());
     Ok(())

@@ -4,7 +4,7 @@ use crate::{
     cli::{DTypeChoice, ModelArgs, QuantChoice},
     default_task, report,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nibble_models::{
     Llama,
     files::{checkpoint::Checkpoint, peft},
@@ -109,23 +109,27 @@ impl Model {
         Ok(Model { llama, footprint, name, checkpoint, _unpacked: unpacked })
     }
 
-    /// The tokenizer that comes with the checkpoint.
+    /// The tokenizer that comes with the checkpoint; `None` for a folder without a `tokenizer.json`.
     ///
     /// # Errors
-    /// There is none, or it has more tokens than the model.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
+    /// It cannot be read, or has more tokens than the model.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        let path = self.checkpoint.path();
         let tokenizer = match self.checkpoint.gguf() {
             Some(gguf) => Tokenizer::from_gguf(gguf)?,
-            None => Tokenizer::from_folder(self.checkpoint.path())?,
+            None if !path.join("tokenizer.json").exists() => return Ok(None),
+            None => Tokenizer::from_folder(path)?,
         };
-        let vocab = self.llama.config.vocab_size;
-        anyhow::ensure!(
-            tokenizer.vocab_size() <= vocab,
-            "{}: the tokenizer has {} tokens but the model {vocab}; they do not belong together",
-            self.checkpoint.path().display(),
-            tokenizer.vocab_size()
-        );
-        Ok(tokenizer)
+        let (tokens, vocab) = (tokenizer.vocab_size(), self.llama.config.vocab_size);
+        let path = path.display();
+        ensure!(tokens <= vocab, "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together");
+        Ok(Some(tokenizer))
+    }
+
+    /// As [`Model::tokenizer`], for work that cannot do without.
+    pub fn needs_tokenizer(&self) -> Result<Tokenizer> {
+        let path = self.checkpoint.path().display();
+        self.tokenizer()?.with_context(|| format!("{path} has no tokenizer.json, which reading and writing text needs"))
     }
 
     /// The type of the weights in the checkpoint.

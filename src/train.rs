@@ -42,19 +42,19 @@ pub fn train(settings: &Settings) -> Result<Outcome> {
     let mut model = Model::load(&source(settings))?;
     let tokenizer = model.tokenizer()?;
     let adapter_config = attach(&mut model, settings)?;
-    let (examples, held_out) = load_data(&model, &tokenizer, settings)?;
+    let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
 
-    let before = evaluate_and_show("before", &model, &tokenizer, &held_out)?;
+    let before = evaluate_and_show("before", &model, tokenizer.as_ref(), &held_out)?;
     if interrupt::requested() {
         bail!("stopped before the first step; nothing was written");
     }
     run.create(settings)?;
-    let (log, interrupted) = optimize(&mut model, &examples, settings, &run, &adapter_config, &tokenizer)?;
-    save(&model, &run, &adapter_config, &tokenizer)?;
+    let (log, interrupted) = optimize(&mut model, &examples, settings, &run, &adapter_config, tokenizer.as_ref())?;
+    save(&model, &run, &adapter_config, tokenizer.as_ref())?;
     report::loss_curve(&run.join("loss.svg"), &log, &format!("training loss of {}", run.path().display()))?;
     let after = match interrupted {
         true => None,
-        false => evaluate_and_show("after", &model, &tokenizer, &held_out)?,
+        false => evaluate_and_show("after", &model, tokenizer.as_ref(), &held_out)?,
     };
 
     let seconds = started.elapsed().as_secs_f64();
@@ -120,7 +120,7 @@ fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::Adapter
 }
 
 /// The training and the held-out examples.
-fn load_data(model: &Model, tokenizer: &Tokenizer, settings: &Settings) -> Result<(Vec<Example>, Vec<Example>)> {
+fn load_data(model: &Model, tokenizer: Option<&Tokenizer>, settings: &Settings) -> Result<(Vec<Example>, Vec<Example>)> {
     let embedded = match settings.data {
         None => Some(default_task::unpack().context("unpacking the embedded task")?),
         Some(_) => None,
@@ -143,7 +143,7 @@ fn load_data(model: &Model, tokenizer: &Tokenizer, settings: &Settings) -> Resul
 fn evaluate_and_show(
     when: &str,
     model: &Model,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
     held_out: &[Example],
 ) -> Result<Option<EvalResult>> {
     if held_out.is_empty() {
@@ -151,7 +151,8 @@ fn evaluate_and_show(
     }
     let Some(result) = evaluate(model, held_out)? else { return Ok(None) };
     eprintln!("\n{when} training: {result}");
-    for answer in answers(model, tokenizer, held_out, 3)? {
+    let shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
+    for answer in shown {
         eprintln!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
     }
     eprintln!();
@@ -165,7 +166,7 @@ fn optimize(
     settings: &Settings,
     run: &RunDir,
     adapter_config: &Option<peft::AdapterConfig>,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
 ) -> Result<(Vec<StepMetrics>, bool)> {
     let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
     let window = settings.grad_accum;
@@ -263,14 +264,16 @@ fn save(
     model: &Model,
     run: &RunDir,
     adapter_config: &Option<peft::AdapterConfig>,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
 ) -> Result<()> {
     match adapter_config {
         Some(config) => peft::write_adapter(&run.join("adapter"), &model.llama.adapter(config.clone()))?,
         None => {
             let dir = run.join("model");
             model.llama.save(&dir, model.stored_dtype()?)?;
-            tokenizer.save(&dir)?;
+            if let Some(tokenizer) = tokenizer {
+                tokenizer.save(&dir)?;
+            }
         }
     }
     Ok(())

@@ -51,11 +51,15 @@ fn shifted(labels: &[i32]) -> Vec<i32> {
     labels.chunks(48).flat_map(|row| row[1..].iter().copied().chain([-100])).collect()
 }
 
-#[track_caller]
-fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
+fn largest_difference(found: &Tensor, expected: &Tensor) -> f32 {
     let (found, expected) = (found.to_f32().unwrap(), expected.to_f32().unwrap());
     assert_eq!(found.len(), expected.len());
-    let worst = found.iter().zip(expected.iter()).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
+    found.iter().zip(expected.iter()).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max)
+}
+
+#[track_caller]
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
+    let worst = largest_difference(found, expected);
     assert!(worst <= tolerance, "differs by {worst}");
 }
 
@@ -118,17 +122,17 @@ fn nf4_logits_and_every_lora_gradient() {
     assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_final"), 1e-4);
 }
 
-/// The golden model was quantized by bitsandbytes on a CPU, whose 8-bit scale codes differ from its CUDA kernel's (and
-/// ours) in 20 of 9,216 near-ties, by one step.
+/// The golden model was quantized by bitsandbytes on a CPU, which looks the 8-bit code of a scale up in a coarse table: 20
+/// of 9,216 codes, all near the middle between two, are one step off from what its CUDA kernel (and this program) gives.
 #[test]
 fn nf4_logits_of_our_own_quantization() {
     let llama = load("model", Some(NF4));
     assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_nf4"), 5e-3);
 }
 
-/// The whole program: data file in, metrics and adapter out.
-#[test]
-fn thirty_training_steps() {
+/// Thirty steps through the whole program, data file in, metrics and adapter out; returns the largest difference of the
+/// trained model's logits from the reference's.
+fn thirty_training_steps(folder: &str, quantization: Option<Quantization>) -> f32 {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("train.jsonl");
     let mut file = std::fs::File::create(&data).unwrap();
@@ -137,7 +141,7 @@ fn thirty_training_steps() {
     }
     drop(file);
     let settings = Settings {
-        model: Some(golden("model")),
+        model: Some(golden(folder)),
         data: Some(data),
         adapter_init: Some(golden("adapter-init")),
         out: Some(dir.path().join("run")),
@@ -161,10 +165,23 @@ fn thirty_training_steps() {
         assert!((found - loss).abs() < 1e-3, "step {}: loss {found}, expected {loss}", line["step"]);
         assert!((found_norm / norm - 1.0).abs() < 0.01, "step {}: norm {found_norm}, expected {norm}", line["step"]);
     }
-    let mut llama = load("model", Some(NF4));
+    let mut llama = load(folder, quantization);
     let adapter = dir.path().join("run/adapter");
     llama.set_adapter(&read_adapter(&adapter).unwrap(), &adapter).unwrap();
-    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_final"), 5e-3);
+    largest_difference(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_final"))
+}
+
+#[test]
+fn thirty_training_steps_on_the_base_of_bitsandbytes() {
+    let difference = thirty_training_steps("model-bnb4", None);
+    assert!(difference < 5e-3, "{difference}");
+}
+
+/// See [`nf4_logits_of_our_own_quantization`] for why the logits may differ a little more.
+#[test]
+fn thirty_training_steps_on_a_base_quantized_here() {
+    let difference = thirty_training_steps("model", Some(NF4));
+    assert!(difference < 1e-2, "{difference}");
 }
 
 /// `quantize` gives the packed bytes that transformers and bitsandbytes saved.

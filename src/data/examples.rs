@@ -55,8 +55,8 @@ pub struct DataOptions {
 /// - `messages`: by the model's chat template; the assistant's turns with their end token are learned.
 /// - `input_ids`: as they are.
 ///
-/// eos is left out if the tokenizer has none. Every error names the file and, where there is one, the line.
-pub fn load_examples(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Vec<Example>> {
+/// Without a tokenizer only `input_ids` can be read. eos is left out if the tokenizer has none. Every error names the file and, where there is one, the line.
+pub fn load_examples(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> Result<Vec<Example>> {
     if options.seq_len < 2 {
         return Err(DataError::Options(format!("--seq-len is {}; expected at least 2", options.seq_len)));
     }
@@ -70,7 +70,7 @@ pub fn load_examples(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) 
     Ok(examples)
 }
 
-fn blocks(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Vec<Example>> {
+fn blocks(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> Result<Vec<Example>> {
     let bytes = std::fs::read(path).map_err(DataError::io(path))?;
     let text = String::from_utf8(bytes).map_err(|error| {
         DataError::file(path, format!("not UTF-8 at byte {}; expected plain text", error.utf8_error().valid_up_to()))
@@ -79,15 +79,15 @@ fn blocks(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) -> Result<V
         return Ok(Vec::new());
     }
     let file = |what: String| DataError::file(path, what);
-    let ids = whole(&text, tokenizer).map_err(file)?;
+    let ids = tokenizer.ok_or_else(no_tokenizer).and_then(|tokenizer| whole(&text, tokenizer)).map_err(file)?;
     check_ids(&ids, options.vocab_size).map_err(file)?;
     // A block of one token has nothing to predict.
     Ok(ids.chunks(options.seq_len).filter(|block| block.len() > 1).map(|block| Example::all(block.to_vec())).collect())
 }
 
-fn rows(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Vec<Example>> {
+fn rows(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> Result<Vec<Example>> {
     // Only conversations need the template: one that does not compile must not stop the other forms.
-    let template = tokenizer.chat().map_err(|error| error.to_string());
+    let template = tokenizer.map_or(Ok(None), |tokenizer| tokenizer.chat()).map_err(|error| error.to_string());
     let mut examples = Vec::new();
     for row in Rows::open(path)? {
         let (line, row) = row?;
@@ -98,11 +98,21 @@ fn rows(path: &Path, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Vec
     Ok(examples)
 }
 
+fn no_tokenizer() -> String {
+    "holds text, but the model comes without a tokenizer; add its tokenizer.json, or give {\"input_ids\"} rows".to_owned()
+}
+
 fn example(
     row: Row,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
     template: std::result::Result<&Option<ChatTemplate>, &String>,
 ) -> std::result::Result<Example, String> {
+    let row = match row {
+        Row::Tokens { ids, labels: Some(labels) } => return Ok(Example { ids, labels }),
+        Row::Tokens { ids, labels: None } => return Ok(Example::all(ids)),
+        text => text,
+    };
+    let tokenizer = tokenizer.ok_or_else(no_tokenizer)?;
     match row {
         Row::Text(text) => {
             if text.is_empty() {
@@ -122,8 +132,7 @@ fn example(
             let (ids, labels) = messages::encode(&turns, template, tokenizer)?;
             Ok(Example { ids, labels })
         }
-        Row::Tokens { ids, labels: Some(labels) } => Ok(Example { ids, labels }),
-        Row::Tokens { ids, labels: None } => Ok(Example::all(ids)),
+        Row::Tokens { .. } => Err("token ids were taken above".to_owned()),
     }
 }
 
