@@ -1,7 +1,7 @@
 //! Model and adapter folders: configurations, bitsandbytes weights, PEFT adapters.
 
 use nibble_kernels::{
-    quantize::{Absmax, QuantType, dequantize, quantize},
+    quantize::{Absmax, QuantTensor, QuantType, dequantize, quantize},
     rotary::{RopeConfig, RopeScaling},
 };
 use nibble_models::{
@@ -242,6 +242,9 @@ fn single_scales_and_fp4_round_trip() {
         assert_eq!((read.quant_type, read.block_size, read.dtype), (quant_type, block, dtype));
         let values = |q| dequantize(q, Tag::Weights).unwrap();
         assert_eq!(values(&read).bytes(), values(&quantized).bytes());
+        let broken = QuantTensor { shape: vec![34, 7], ..quantized.clone() };
+        let weights = [(name.to_string(), CheckpointTensor::Quantized(broken))];
+        assert!(write_checkpoint(folder.path(), checkpoint.config(), dtype, &weights).is_err());
         if let (Absmax::Double { offset: a, .. }, Absmax::Double { offset: b, .. }) = (&read.absmax, &quantized.absmax)
         {
             assert_eq!(a.to_bits(), b.to_bits());
@@ -439,6 +442,13 @@ fn adapters_whose_tensors_do_not_fit_are_refused() {
     nan[0].1 = Tensor::from_slice(&vec![f32::NAN; nan[0].1.numel()], nan[0].1.shape(), Tag::Workspace).unwrap();
     assert!(matches!(error_of(&nan), Error::File { .. }));
     assert!(matches!(error_of(&[]), Error::File { .. }));
+    // All tensors agree with each other, but not with the settings.
+    let folder = copy_golden("adapter-init");
+    let mut settings = golden_json("adapter-init/adapter_config.json");
+    settings["r"] = json!(4);
+    std::fs::write(folder.path().join("adapter_config.json"), settings.to_string()).unwrap();
+    let error = read_adapter(folder.path()).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("rank 4"), "{error}");
     // 16-bit adapters are widened.
     let folder = copy_golden("adapter-init");
     let half: Vec<_> = all.iter().map(|(n, t)| (n.clone(), t.cast(DType::BF16, Tag::Workspace).unwrap())).collect();
