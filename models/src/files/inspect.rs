@@ -197,5 +197,5 @@ fn describe_safetensors(path: &Path, lines: &mut Lines) -> Result<()> {
 /// Text from a file, without line breaks or control characters, and not endless.
 fn one_line(text: &str) -> String {
     let shown: String = text.chars().take(200).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if shown.len() < text.len() { format!("{shown}...") } else { shown }
+    if text.chars().nth(200).is_some() { format!("{shown}...") } else { shown }
 }
