@@ -5,7 +5,6 @@
 //! `config.json`, depending on the age of the folder.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -14,6 +13,7 @@ use tokenizers::AddedToken;
 
 use super::gguf::check_merges;
 use super::{Specials, Tokenizer};
+use crate::files::atomic::atomic_write;
 use crate::{Error, Result};
 
 impl Tokenizer {
@@ -86,8 +86,8 @@ impl Tokenizer {
             }
         }
         let config = serde_json::to_string_pretty(&config).map_err(|error| Error::Invalid(error.to_string()))?;
-        write(&dir.join("tokenizer.json"), json.as_bytes())?;
-        write(&dir.join("tokenizer_config.json"), config.as_bytes())
+        atomic_write(&dir.join("tokenizer.json"), |out| out.write_all(json.as_bytes()))?;
+        atomic_write(&dir.join("tokenizer_config.json"), |out| out.write_all(config.as_bytes()))
     }
 }
 
@@ -234,12 +234,4 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>> {
 fn read_json(path: &Path) -> Result<Value> {
     let Some(bytes) = read(path)? else { return Ok(Value::Null) };
     serde_json::from_slice(&bytes).map_err(|error| Error::file(path, format!("malformed JSON: {error}")))
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(dir))?;
-    file.write_all(bytes).map_err(Error::io(path))?;
-    file.as_file().sync_all().map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::io(path)(error.error)).map(drop)
 }
