@@ -105,3 +105,37 @@ fn lines<T: serde::Serialize>(rows: impl IntoIterator<Item = T>) -> String {
     // Rows hold strings only, which always serialize.
     rows.into_iter().filter_map(|row| serde_json::to_string(&row).ok()).map(|line| line + "\n").collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GENERATED: [&str; 5] =
+        ["model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", TRAIN, EVAL];
+
+    /// The embedded files are what the generator makes, byte for byte, and fit their budget with the weights.
+    #[test]
+    fn the_assets_are_current_and_small() {
+        let made = tempfile::tempdir().unwrap();
+        let (assets, work) = (made.path().join("assets"), made.path().join("work"));
+        write(&assets, &work, SEED).unwrap();
+        let unpacked = unpack().unwrap();
+        let size = |name: &str| std::fs::metadata(unpacked.path().join(name)).unwrap().len();
+        for name in GENERATED {
+            let [fresh, embedded] =
+                [assets.as_path(), unpacked.path()].map(|dir| std::fs::read(dir.join(name)).unwrap());
+            assert!(fresh == embedded, "{name} is stale: run `cargo run --release --bin make-assets`");
+        }
+        let total = GENERATED.map(size).iter().sum::<u64>() + size("model/model.safetensors");
+        assert!(total <= 4_000_000, "{total} bytes");
+    }
+
+    #[test]
+    fn the_unpacked_folder_goes_with_its_handle() {
+        let dir = unpack().unwrap();
+        let path = dir.path().to_path_buf();
+        assert!(path.join(MODEL).join("model.safetensors").is_file());
+        drop(dir);
+        assert!(!path.exists());
+    }
+}

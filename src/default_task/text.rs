@@ -4,7 +4,7 @@
 //! later can be known from what came before, so a model that predicts it well has learnt to look names and attributes up
 //! in its context. No scene holds JSON or a record of an event.
 
-use super::world::{COLOURS, Dice, Event, ITEMS, Kind, PEOPLE, article, capital};
+use super::world::{COLOURS, Dice, Event, ITEMS, Kind, article, capital};
 
 /// The Philox purpose of scenes.
 const PURPOSE: u32 = 0x5C1;
@@ -24,21 +24,19 @@ const NUMBERS: [&str; 8] = ["two", "three", "four", "five", "six", "seven", "eig
 /// Scene `index` of the text of `seed`.
 pub fn scene(seed: u64, index: u32) -> String {
     let dice = &mut Dice::new(seed, PURPOSE, index);
-    let mut events: Vec<Event> = Vec::new();
-    for _ in 0..1 + dice.below(3) {
+    let mut events = vec![Event::roll(dice)];
+    if dice.one_in(3) {
         let event = Event::roll(dice);
+        let first = &events[0];
         // Two events with a name or a thing in common would make the questions ambiguous.
-        if events
-            .iter()
-            .all(|e| e.item != event.item && e.who != event.who && e.other != event.who && e.who != event.other)
-        {
+        let people = [first.who, first.other];
+        if first.item != event.item && !people.contains(&event.who) && !people.contains(&event.other) {
             events.push(event);
         }
     }
-    let mut paragraphs: Vec<String> = Vec::new();
     let mut story: Vec<String> = Vec::new();
     for event in &events {
-        if dice.one_in(3) {
+        if dice.one_in(4) {
             story.push(dice.pick(&WEATHER).to_string());
         }
         story.push(event.tell(dice));
@@ -46,13 +44,13 @@ pub fn scene(seed: u64, index: u32) -> String {
             story.push(aside(event, dice));
         }
     }
-    paragraphs.push(story.join(" "));
+    let mut paragraphs = vec![story.join(" ")];
     for _ in 0..2 + dice.below(3) {
         let event = &events[dice.below(events.len())];
-        paragraphs.push(match dice.below(5) {
-            0 | 1 => questions(event, dice),
-            2 => talk(event, dice),
-            3 => note(event, dice),
+        paragraphs.push(match dice.below(7) {
+            0..3 => questions(event, dice),
+            3 => talk(event, dice),
+            4 | 5 => note(event, dice),
             _ => list(event, dice),
         });
     }
@@ -63,7 +61,7 @@ pub fn scene(seed: u64, index: u32) -> String {
 fn aside(event: &Event, dice: &mut Dice) -> String {
     let (who, item, colour) = (event.who(), event.item(), event.colour());
     match dice.below(5) {
-        0 => format!("The {item} was {colour} like the one {} had.", dice.pick(&PEOPLE)),
+        0 => format!("The {item} was not new, but it was still {colour}."),
         1 => format!("{who} liked the {colour} {item} very much."),
         2 => format!("{} had {} of them at home.", event.other(), dice.pick(&NUMBERS)),
         3 => format!("{} stayed at home that day.", event.other()),
@@ -81,7 +79,7 @@ fn questions(event: &Event, dice: &mut Dice) -> String {
         Kind::Lose => ("lose", "lost"),
     };
     let mut lines = Vec::new();
-    for _ in 0..2 + dice.below(2) {
+    for _ in 0..2 + dice.below(3) {
         lines.push(match dice.below(6) {
             0 => format!("Who {done} the {item}? {who}."),
             1 => format!("What colour was the {item}? {}.", capital(event.colour())),
@@ -98,7 +96,7 @@ fn questions(event: &Event, dice: &mut Dice) -> String {
 /// Two people talk about an event.
 fn talk(event: &Event, dice: &mut Dice) -> String {
     let (who, item, colour, place, day) = (event.who(), event.item(), event.colour(), event.place(), event.day());
-    let asks = dice.pick(&PEOPLE);
+    let asks = event.other();
     match dice.below(4) {
         0 => format!("\"Where is the {item}?\" asked {asks}. \"At the {place},\" said {who}."),
         1 => format!("\"Is it the {colour} one?\" asked {asks}. \"Yes, the {colour} {item},\" said {who}."),
