@@ -229,7 +229,7 @@ fn optimize(
         }
         // Clip and update; a step whose scaled gradients overflowed is left out.
         if scaling.update(grad_norm.is_finite()) {
-            good = snapshot(model)?;
+            remember(model, &mut good)?;
             let scale = clip_scale(grad_norm, settings.max_grad_norm) / scaling.applied();
             let mut parameters: Vec<Update> = model
                 .llama
@@ -252,9 +252,17 @@ fn snapshot(model: &Model) -> Result<Vec<Tensor>> {
     Ok(copies.collect::<Result<_, _>>()?)
 }
 
+/// Brings a [`snapshot`] up to date, in its own memory.
+fn remember(model: &Model, snapshot: &mut [Tensor]) -> Result<()> {
+    for (copy, (_, _, value)) in snapshot.iter_mut().zip(model.llama.parameters()) {
+        copy.bytes_mut()?.copy_from_slice(value.bytes());
+    }
+    Ok(())
+}
+
 fn restore(model: &mut Model, snapshot: &[Tensor]) -> Result<()> {
     for ((_, value), copy) in model.llama.parameters_mut().into_iter().zip(snapshot) {
-        *value = copy.copy(Tag::Adapters)?;
+        value.bytes_mut()?.copy_from_slice(copy.bytes());
     }
     Ok(())
 }

@@ -158,10 +158,10 @@ pub(super) fn backward(inputs: &Inputs, outputs: &Outputs, dq: &mut [f32], dk: &
             vectorized(
                 #[inline(always)]
                 || {
-                    for i in 0..rows {
+                    for (i, &lse) in lse.iter().enumerate() {
                         let d = dot(&outputs.grad[row_of(i)][..dim], &outputs.o[row_of(i)][..dim]);
                         let row = i * keys..(i + 1) * keys;
-                        softmax_backward(&mut p[row.clone()], &mut ds[row], block.visible(i), lse[i], d);
+                        softmax_backward(&mut p[row.clone()], &mut ds[row], block.visible(i), lse, d);
                     }
                 },
             );

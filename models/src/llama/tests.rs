@@ -92,7 +92,7 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
             llama.add_lora(&LoraConfig { rank, alpha: 3.0, dropout, rslora: rank > 2, targets }, seed).unwrap();
             for (id, value) in llama.parameters_mut() {
                 if value.as_slice::<f32>().unwrap().iter().all(|&x| x == 0.0) {
-                    *value = random(&value.shape().to_vec(), seed ^ id.0 as u64, 0.5);
+                    *value = random(&value.shape().to_owned(), seed ^ id.0 as u64, 0.5);
                 }
             }
         }

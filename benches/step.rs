@@ -1,0 +1,64 @@
+//! A QLoRA training step on the CPU: forward, loss, backward, clipping, AdamW; in tokens a second.
+//!
+//! Without more, the embedded model. With `NIBBLE_SMOLLM2` set to SmolLM2-135M-Instruct.Q4_1.gguf also that, batch 4 × 256
+//! tokens, rank 16 on all linear layers.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use nibble::default_task;
+use nibble_kernels::{adamw::AdamWConfig, quantize::QuantType};
+use nibble_models::{
+    Llama,
+    files::checkpoint::Checkpoint,
+    llama::{LoadOptions, LoraConfig, Packed, Quantization, TARGETS},
+};
+use nibble_optim::{AdamW, Gradients, StateBits, Update, clip_scale};
+use nibble_runtime::{
+    DType,
+    rng::{Philox, Stream},
+};
+use std::path::Path;
+
+const NF4: Quantization = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: true };
+
+fn load(path: &Path) -> Llama {
+    let checkpoint = Checkpoint::open(path).expect("a checkpoint");
+    let options = LoadOptions { quantization: Some(NF4), dtype: DType::F32 };
+    let (mut llama, _) = Llama::load(&checkpoint, options, |_, _| {}).expect("a Llama");
+    let targets = TARGETS.map(String::from).to_vec();
+    llama.add_lora(&LoraConfig { rank: 16, alpha: 16.0, dropout: 0.0, rslora: false, targets }, 0).expect("targets");
+    llama
+}
+
+fn step(criterion: &mut Criterion, name: &str, mut llama: Llama, lengths: &[usize]) {
+    let tokens: usize = lengths.iter().sum();
+    let rng = Philox::new(1, Stream { purpose: 99, step: 0, layer: 0 });
+    let vocab = llama.config.vocab_size as u32;
+    let ids: Vec<i32> = (0..tokens as u64).map(|i| rng.below(i, vocab) as i32).collect();
+    let mut optimizer = AdamW::new(AdamWConfig::default(), StateBits::F32).expect("sound settings");
+    let mut group = criterion.benchmark_group("step");
+    group.sample_size(10).throughput(Throughput::Elements(tokens as u64));
+    group.bench_function(name, |bencher| {
+        bencher.iter(|| {
+            let mut grads = Gradients::new();
+            let batch = Packed { ids: &ids, labels: &ids, lengths };
+            llama.train(batch, 1.0 / tokens as f32, None, &mut grads).expect("a step");
+            let scale = clip_scale(grads.global_norm().expect("a norm"), 1.0);
+            let parameters = llama.parameters_mut().into_iter();
+            let mut updates: Vec<Update> = parameters.map(|(id, value)| Update { id, value, decay: true }).collect();
+            optimizer.step(&mut updates, &grads, 1e-4, scale).expect("an update");
+        });
+    });
+    group.finish();
+}
+
+fn steps(criterion: &mut Criterion) {
+    let unpacked = default_task::unpack().expect("a temporary folder");
+    step(criterion, "embedded model, 16 x 64", load(&unpacked.path().join(default_task::MODEL)), &[64; 16]);
+    match std::env::var_os("NIBBLE_SMOLLM2") {
+        Some(path) => step(criterion, "SmolLM2-135M, 4 x 256", load(Path::new(&path)), &[256; 4]),
+        None => eprintln!("SmolLM2-135M left out: set NIBBLE_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf"),
+    }
+}
+
+criterion_group!(benches, steps);
+criterion_main!(benches);
