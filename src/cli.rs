@@ -151,7 +151,9 @@ impl std::str::FromStr for QuantChoice {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "none" => Ok(QuantChoice(None)),
-            _ => text.parse().map(|q| QuantChoice(Some(q))).map_err(|_| format!("expected nf4, fp4 or none, not {text}")),
+            _ => {
+                text.parse().map(|q| QuantChoice(Some(q))).map_err(|_| format!("expected nf4, fp4 or none, not {text}"))
+            }
         }
     }
 }

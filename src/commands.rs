@@ -60,8 +60,7 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
         tokenizer.encode(&args.prompt, true)?
     };
     let stop = model.stop_ids(&tokenizer);
-    let sampling =
-        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut printed = Streaming::new(&tokenizer);
     if !args.chat {
         printed.write(&args.prompt)?;

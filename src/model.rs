@@ -122,7 +122,10 @@ impl Model {
         };
         let (tokens, vocab) = (tokenizer.vocab_size(), self.llama.config.vocab_size);
         let path = path.display();
-        ensure!(tokens <= vocab, "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together");
+        ensure!(
+            tokens <= vocab,
+            "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
+        );
         Ok(Some(tokenizer))
     }
 

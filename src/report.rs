@@ -164,7 +164,9 @@ mod tests {
     fn the_curve_is_drawn_even_for_one_step_or_a_broken_one() {
         let dir = tempfile::tempdir().unwrap();
         let step = |step, loss| StepMetrics { step, loss, grad_norm: 1.0, lr: 1e-3, tokens: 8, tok_s: 4.0 };
-        for (name, steps) in [("one", vec![step(1, 2.0)]), ("nan", vec![step(1, 2.0), step(2, f64::NAN)]), ("no", vec![])] {
+        for (name, steps) in
+            [("one", vec![step(1, 2.0)]), ("nan", vec![step(1, 2.0), step(2, f64::NAN)]), ("no", vec![])]
+        {
             let path = dir.path().join(name);
             loss_curve(&path, &steps, "loss").unwrap();
             assert!(std::fs::read_to_string(path).unwrap().contains("</svg>"));

@@ -297,18 +297,19 @@ impl Settings {
             "--block-size must be a power of two from 32 to 4096"
         );
         match (self.method, self.quant) {
-            (Method::Qlora, Some(QuantChoice(None))) => bail!("--method qlora needs --quant nf4 or fp4 (or use --method lora)"),
-            (Method::Full, Some(QuantChoice(Some(_)))) => bail!("--method full trains the weights themselves: --quant none"),
+            (Method::Qlora, Some(QuantChoice(None))) => {
+                bail!("--method qlora needs --quant nf4 or fp4 (or use --method lora)")
+            }
+            (Method::Full, Some(QuantChoice(Some(_)))) => {
+                bail!("--method full trains the weights themselves: --quant none")
+            }
             _ => {}
         }
         ensure!(
             self.method != Method::Full || self.adapter_init.is_none(),
             "--method full trains no adapter: leave --adapter-init out"
         );
-        ensure!(
-            self.model.is_none() || self.data.is_some(),
-            "--model needs --data: a JSONL or text file to train on"
-        );
+        ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: a JSONL or text file to train on");
         Ok(())
     }
 
@@ -365,7 +366,8 @@ mod tests {
     fn later_sources_win() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("run.toml");
-        std::fs::write(&file, "lr = 1e-3\nrank = 4\nschedule = \"cosine\"\nepochs = 3\nmodel = \"m\"\ndata = \"d\"\n").unwrap();
+        std::fs::write(&file, "lr = 1e-3\nrank = 4\nschedule = \"cosine\"\nepochs = 3\nmodel = \"m\"\ndata = \"d\"\n")
+            .unwrap();
         let file = file.to_str().unwrap();
         let settings = resolve(&["--config", file, "--rank", "8"]).unwrap();
         assert_eq!((settings.lr, settings.rank, settings.schedule), (1e-3, 8, Schedule::Cosine));

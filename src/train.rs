@@ -120,7 +120,11 @@ fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::Adapter
 }
 
 /// The training and the held-out examples.
-fn load_data(model: &Model, tokenizer: Option<&Tokenizer>, settings: &Settings) -> Result<(Vec<Example>, Vec<Example>)> {
+fn load_data(
+    model: &Model,
+    tokenizer: Option<&Tokenizer>,
+    settings: &Settings,
+) -> Result<(Vec<Example>, Vec<Example>)> {
     let embedded = match settings.data {
         None => Some(default_task::unpack().context("unpacking the embedded task")?),
         Some(_) => None,

@@ -34,8 +34,7 @@ impl Sampling {
             order.truncate(self.top_k);
         }
         let top = logits[order[0]];
-        let weights: Vec<f64> =
-            order.iter().map(|&i| f64::from((logits[i] - top) / self.temperature).exp()).collect();
+        let weights: Vec<f64> = order.iter().map(|&i| f64::from((logits[i] - top) / self.temperature).exp()).collect();
         let total: f64 = weights.iter().sum();
         let limit = f64::from(self.top_p) * total;
         let before = weights.iter().scan(0.0, |sum, w| Some(std::mem::replace(sum, *sum + w)));

@@ -99,7 +99,8 @@ fn rows(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> Re
 }
 
 fn no_tokenizer() -> String {
-    "holds text, but the model comes without a tokenizer; add its tokenizer.json, or give {\"input_ids\"} rows".to_owned()
+    "holds text, but the model comes without a tokenizer; add its tokenizer.json, or give {\"input_ids\"} rows"
+        .to_owned()
 }
 
 fn example(

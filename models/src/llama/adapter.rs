@@ -97,7 +97,8 @@ impl Llama {
     pub fn set_adapter(&mut self, adapter: &Adapter, path: &Path) -> Result<()> {
         let mut left: Vec<&str> = adapter.tensors.keys().map(String::as_str).collect();
         let model = self.source.display().to_string();
-        let other = |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
+        let other =
+            |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
         let mut next = 0;
         for linear in self.linears_mut() {
             let Some((a, b)) = adapter.tensors.get(&linear.name) else { continue };

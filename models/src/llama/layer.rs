@@ -96,12 +96,7 @@ impl Layer {
 
     /// The layer's output for `x` `[T, D]`. With a cache, the new keys and values are written behind those it holds, and
     /// the queries attend to all of them.
-    pub(crate) fn forward(
-        &self,
-        x: &Tensor,
-        pass: &Pass,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<(Tensor, Saved)> {
+    pub(crate) fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<(Tensor, Saved)> {
         let turn = |x: Tensor| rotary::apply(&x, &pass.positions, &pass.rope, Direction::Forward);
         let (n1, rstd1) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
         let (q, t_q) = self.q.forward(&n1, pass, None)?;
@@ -226,15 +221,8 @@ impl Function for LayerNode<'_> {
         self.layer.forward(&inputs[0], self.pass, None)
     }
 
-    fn backward(
-        &self,
-        inputs: &[Tensor],
-        saved: Saved,
-        grad: Tensor,
-        wanted: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let (dx, mut grads) =
-            self.layer.backward(&inputs[0], saved, grad, self.pass, wanted[0])?;
+    fn backward(&self, inputs: &[Tensor], saved: Saved, grad: Tensor, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let (dx, mut grads) = self.layer.backward(&inputs[0], saved, grad, self.pass, wanted[0])?;
         let mut out = vec![dx];
         self.layer.visit(&mut |id, _, _| out.push(grads.remove(&id)));
         Ok(out)

@@ -36,8 +36,7 @@ fn config(kv: usize, group: usize, half: usize, hidden: usize, ffn: usize) -> Ll
 /// A model with random weights (linears in NF4 if `quantized`), adapters whose B is not zero, and dropout.
 fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed: u64) -> Llama {
     let c = config.clone();
-    let (d, f, q, kv) =
-        (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+    let (d, f, q, kv) = (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
     let mut salt = seed;
     let mut next = |shape: &[usize], scale: f32| {
         salt = salt.wrapping_mul(6364136223846793005).wrapping_add(1);
@@ -83,8 +82,7 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
     let head = Some(param("lm_head.weight", next(&table, 1.0)));
     let norm = param("model.norm.weight", next(&[d], 1.0));
     let source = PathBuf::from("random");
-    let mut llama =
-        Llama { config, source, embedding, layers, norm, head, dtype: DType::F32, saving: Saving::Keep };
+    let mut llama = Llama { config, source, embedding, layers, norm, head, dtype: DType::F32, saving: Saving::Keep };
     match lora {
         None => llama.train_all().unwrap(),
         Some((rank, dropout)) => {
@@ -92,7 +90,7 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
             llama.add_lora(&LoraConfig { rank, alpha: 3.0, dropout, rslora: rank > 2, targets }, seed).unwrap();
             for (id, value) in llama.parameters_mut() {
                 if value.as_slice::<f32>().unwrap().iter().all(|&x| x == 0.0) {
-                    *value = random(&value.shape().to_owned(), seed ^ id.0 as u64, 0.5);
+                    *value = random(value.shape(), seed ^ id.0 as u64, 0.5);
                 }
             }
         }
