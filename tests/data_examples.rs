@@ -63,12 +63,12 @@ fn data(name: &str, content: impl AsRef<[u8]>) -> Data {
 const OPTIONS: DataOptions = DataOptions { seq_len: 512, vocab_size: VOCAB };
 
 fn load(content: &str, tokenizer: &Tokenizer) -> Vec<Example> {
-    load_examples(&data("rows.jsonl", content).path, tokenizer, &OPTIONS).unwrap()
+    load_examples(&data("rows.jsonl", content).path, Some(tokenizer), &OPTIONS).unwrap()
 }
 
 fn refused(name: &str, content: impl AsRef<[u8]>, tokenizer: &Tokenizer, options: &DataOptions) -> String {
     let data = data(name, content);
-    let error = load_examples(&data.path, tokenizer, options).unwrap_err().to_string();
+    let error = load_examples(&data.path, Some(tokenizer), options).unwrap_err().to_string();
     let place = data.path.display().to_string();
     assert!(error.starts_with(&place), "{error}");
     error[place.len()..].to_owned()
@@ -150,13 +150,13 @@ fn plain_text_is_cut_into_blocks() {
     let tokenizer = tokenizer().with_special(Some(BOS), vec![EOS], None).unwrap();
     let file = data("book.txt", "{\"text\":1}abc");
     let options = DataOptions { seq_len: 5, ..OPTIONS };
-    let examples = load_examples(&file.path, &tokenizer, &options).unwrap();
+    let examples = load_examples(&file.path, Some(&tokenizer), &options).unwrap();
     let ids: Vec<u32> = examples.iter().flat_map(|example| example.ids.clone()).collect();
     assert_eq!(ids, [&[BOS], &bytes("{\"text\":1}abc")[..], &[EOS]].concat());
     assert_eq!(examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>(), [5, 5, 5]);
     assert!(examples.iter().all(|example| example.unmasked() == 4));
     // A last block of one token predicts nothing and is left out.
-    let six = load_examples(&data("six.txt", "abcd").path, &tokenizer, &options).unwrap();
+    let six = load_examples(&data("six.txt", "abcd").path, Some(&tokenizer), &options).unwrap();
     assert_eq!(six.iter().map(|example| example.ids.len()).collect::<Vec<_>>(), [5]);
 }
 
@@ -185,7 +185,7 @@ fn the_richest_form_wins() {
 fn truncation_keeps_the_front() {
     let options = DataOptions { seq_len: 4, ..OPTIONS };
     let file = data("rows.jsonl", r#"{"prompt":"abc","completion":"defg"}"#);
-    let examples = load_examples(&file.path, &chat(), &options).unwrap();
+    let examples = load_examples(&file.path, Some(&chat()), &options).unwrap();
     assert_eq!(examples[0].ids, bytes("abcd"));
     assert_eq!(examples[0].labels, [IGNORE, IGNORE, IGNORE, 100]);
     // The completion starts exactly behind the cut.
@@ -243,12 +243,31 @@ fn bad_rows_are_named() {
 #[test]
 fn what_is_not_there_is_named() {
     let missing = std::path::Path::new("no/such/rows.jsonl");
-    assert!(load_examples(missing, &chat(), &OPTIONS).unwrap_err().to_string().starts_with("no/such/rows.jsonl: "));
+    assert!(
+        load_examples(missing, Some(&chat()), &OPTIONS).unwrap_err().to_string().starts_with("no/such/rows.jsonl: ")
+    );
     let row = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
     let error = refused("rows.jsonl", row, &tokenizer(), &OPTIONS);
     assert!(error.starts_with(":1: the model has no chat template"), "{error}");
     let short = DataOptions { seq_len: 1, ..OPTIONS };
-    assert!(load_examples(missing, &chat(), &short).unwrap_err().to_string().contains("--seq-len is 1"));
+    assert!(load_examples(missing, Some(&chat()), &short).unwrap_err().to_string().contains("--seq-len is 1"));
+}
+
+#[test]
+fn without_a_tokenizer_token_ids_are_enough() {
+    let file = data("rows.jsonl", "{\"input_ids\":[1,2]}");
+    assert_eq!(load_examples(&file.path, None, &OPTIONS).unwrap()[0].ids, [1, 2]);
+    for (name, content) in [
+        ("rows.jsonl", r#"{"text":"ab"}"#),
+        ("rows.jsonl", r#"{"prompt":"a","completion":"b"}"#),
+        ("rows.jsonl", r#"{"instruction":"a","output":"b"}"#),
+        ("rows.jsonl", r#"{"messages":[{"role":"assistant","content":"b"}]}"#),
+        ("book.txt", "ab"),
+    ] {
+        let error = load_examples(&data(name, content).path, None, &OPTIONS).unwrap_err().to_string();
+        let place = if name == "book.txt" { "book.txt: " } else { "rows.jsonl:1: " };
+        assert!(error.contains(&format!("{place}holds text, but the model comes without a tokenizer")), "{error}");
+    }
 }
 
 #[test]
@@ -275,7 +294,7 @@ proptest! {
     #[test]
     fn bytes_never_panic(content in prop::collection::vec(any::<u8>(), 0..300), text: bool) {
         let file = data(if text { "a.txt" } else { "a.jsonl" }, content);
-        let _ = load_examples(&file.path, &chat(), &OPTIONS);
+        let _ = load_examples(&file.path, Some(&chat()), &OPTIONS);
     }
 
     #[test]
@@ -287,7 +306,7 @@ proptest! {
         seq_len in 0usize..6,
     ) {
         let file = data("a.jsonl", lines.join("\n"));
-        if let Ok(examples) = load_examples(&file.path, &chat(), &DataOptions { seq_len, ..OPTIONS }) {
+        if let Ok(examples) = load_examples(&file.path, Some(&chat()), &DataOptions { seq_len, ..OPTIONS }) {
             prop_assert!(examples.iter().all(|example| example.unmasked() > 0 && example.ids.len() <= seq_len));
         }
     }
@@ -301,7 +320,7 @@ proptest! {
             rows.iter().map(|(p, c)| json!({"prompt": p, "completion": c}).to_string()).collect();
         let file = data("rows.jsonl", content.join("\n"));
         let options = DataOptions { seq_len, ..OPTIONS };
-        let Ok(examples) = load_examples(&file.path, &tokenizer, &options) else { return Ok(()) };
+        let Ok(examples) = load_examples(&file.path, Some(&tokenizer), &options) else { return Ok(()) };
         prop_assert_eq!(examples.len(), rows.len());
         for (example, (prompt, completion)) in examples.iter().zip(&rows) {
             let full = [bytes(prompt), bytes(completion), vec![EOS]].concat();

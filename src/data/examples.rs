@@ -55,7 +55,8 @@ pub struct DataOptions {
 /// - `messages`: by the model's chat template; the assistant's turns with their end token are learned.
 /// - `input_ids`: as they are.
 ///
-/// Without a tokenizer only `input_ids` can be read. eos is left out if the tokenizer has none. Every error names the file and, where there is one, the line.
+/// Without a tokenizer only `input_ids` can be read. eos is left out if the tokenizer has none. Every error names the
+/// file and, where there is one, the line.
 pub fn load_examples(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> Result<Vec<Example>> {
     if options.seq_len < 2 {
         return Err(DataError::Options(format!("--seq-len is {}; expected at least 2", options.seq_len)));
@@ -108,24 +109,20 @@ fn example(
     tokenizer: Option<&Tokenizer>,
     template: std::result::Result<&Option<ChatTemplate>, &String>,
 ) -> std::result::Result<Example, String> {
-    let row = match row {
-        Row::Tokens { ids, labels: Some(labels) } => return Ok(Example { ids, labels }),
-        Row::Tokens { ids, labels: None } => return Ok(Example::all(ids)),
-        text => text,
-    };
-    let tokenizer = tokenizer.ok_or_else(no_tokenizer)?;
+    let needed = || tokenizer.ok_or_else(no_tokenizer);
     match row {
         Row::Text(text) => {
             if text.is_empty() {
                 return Err("\"text\" is empty; remove the row".to_owned());
             }
-            whole(&text, tokenizer).map(Example::all)
+            whole(&text, needed()?).map(Example::all)
         }
-        Row::Completion { prompt, completion } => completed(&prompt, &completion, "completion", tokenizer),
+        Row::Completion { prompt, completion } => completed(&prompt, &completion, "completion", needed()?),
         Row::Instruction { instruction, input, output } => {
-            completed(&instruction_prompt(&instruction, &input), &output, "output", tokenizer)
+            completed(&instruction_prompt(&instruction, &input), &output, "output", needed()?)
         }
         Row::Messages(turns) => {
+            let tokenizer = needed()?;
             let template = template.map_err(String::clone)?.as_ref().ok_or(
                 "the model has no chat template, so {\"messages\"} cannot be written as its text; \
                  use {\"prompt\",\"completion\"} rows",
@@ -133,7 +130,8 @@ fn example(
             let (ids, labels) = messages::encode(&turns, template, tokenizer)?;
             Ok(Example { ids, labels })
         }
-        Row::Tokens { .. } => Err("token ids were taken above".to_owned()),
+        Row::Tokens { ids, labels: Some(labels) } => Ok(Example { ids, labels }),
+        Row::Tokens { ids, labels: None } => Ok(Example::all(ids)),
     }
 }
 
