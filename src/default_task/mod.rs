@@ -1,7 +1,7 @@
 //! The embedded default model and task: what `train-llama` trains when it is told nothing.
 //!
 //! * [`text`]: scenes of a small world, which the base model is trained on;
-//! * [`task`]: sentences of that world and the JSON calls that record them, which the adapter is trained on;
+//! * [`task`]: sentences of that world and the records of what they say, which the adapter is trained on;
 //! * [`tokenizer`] and [`init`]: the tokenizer trained on the text, the model's shape and its random start.
 //!
 //! The program `make-assets` writes all of it from one seed; `assets/default/README.md` names the commands.

@@ -1,4 +1,4 @@
-//! The fine-tuning task: turn a sentence of the small world into a function call in JSON.
+//! The fine-tuning task: turn a sentence of the small world into a record, its particulars in a fixed order.
 //!
 //! Training and held-out rows share no pair of person and thing, so a model cannot pass by remembering rows.
 
@@ -43,7 +43,7 @@ fn row(seed: u64, purpose: u32, index: u32, want_held_out: bool) -> Row {
         prompt.push_str(&distraction(&event, dice));
     }
     prompt.push('\n');
-    Row { prompt, completion: call(&event) }
+    Row { prompt, completion: record(&event) }
 }
 
 /// A second sentence that must not change the answer.
@@ -55,19 +55,14 @@ fn distraction(event: &Event, dice: &mut Dice) -> String {
     }
 }
 
-/// The JSON call that records `event`.
-fn call(event: &Event) -> String {
-    let (who, colour, item, place, day) = (event.who(), event.colour(), event.item(), event.place(), event.day());
-    let (name, receiver) = match event.kind {
-        Kind::Move => ("move", String::new()),
-        Kind::Give => ("give", format!("\"to\": \"{}\", ", event.other())),
-        Kind::Find => ("find", String::new()),
-        Kind::Lose => ("lose", String::new()),
+/// The record of `event`: who, to whom (where something is given), colour, thing, place.
+fn record(event: &Event) -> String {
+    let receiver = match event.kind {
+        Kind::Give => format!("\"{}\", ", event.other()),
+        Kind::Move | Kind::Find | Kind::Lose => String::new(),
     };
-    format!(
-        "{{\"call\": \"{name}\", \"who\": \"{who}\", {receiver}\"colour\": \"{colour}\", \"item\": \"{item}\", \
-         \"place\": \"{place}\", \"day\": \"{day}\"}}"
-    )
+    let (who, colour, item, place) = (event.who(), event.colour(), event.item(), event.place());
+    format!("\"{who}\", {receiver}\"{colour}\", \"{item}\", \"{place}\"")
 }
 
 #[cfg(test)]
@@ -85,23 +80,26 @@ mod tests {
     #[test]
     fn held_out_rows_hold_pairs_that_training_never_shows() {
         let pairs = |rows: Vec<Row>| -> HashSet<(String, String)> {
-            let fields = rows.iter().map(|row| serde_json::from_str::<serde_json::Value>(&row.completion).unwrap());
-            fields.map(|call| (call["who"].to_string(), call["item"].to_string())).collect()
+            let fields = rows.iter().map(|row| fields(&row.completion));
+            fields.map(|fields| (fields[0].clone(), fields[fields.len() - 2].clone())).collect()
         };
         let (train, eval) = (pairs(train_rows(1, 2000)), pairs(eval_rows(1, 200)));
         assert!(train.len() > 500 && eval.len() > 80);
         assert!(train.is_disjoint(&eval));
     }
 
+    /// The fields of a record: a JSON array without its brackets.
+    fn fields(completion: &str) -> Vec<String> {
+        serde_json::from_str(&format!("[{completion}]")).unwrap()
+    }
+
     #[test]
-    fn every_argument_is_a_word_of_the_prompt() {
+    fn every_field_is_a_word_of_the_prompt() {
         for row in train_rows(5, 500).iter().chain(&eval_rows(5, 200)) {
-            let call: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&row.completion).unwrap();
-            assert_eq!(call.len(), if call["call"] == "give" { 7 } else { 6 });
+            let fields = fields(&row.completion);
             let words: HashSet<&str> = row.prompt.split(|c: char| !c.is_alphabetic()).collect();
-            for (key, value) in call.iter().filter(|(key, _)| *key != "call") {
-                assert!(words.contains(value.as_str().unwrap()), "{key} of {row:?}");
-            }
+            assert!(fields.len() == 4 || fields.len() == 5, "{row:?}");
+            assert!(fields.iter().all(|field| words.contains(field.as_str())), "{row:?}");
             assert!(row.prompt.ends_with(".\n"));
         }
     }

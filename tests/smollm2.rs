@@ -1,0 +1,115 @@
+//! A real model, SmolLM2-135M-Instruct from a Q4_1 GGUF, against transformers (`tests/golden/smollm2-135m.json`): tokenizer,
+//! chat template, logits, loss and greedy text, with the file's weights in f32 and with NF4 made from them.
+//!
+//! The file is not in the repository: `scripts/get-smollm2.sh` fetches it, `NIBBLE_SMOLLM2` says where it is.
+
+use nibble_kernels::quantize::QuantType;
+use nibble_models::{
+    Llama,
+    chat::Message,
+    files::checkpoint::Checkpoint,
+    generate::{Sampling, generate},
+    llama::{LoadOptions, Packed, Quantization},
+    tokenizer::Tokenizer,
+};
+use nibble_runtime::DType;
+use serde::Deserialize;
+use std::path::PathBuf;
+
+#[derive(Deserialize)]
+struct Golden {
+    fp32_from_gguf: Vec<Case>,
+    nf4dq_of_bf16_of_gguf: Vec<Case>,
+    chat_template: String,
+}
+
+/// What the reference says about a text.
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    ids: Vec<u32>,
+    /// The eight most likely next tokens, in order.
+    top_ids: Vec<usize>,
+    top_logits: Vec<f32>,
+    /// Over all tokens but the first.
+    mean_nll: f64,
+    greedy: Vec<u32>,
+    greedy_text: String,
+}
+
+fn golden() -> Golden {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/smollm2-135m.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn checkpoint() -> Option<Checkpoint> {
+    let Some(path) = std::env::var_os("NIBBLE_SMOLLM2") else {
+        println!("skipped: set NIBBLE_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf (scripts/get-smollm2.sh fetches it)");
+        return None;
+    };
+    Some(Checkpoint::open(&PathBuf::from(path)).unwrap())
+}
+
+fn load(checkpoint: &Checkpoint, quantization: Option<Quantization>) -> Llama {
+    Llama::load(checkpoint, LoadOptions { quantization, dtype: DType::F32 }, |_, _| {}).unwrap().0
+}
+
+/// Logits after the text and mean NLL of it, each held against the reference.
+fn assert_case(llama: &Llama, case: &Case) {
+    let ids: Vec<i32> = case.ids.iter().map(|&id| id as i32).collect();
+    let lengths = [ids.len()];
+    let logits = llama.logits(&ids, &lengths).unwrap();
+    let last = &logits.as_slice::<f32>().unwrap()[(ids.len() - 1) * llama.config.vocab_size..];
+    let mut order: Vec<usize> = (0..last.len()).collect();
+    order.sort_by(|&a, &b| last[b].total_cmp(&last[a]));
+    assert_eq!(order[..8], case.top_ids, "{:?}: {:?}", case.text, order[..8].iter().map(|&i| last[i]).collect::<Vec<_>>());
+    for (&id, expected) in case.top_ids.iter().zip(&case.top_logits) {
+        let found = last[id];
+        assert!((found - expected).abs() <= 0.02, "{:?}, token {id}: logit {found}, expected {expected}", case.text);
+    }
+    let labels: Vec<i32> = ids[1..].iter().copied().chain([-100]).collect();
+    let out = llama.evaluate(Packed { ids: &ids, labels: &labels, lengths: &lengths }).unwrap();
+    let (nll, expected) = (out.sum() / (ids.len() - 1) as f64, case.mean_nll);
+    assert!((nll - expected).abs() <= 1e-3, "{:?}: mean NLL {nll}, expected {expected}", case.text);
+}
+
+#[test]
+fn token_ids_and_chat_template() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let tokenizer = Tokenizer::from_gguf(checkpoint.gguf().unwrap()).unwrap();
+    let golden = golden();
+    for case in golden.fp32_from_gguf.iter().chain(&golden.nf4dq_of_bf16_of_gguf) {
+        assert_eq!(tokenizer.encode(&case.text, false).unwrap(), case.ids, "{:?}", case.text);
+        assert_eq!(tokenizer.decode(&case.ids, false).unwrap(), case.text);
+    }
+    let messages = [Message::new("user", "Hi"), Message::new("assistant", "Hello!"), Message::new("user", "Bye")];
+    let found = tokenizer.chat().unwrap().unwrap().render(&messages, true).unwrap();
+    assert_eq!(found, golden.chat_template);
+}
+
+#[test]
+fn weights_in_f32() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let tokenizer = Tokenizer::from_gguf(checkpoint.gguf().unwrap()).unwrap();
+    let llama = load(&checkpoint, None);
+    let golden = golden();
+    assert_eq!(golden.fp32_from_gguf.len(), 6);
+    for case in &golden.fp32_from_gguf {
+        assert_case(&llama, case);
+        let found = generate(&llama, &case.ids, case.greedy.len(), &[], Sampling::GREEDY, |_| true).unwrap();
+        assert_eq!(tokenizer.decode(&found, false).unwrap(), case.greedy_text);
+        assert_eq!(found, case.greedy, "{:?}", case.text);
+    }
+}
+
+#[test]
+fn weights_in_nf4() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let nf4 = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: true };
+    let llama = load(&checkpoint, Some(nf4));
+    let golden = golden();
+    assert_eq!(golden.nf4dq_of_bf16_of_gguf.len(), 6);
+    for case in &golden.nf4dq_of_bf16_of_gguf {
+        assert_case(&llama, case);
+    }
+}
