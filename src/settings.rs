@@ -51,7 +51,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N")]
     pub seq_len: Option<usize>,
     /// Learning rate [default: 2e-4]
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, allow_negative_numbers = true, value_name = "RATE")]
     pub lr: Option<f64>,
     /// constant, linear or cosine [default: constant]
     #[arg(long, value_name = "NAME")]
@@ -60,7 +60,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N")]
     pub warmup: Option<u32>,
     /// Decoupled weight decay [default: 0]
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, allow_negative_numbers = true, value_name = "RATE")]
     pub weight_decay: Option<f64>,
     /// β₁ and β₂ of AdamW [default: 0.9,0.999]
     #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 1)]
@@ -72,7 +72,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "BITS")]
     pub optimizer_bits: Option<String>,
     /// Clip the gradient's global norm to this; 0 turns clipping off [default: 0.3]
-    #[arg(long, value_name = "NORM")]
+    #[arg(long, allow_negative_numbers = true, value_name = "NORM")]
     pub max_grad_norm: Option<f64>,
     /// Seed of adapters, dropout and data order [default: 0]
     #[arg(long, value_name = "N")]
@@ -94,7 +94,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "ALPHA")]
     pub alpha: Option<f64>,
     /// Dropout on the adapters' inputs [default: 0.1]
-    #[arg(long, value_name = "P")]
+    #[arg(long, allow_negative_numbers = true, value_name = "P")]
     pub dropout: Option<f32>,
     /// Linear layers to adapt, separated by commas [default: all seven]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]

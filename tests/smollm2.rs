@@ -62,7 +62,13 @@ fn assert_case(llama: &Llama, case: &Case) {
     let last = &logits.as_slice::<f32>().unwrap()[(ids.len() - 1) * llama.config.vocab_size..];
     let mut order: Vec<usize> = (0..last.len()).collect();
     order.sort_by(|&a, &b| last[b].total_cmp(&last[a]));
-    assert_eq!(order[..8], case.top_ids, "{:?}: {:?}", case.text, order[..8].iter().map(|&i| last[i]).collect::<Vec<_>>());
+    assert_eq!(
+        order[..8],
+        case.top_ids,
+        "{:?}: {:?}",
+        case.text,
+        order[..8].iter().map(|&i| last[i]).collect::<Vec<_>>()
+    );
     for (&id, expected) in case.top_ids.iter().zip(&case.top_logits) {
         let found = last[id];
         assert!((found - expected).abs() <= 0.02, "{:?}, token {id}: logit {found}, expected {expected}", case.text);
