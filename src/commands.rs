@@ -160,6 +160,26 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
 }
 
 fn inspect_command(path: &Path) -> Result<()> {
-    print!("{}", inspect::describe(path)?);
+    let is_data = path.extension().is_some_and(|extension| extension == "jsonl" || extension == "txt");
+    let text = if is_data { describe_data(path)? } else { inspect::describe(path)? };
+    print!("{text}");
     Ok(())
+}
+
+/// What a data file holds: its form, how many rows, and the first of them.
+fn describe_data(path: &Path) -> Result<String> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {shown}"))?;
+    if path.extension().is_some_and(|extension| extension == "txt") {
+        return Ok(format!("{shown}: plain text, {} lines, {}\n", text.lines().count(), report::bytes(text.len())));
+    }
+    let mut rows = data::Rows::open(path)?;
+    let mut count = 0;
+    while let Some(row) = rows.next() {
+        row?;
+        count += 1;
+    }
+    let form = rows.format().map_or("no rows".to_string(), |format| format.to_string());
+    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    Ok(format!("{shown}: JSONL, {count} rows of the form {form}\nfirst row: {first}\n"))
 }

@@ -26,7 +26,7 @@ use std::{path::PathBuf, time::Instant};
 /// How a run ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The run's folder.
+    /// The run's folder; not made if the user stopped before the first step.
     pub dir: PathBuf,
     /// Whether the user stopped it.
     pub interrupted: bool,
@@ -46,7 +46,8 @@ pub fn train(settings: &Settings) -> Result<Outcome> {
 
     let before = evaluate_and_show("before", &model, tokenizer.as_ref(), &held_out)?;
     if interrupt::requested() {
-        bail!("stopped before the first step; nothing was written");
+        eprintln!("stopped before the first step; nothing was written");
+        return Ok(Outcome { dir: run.path().to_path_buf(), interrupted: true, before, after: None });
     }
     run.create(settings)?;
     let (log, interrupted) = optimize(&mut model, &examples, settings, &run, &adapter_config, tokenizer.as_ref())?;
@@ -198,9 +199,10 @@ fn optimize(
         }
         let clock = Instant::now();
         // The window's batches; the last one of an epochs-long run may be short.
-        let last = settings.steps.map_or(epochs * sampler.steps_per_epoch(), |steps| steps as usize * window);
-        let first = step as usize * window;
-        let batches: Vec<_> = (first..(first + window).min(last))
+        let last =
+            settings.steps.map_or(epochs * sampler.steps_per_epoch(), |steps| (steps as usize).saturating_mul(window));
+        let first = (step as usize).saturating_mul(window);
+        let batches: Vec<_> = (first..first.saturating_add(window).min(last))
             .map(|index| {
                 let chosen: Vec<&Example> = sampler.batch_indices(index).into_iter().map(|i| &examples[i]).collect();
                 collate(&chosen)
@@ -226,7 +228,7 @@ fn optimize(
             save(model, run, adapter_config, tokenizer)?;
             bail!(
                 "step {}: the loss is {loss} and the gradient norm {grad_norm}; stopped. {} holds the last good \
-                 parameters, of before step {step}. Try a lower --lr or a longer --warmup",
+                 parameters, from before the last update. Try a lower --lr or a longer --warmup",
                 step + 1,
                 run.path().display()
             );
@@ -242,6 +244,16 @@ fn optimize(
                 .map(|(id, value)| Update { id, decay: value.shape().len() > 1, value })
                 .collect();
             optimizer.step(&mut parameters, &grads, lr, scale)?;
+            if !is_finite(model)? {
+                restore(model, &good)?;
+                save(model, run, adapter_config, tokenizer)?;
+                bail!(
+                    "step {}: the update with learning rate {lr} made parameters infinite; stopped. {} holds those from \
+                     before it. Try a lower --lr",
+                    step + 1,
+                    run.path().display()
+                );
+            }
         }
         grads.clear();
         let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
@@ -269,6 +281,16 @@ fn restore(model: &mut Model, snapshot: &[Tensor]) -> Result<()> {
         value.bytes_mut()?.copy_from_slice(copy.bytes());
     }
     Ok(())
+}
+
+/// Whether every trainable parameter is a number.
+fn is_finite(model: &Model) -> Result<bool> {
+    for (_, _, value) in model.llama.parameters() {
+        if value.as_slice::<f32>()?.iter().any(|x| !x.is_finite()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Writes what was trained: `adapter/`, or `model/` after full fine-tuning.
