@@ -1,0 +1,119 @@
+"""Checks this program against transformers, peft and bitsandbytes, in f32 on a CPU.
+
+usage: check_peft.py adapter MODEL_DIR ADAPTER_DIR...    adapters loaded by peft: logits as `train-llama logits --quant none`
+       check_peft.py quantized DIR...                    folders of `train-llama quantize` loaded by transformers: logits as ours
+       check_peft.py folder DIR...                       Hugging Face folders: logits as ours, with --quant none
+       check_peft.py golden MODEL_DIR OUT_DIR            makes tests/golden/peft_interop: adapters and logits of peft
+
+The program is target/release/train-llama, or what NIBBLE names. Exit code 1 if logits differ by more than printed tolerances.
+Needs: torch transformers peft bitsandbytes safetensors.
+"""
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+PROGRAM = os.environ.get("NIBBLE", str(pathlib.Path(__file__).parent.parent / "target/release/train-llama"))
+IDS = [1, 17, 300, 5, 42, 42, 7, 211, 99, 450, 3, 128, 256, 64, 32, 16]
+
+
+def ours(*args):
+    """Logits [T, vocab] that this program gives for IDS."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "logits.safetensors")
+        ids = ",".join(map(str, IDS))
+        subprocess.run([PROGRAM, "logits", *args, "--dtype", "f32", "--ids", ids, "--out", out], check=True, stderr=subprocess.DEVNULL)
+        return load_file(out)["logits"][0]
+
+
+def theirs(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([IDS])).logits[0].float()
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def report(name, found, expected, tolerance):
+    worst = (found - expected).abs().max().item()
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    ok = worst <= tolerance
+    print(f"{'ok  ' if ok else 'FAIL'} {name}: largest difference {worst:.2e} (at most {tolerance:.0e}), "
+          f"logits up to {expected.abs().max().item():.1f}, same best token {100 * same:.0f} %")
+    return ok
+
+
+def adapter(model, *folders):
+    base = theirs(load(model))
+    results = []
+    for folder in folders:
+        expected = theirs(PeftModel.from_pretrained(load(model), folder))
+        effect = (expected - base).abs().max().item()
+        results.append(report(f"{folder} (moves logits by up to {effect:.2f})", ours("--model", model, "--quant", "none", "--adapter", folder), expected, 1e-4))
+    return results
+
+
+def dequantized(model):
+    """bitsandbytes' own dequantized values in f32 linears: its products on a CPU may round to bf16."""
+    import bitsandbytes
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = module.weight
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, dense)
+    return model.float()
+
+
+def quantized(*folders):
+    results = []
+    for folder in folders:
+        # In the folder's own dtype: transformers would otherwise round embedding and norms to another.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        layers = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+        assert layers == 7 * model.config.num_hidden_layers, f"{layers} layers are in 4 bits"
+        found = ours("--model", folder)
+        report(f"{folder} as transformers runs it, {model.dtype}", found, theirs(model), float("inf"))
+        results.append(report(f"{folder}, values of bitsandbytes in f32", found, theirs(dequantized(model)), 1e-3))
+    return results
+
+
+def folder(*folders):
+    return [report(path, ours("--model", path, "--quant", "none"), theirs(load(path)), 1e-3) for path in folders]
+
+
+# Name, and what differs from peft's defaults.
+GOLDEN = {
+    "rslora": dict(r=3, lora_alpha=9, use_rslora=True, target_modules=["q_proj", "o_proj", "down_proj"]),
+    "patterns": dict(r=2, lora_alpha=4, target_modules=r".*\.(k_proj|gate_proj)", rank_pattern={"gate_proj": 5}, alpha_pattern={"gate_proj": 20}),
+}
+
+
+def golden(model, out):
+    tensors = {"ids": torch.tensor([IDS])}
+    for name, settings in GOLDEN.items():
+        torch.manual_seed(7)
+        peft = get_peft_model(load(model), LoraConfig(task_type="CAUSAL_LM", **settings))
+        for key, value in peft.named_parameters():
+            if "lora_B" in key:  # zero at first
+                torch.nn.init.normal_(value, std=0.1)
+        peft.save_pretrained(os.path.join(out, name))
+        os.remove(os.path.join(out, name, "README.md"))
+        tensors[f"logits.{name}"] = theirs(peft)[None].contiguous()
+    save_file(tensors, os.path.join(out, "golden.safetensors"))
+    return []
+
+
+if __name__ == "__main__":
+    command = {f.__name__: f for f in (adapter, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
+    if command is None:
+        sys.exit(__doc__)
+    sys.exit(0 if all(command(*sys.argv[2:])) else 1)
