@@ -175,7 +175,7 @@ fn describe_data(path: &Path) -> Result<String> {
     }
     let mut rows = data::Rows::open(path)?;
     let mut count = 0;
-    while let Some(row) = rows.next() {
+    for row in rows.by_ref() {
         row?;
         count += 1;
     }
