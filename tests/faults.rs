@@ -120,7 +120,8 @@ fn files_that_are_not_there() {
 #[test]
 fn damaged_checkpoints() {
     let file = "model/model.safetensors";
-    let damages: [(&str, fn(&mut Vec<u8>)); 5] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 5] = [
         ("cut short", |bytes| bytes.truncate(bytes.len() - 1000)),
         ("no header", |bytes| bytes.truncate(5)),
         ("a header longer than the file", |bytes| bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes())),
