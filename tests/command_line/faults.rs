@@ -20,6 +20,9 @@ fn usage() {
     for (args, words) in [
         (&["--lr", "fast"][..], &["fast", "--lr"][..]),
         (&["--lr", "0"], &["--lr"]),
+        (&["--lr", "-1"], &["--lr must be above 0"]),
+        (&["--lr", "nan"], &["--lr"]),
+        (&["--eps", "inf"], &["--eps"]),
         (&["--steps", "0"], &["--steps"]),
         (&["--steps", "3", "--epochs", "1"], &["--epochs"]),
         (&["--batch-size", "0"], &["--batch-size"]),
@@ -104,13 +107,13 @@ fn damaged_weights() {
         place.refuses_model(&model, &["model.safetensors"]);
     }
     let name = "model.layers.1.mlp.up_proj.weight";
-    let mut lie = |what: &str, edit: &dyn Fn(&mut serde_json::Value), words: &[&str]| {
+    let lie = |what: &str, edit: &dyn Fn(&mut serde_json::Value), words: &[&str]| {
         eprintln!("{what}");
         fs::write(&file, &whole).unwrap();
         edit_header(&file, edit);
         place.refuses_model(&model, words);
     };
-    lie("missing", &|h| drop(h.as_object_mut().unwrap().shift_remove(name)), &["m"]);
+    lie("missing", &|h| drop(h.as_object_mut().unwrap().shift_remove(name)), &["model.safetensors"]);
     lie(
         "renamed",
         &|h| {
@@ -379,14 +382,9 @@ fn a_loss_that_is_no_number_stops_the_run_with_the_last_good_adapter() {
 fn a_reader_that_goes_away_is_no_panic() {
     let place = Place::new();
     let path = golden("model");
-    let mut child = place
-        .command(&["inspect", path.to_str().unwrap()])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = place.command(&["inspect", path.to_str().unwrap()]).stdout(writer).output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(1) && stderr.contains("standard output"), "{stderr}");
 }

@@ -13,8 +13,7 @@ fn strings(items: &[&str]) -> Vec<u8> {
     [&8u32.to_le_bytes()[..], &count, &items.iter().flat_map(|item| string(item)).collect::<Vec<_>>()].concat()
 }
 
-/// One layer of two heads, every weight a small number. The architecture's name and the byte that the count of tensors
-/// starts with can be chosen to make bad files.
+/// One layer of two heads; another architecture's name makes it a file that the program does not run.
 pub fn tiny(architecture: &str) -> Vec<u8> {
     let u32s = |value: u32| (4u32, value.to_le_bytes().to_vec());
     let f32s = |value: f32| (6u32, value.to_le_bytes().to_vec());
@@ -67,7 +66,13 @@ pub fn tiny(architecture: &str) -> Vec<u8> {
         file.extend(0u32.to_le_bytes()); // F32
         file.extend((data.len() as u64).to_le_bytes());
         let count = shape.iter().product::<usize>();
-        data.extend((0..count).flat_map(|i| ((i * 7919 % 101) as f32 / 101.0 - 0.4).to_le_bytes()));
+        // Norms are constant; the others pseudo-random values, spread around zero.
+        let value = |i: usize| match shape.len() {
+            1 => 3.0,
+            _ => ((i + data.len()) as u32).wrapping_mul(2_654_435_761) as f32 / u32::MAX as f32 - 0.5,
+        };
+        let values: Vec<u8> = (0..count).flat_map(|i| (0.3 * value(i)).to_le_bytes()).collect();
+        data.extend(values);
         data.resize(data.len().next_multiple_of(32), 0);
     }
     file.resize(file.len().next_multiple_of(32), 0);

@@ -64,8 +64,10 @@ fn the_same_settings_give_the_same_bits() {
 #[test]
 fn accumulated_batches_are_one_batch() {
     let place = Place::new();
-    place.train("whole", &["--batch-size", "4", "--no-shuffle"]);
-    place.train("parts", &["--batch-size", "2", "--grad-accum", "2", "--no-shuffle"]);
+    // A large ε: Adam's steps go by little more than the sign of a gradient otherwise, and rounding can turn that of one
+    // that is nearly zero.
+    place.train("whole", &["--batch-size", "4", "--no-shuffle", "--eps", "1e-3"]);
+    place.train("parts", &["--batch-size", "2", "--grad-accum", "2", "--no-shuffle", "--eps", "1e-3"]);
     for (a, b) in place.losses("whole").iter().zip(place.losses("parts")) {
         assert!((a - b).abs() < 1e-6, "{a} {b}");
     }
@@ -76,7 +78,6 @@ fn accumulated_batches_are_one_batch() {
         let read = |file: &SafetensorsFile| file.tensor(&name, Tag::Workspace).unwrap().to_f32().unwrap().into_owned();
         let (whole, parts) = (read(&whole), read(&parts));
         let worst = whole.iter().zip(&parts).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        // Adam's first steps go by the gradient's sign: where it is nearly 0, rounding can turn it.
         assert!(worst < 1e-6, "{name}: {worst}");
     }
 }
