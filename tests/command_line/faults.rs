@@ -32,6 +32,7 @@ fn usage() {
         (&["--method", "dora"], &["dora", "qlora"]),
         (&["--method", "qlora", "--quant", "none"], &["--quant"]),
         (&["--targets", "q_proj,mouth_proj"], &["mouth_proj", "q_proj"]),
+        (&["--targets", "lm_head"], &["lm_head", "q_proj"]),
         (&["--rank", "1000000000000"], &["--rank"]),
         (&["--seed", "18446744073709551615"], &["18446744073709551615"]),
         (&["--device", "cuda"], &["cuda:0", "--device cpu"]),
@@ -153,6 +154,7 @@ fn other_architectures_and_quantizations() {
         (json!({"num_hidden_layers": 4}), &["model.layers.3"]),
         (json!({"num_hidden_layers": u64::MAX}), &["config.json"]),
         (json!({"num_key_value_heads": 3}), &["config.json"]),
+        (json!({"intermediate_size": 400}), &["[384, 128]", "[400, 128]"]),
         (json!({"vocab_size": 513}), &["[512, 128]", "[513, 128]"]),
     ] {
         fs::write(model.join("config.json"), &whole).unwrap();
