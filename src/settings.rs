@@ -284,6 +284,8 @@ impl Settings {
         positive("batch-size", self.batch_size)?;
         positive("grad-accum", self.grad_accum)?;
         positive("rank", self.rank)?;
+        // The width of the largest Llama: more only asks for memory.
+        ensure!(self.rank <= 16_384, "--rank must be at most 16384");
         ensure!(self.seq_len > 1, "--seq-len must be at least 2: one token to read and one to predict");
         ensure!(self.steps != Some(0) && self.epochs != Some(0), "--steps and --epochs must be at least 1");
         ensure!(self.steps.is_none() || self.epochs.is_none(), "give --steps or --epochs, not both");

@@ -67,7 +67,7 @@ impl Llama {
     /// Puts new adapters on the chosen layers: A uniform in ±1/√K, B zero, so that the model's output does not change.
     ///
     /// # Errors
-    /// A target is none of [`TARGETS`], there is none, or the rank is 0 or larger than a target's larger side.
+    /// A target is none of [`TARGETS`], there is none, or the rank is 0.
     pub fn add_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
         if let Some(bad) = config.targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
             return Err(Error::Invalid(format!("no linear layer is named {bad}; choose from {}", TARGETS.join(", "))));
@@ -78,10 +78,6 @@ impl Llama {
         let mut next = 0;
         for linear in self.linears_mut().filter(|linear| config.targets.iter().any(|t| t == leaf(&linear.name))) {
             let (n, k) = linear.weight.dims()?;
-            if config.rank > n.max(k) {
-                let what = format!("rank {} is more than {} [{n}, {k}] has rows and columns", config.rank, linear.name);
-                return Err(Error::Invalid(format!("{what}; choose a lower --rank")));
-            }
             let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
             let bound = 1.0 / (k as f32).sqrt();
             let count = (config.rank * k) as u64;
