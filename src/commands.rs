@@ -2,7 +2,9 @@
 
 use crate::{
     cli::{Cli, Command, DTypeChoice, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
-    data, default_task, eval, interrupt,
+    data, default_task,
+    eval::{self, EvalResult},
+    interrupt,
     model::{Model, ModelSource},
     report,
     settings::{Settings, TrainArgs},
@@ -17,6 +19,9 @@ use nibble_models::{
 };
 use nibble_runtime::DeviceRequest;
 use std::{io::Write, path::Path};
+
+/// More than any model is trained for; a larger number would only ask for the memory of its KV cache.
+const MAX_NEW_TOKENS: usize = 1 << 20;
 
 /// Runs what the command line asks for; the exit code of the program.
 pub fn run(cli: Cli) -> Result<i32> {
@@ -49,6 +54,7 @@ fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
 fn generate_command(args: &GenerateArgs) -> Result<()> {
     ensure!(args.temperature >= 0.0, "--temperature must not be negative");
     ensure!(args.top_p > 0.0 && args.top_p <= 1.0, "--top-p must be above 0 and at most 1");
+    ensure!(args.max_new_tokens <= MAX_NEW_TOKENS, "--max-new-tokens must be at most {MAX_NEW_TOKENS}");
     let model = load(&args.model)?;
     let tokenizer = model.needs_tokenizer()?;
     let prompt = if args.chat {
@@ -63,14 +69,14 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut printed = Streaming::new(&tokenizer);
     if !args.chat {
-        printed.write(&args.prompt)?;
+        print(&args.prompt)?;
     }
     let mut failure = None;
     generate(&model.llama, &prompt, args.max_new_tokens, &stop, sampling, |token| {
         let result = if stop.contains(&token) { Ok(()) } else { printed.push(token) };
         result.map_err(|error| failure = Some(error)).is_ok()
     })?;
-    printed.write("\n")?;
+    print("\n")?;
     failure.map_or(Ok(()), Err)
 }
 
@@ -91,15 +97,10 @@ impl<'a> Streaming<'a> {
         let text = self.tokenizer.decode(&self.ids, true)?;
         let complete = text.trim_end_matches('\u{FFFD}');
         if let Some(new) = complete.get(self.shown..) {
-            self.write(new)?;
+            print(new)?;
             self.shown = complete.len();
         }
         Ok(())
-    }
-
-    fn write(&self, text: &str) -> Result<()> {
-        let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
     }
 }
 
@@ -110,15 +111,15 @@ fn eval_command(args: &EvalArgs) -> Result<i32> {
     let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
     let examples = data::load_examples(&args.data, tokenizer.as_ref(), &options)?;
     let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
-    if args.json {
-        println!("{}", serde_json::to_string(&result)?);
-    } else {
-        println!("examples     {}", result.examples);
-        println!("tokens       {}", result.tokens);
-        println!("mean NLL     {:.6}", result.nll);
-        println!("perplexity   {:.4}", result.perplexity);
-        println!("exact match  {:.2} %", 100.0 * result.exact_match);
-    }
+    let EvalResult { examples, tokens, nll, perplexity, exact_match } = result;
+    print(&match args.json {
+        true => serde_json::to_string(&result)? + "\n",
+        false => format!(
+            "examples     {examples}\ntokens       {tokens}\nmean NLL     {nll:.6}\nperplexity   {perplexity:.4}\n\
+             exact match  {:.2} %\n",
+            100.0 * exact_match
+        ),
+    })?;
     eprintln!("{}", report::memory_line());
     Ok(0)
 }
@@ -160,26 +161,13 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
 }
 
 fn inspect_command(path: &Path) -> Result<()> {
-    let is_data = path.extension().is_some_and(|extension| extension == "jsonl" || extension == "txt");
-    let text = if is_data { describe_data(path)? } else { inspect::describe(path)? };
-    print!("{text}");
-    Ok(())
+    // What is neither a folder nor a file of tensors is read as data, by the rule that training reads it by.
+    let tensors = path.extension().is_some_and(|extension| extension == "gguf" || extension == "safetensors");
+    print(&if path.is_file() && !tensors { data::describe(path)? } else { inspect::describe(path)? })
 }
 
-/// What a data file holds: its form, how many rows, and the first of them.
-fn describe_data(path: &Path) -> Result<String> {
-    let shown = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {shown}"))?;
-    if path.extension().is_some_and(|extension| extension == "txt") {
-        return Ok(format!("{shown}: plain text, {} lines, {}\n", text.lines().count(), report::bytes(text.len())));
-    }
-    let mut rows = data::Rows::open(path)?;
-    let mut count = 0;
-    for row in rows.by_ref() {
-        row?;
-        count += 1;
-    }
-    let form = rows.format().map_or("no rows".to_string(), |format| format.to_string());
-    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    Ok(format!("{shown}: JSONL, {count} rows of the form {form}\nfirst row: {first}\n"))
+/// Writes to standard output, where a reader that has gone away is an error and no panic.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
 }

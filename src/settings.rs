@@ -9,6 +9,9 @@ use nibble_runtime::DeviceRequest;
 use serde::{Deserialize, Serialize, de};
 use std::{fmt::Display, path::PathBuf, str::FromStr};
 
+/// The largest whole number that TOML, in which settings are written, can hold.
+const MAX_SEED: u64 = i64::MAX as u64;
+
 /// What a user gives on the command line or in a file; everything may be left out.
 #[derive(Clone, Debug, Default, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -51,7 +54,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N")]
     pub seq_len: Option<usize>,
     /// Learning rate [default: 2e-4]
-    #[arg(long, allow_negative_numbers = true, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// constant, linear or cosine [default: constant]
     #[arg(long, value_name = "NAME")]
@@ -60,22 +63,22 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N")]
     pub warmup: Option<u32>,
     /// Decoupled weight decay [default: 0]
-    #[arg(long, allow_negative_numbers = true, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub weight_decay: Option<f64>,
     /// β₁ and β₂ of AdamW [default: 0.9,0.999]
-    #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 1)]
+    #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 1, allow_negative_numbers = true)]
     pub betas: Option<Vec<f64>>,
     /// ε of AdamW [default: 1e-8]
-    #[arg(long, value_name = "EPS")]
+    #[arg(long, value_name = "EPS", allow_negative_numbers = true)]
     pub eps: Option<f64>,
     /// Precision of the optimizer's moments: 32 or 8 bits [default: 32]
     #[arg(long, value_name = "BITS")]
     pub optimizer_bits: Option<String>,
     /// Clip the gradient's global norm to this; 0 turns clipping off [default: 0.3]
-    #[arg(long, allow_negative_numbers = true, value_name = "NORM")]
+    #[arg(long, value_name = "NORM", allow_negative_numbers = true)]
     pub max_grad_norm: Option<f64>,
     /// Seed of adapters, dropout and data order [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=MAX_SEED))]
     pub seed: Option<u64>,
     /// Quantization of the base: nf4, fp4 or none [default: nf4; none unless --method qlora]
     #[arg(long, value_name = "TYPE")]
@@ -91,10 +94,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "R")]
     pub rank: Option<usize>,
     /// LoRA α; the adapter is scaled by α/r [default: 16]
-    #[arg(long, value_name = "ALPHA")]
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
     pub alpha: Option<f64>,
     /// Dropout on the adapters' inputs [default: 0.1]
-    #[arg(long, allow_negative_numbers = true, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub dropout: Option<f32>,
     /// Linear layers to adapt, separated by commas [default: all seven]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
@@ -281,6 +284,8 @@ impl Settings {
         positive("batch-size", self.batch_size)?;
         positive("grad-accum", self.grad_accum)?;
         positive("rank", self.rank)?;
+        // The width of the largest Llama: more only asks for memory.
+        ensure!(self.rank <= 16_384, "--rank must be at most 16384");
         ensure!(self.seq_len > 1, "--seq-len must be at least 2: one token to read and one to predict");
         ensure!(self.steps != Some(0) && self.epochs != Some(0), "--steps and --epochs must be at least 1");
         ensure!(self.steps.is_none() || self.epochs.is_none(), "give --steps or --epochs, not both");
@@ -289,8 +294,8 @@ impl Settings {
         ensure!((0.0..1.0).contains(&self.dropout), "--dropout must be at least 0 and below 1");
         ensure!(self.alpha.is_finite() && self.alpha > 0.0, "--alpha must be above 0");
         ensure!(self.betas.iter().all(|b| (0.0..1.0).contains(b)), "--betas must be at least 0 and below 1");
-        ensure!(self.eps > 0.0, "--eps must be above 0");
-        ensure!(self.weight_decay >= 0.0, "--weight-decay must not be negative");
+        ensure!(self.eps.is_finite() && self.eps > 0.0, "--eps must be above 0");
+        ensure!(self.weight_decay.is_finite() && self.weight_decay >= 0.0, "--weight-decay must not be negative");
         let block = self.block_size;
         ensure!(
             block.is_power_of_two() && (32..=4096).contains(&block),

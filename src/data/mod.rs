@@ -5,6 +5,7 @@
 //! assistant turns, only those are learned; every other token's label is [`IGNORE`].
 
 mod batch;
+mod describe;
 mod error;
 mod examples;
 mod messages;
@@ -12,6 +13,7 @@ mod rows;
 mod sampler;
 
 pub use batch::{Batch, collate};
+pub use describe::describe;
 pub use error::{DataError, Result};
 pub use examples::{DataOptions, Example, Span, instruction_prompt, load_examples, preview};
 pub use rows::{Format, Row, Rows};

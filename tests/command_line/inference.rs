@@ -1,0 +1,173 @@
+//! The commands that only run a model: generate, eval, logits, quantize, inspect.
+
+use crate::{
+    gguf,
+    support::{Place, golden},
+};
+use nibble_models::files::safetensors::SafetensorsFile;
+use nibble_runtime::Tag;
+use serde_json::Value;
+use std::path::Path;
+
+fn floats(path: &Path, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let tensor = SafetensorsFile::open(path).unwrap().tensor(name, Tag::Workspace).unwrap();
+    (tensor.shape().to_vec(), tensor.as_slice::<f32>().unwrap().to_vec())
+}
+
+fn golden_row() -> (String, Vec<f32>) {
+    let file = golden("golden.safetensors");
+    let ids = SafetensorsFile::open(&file).unwrap().tensor("ids", Tag::Workspace).unwrap();
+    let ids: Vec<String> = ids.as_slice::<i64>().unwrap()[..48].iter().map(i64::to_string).collect();
+    (ids.join(","), floats(&file, "logits").1[..48 * 512].to_vec())
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn logits_are_the_references() {
+    let place = Place::new();
+    let (ids, expected) = golden_row();
+    let model = golden("model");
+    let common = ["logits", "--model", model.to_str().unwrap(), "--ids", &ids];
+    let ran = place.ok(&[&common[..], &["--quant", "none", "--dtype", "f32", "--out", "plain.safetensors"]].concat());
+    assert_eq!(ran.stdout, "");
+    let (shape, found) = floats(&place.path("plain.safetensors"), "logits");
+    assert_eq!(shape, [1, 48, 512]);
+    let difference = largest_difference(&found, &expected);
+    assert!(difference < 1e-4, "{difference}");
+    place.ok(&[&common[..], &["--out", "nf4.safetensors"]].concat());
+    let difference = largest_difference(&floats(&place.path("nf4.safetensors"), "logits").1, &expected);
+    assert!(difference > 1e-2, "NF4 is the default and changes the logits; they differ by {difference}");
+}
+
+/// In bf16: dequantized weights of a folder have the type of those that it was made from, which is then that of both.
+#[test]
+fn a_quantized_folder_gives_the_logits_of_quantizing_on_the_fly() {
+    let place = Place::new();
+    let model = golden("model");
+    let model = model.to_str().unwrap();
+    for (options, folder) in
+        [(&[][..], "nf4"), (&["--quant", "fp4", "--no-double-quant", "--block-size", "128"], "fp4")]
+    {
+        place.ok(&[&["quantize", "--model", model, "--out", folder], options].concat());
+        let logits = |model: &str, options: &[&str]| {
+            place.ok(&[
+                &["logits", "--model", model, "--dtype", "bf16", "--ids", "1,2,3,400", "--out", "l.safetensors"],
+                options,
+            ]
+            .concat());
+            floats(&place.path("l.safetensors"), "logits").1
+        };
+        let difference = largest_difference(&logits(folder, &["--quant", folder]), &logits(model, options));
+        assert!(difference == 0.0, "{folder}: {difference}");
+    }
+    let description = place.ok(&["inspect", "nf4"]).stdout;
+    assert!(description.contains("4-bit weights  21"), "{description}");
+}
+
+#[test]
+fn generation_is_a_function_of_its_arguments() {
+    let place = Place::new();
+    place.model_with_text();
+    let generate = |extra: &[&str]| {
+        place
+            .ok(&[&["generate", "--model", "texts", "--prompt", "abc", "--max-new-tokens", "12"], extra].concat())
+            .stdout
+    };
+    let greedy = generate(&[]);
+    assert!(greedy.starts_with("abc") && greedy.ends_with('\n'), "{greedy:?}");
+    assert_eq!(generate(&[]), greedy);
+    assert_eq!(generate(&["--temperature", "5", "--top-k", "1"]), greedy);
+    let drawn = generate(&["--temperature", "5", "--seed", "1"]);
+    assert_eq!(generate(&["--temperature", "5", "--seed", "1"]), drawn);
+    assert_ne!(generate(&["--temperature", "5", "--seed", "2"]), drawn);
+    let chat = generate(&["--chat"]);
+    assert_eq!(generate(&["--chat"]), chat);
+    assert!(!chat.starts_with("abc") && !chat.contains("[user]"), "the answer alone: {chat:?}");
+}
+
+#[test]
+fn evaluation_gives_numbers_to_people_and_to_programs() {
+    let place = Place::new();
+    place.model_with_text();
+    place.write("d.jsonl", "{\"prompt\":\"ab\",\"completion\":\"cd\"}\n{\"prompt\":\"x\",\"completion\":\"yz\"}\n");
+    let eval = |extra: &[&str]| place.ok(&[&["eval", "--model", "texts", "--data", "d.jsonl"], extra].concat()).stdout;
+    let result: Value = serde_json::from_str(&eval(&["--json"])).unwrap();
+    // Two bytes and the end, twice.
+    assert_eq!((result["examples"].as_u64(), result["tokens"].as_u64()), (Some(2), Some(6)));
+    let (nll, perplexity) = (result["nll"].as_f64().unwrap(), result["perplexity"].as_f64().unwrap());
+    assert!(nll > 5.0 && (perplexity / nll.exp() - 1.0).abs() < 1e-12, "{result}");
+    assert_eq!(result["exact_match"].as_f64(), Some(0.0));
+    let text = eval(&[]);
+    for line in
+        ["examples     2", "tokens       6", &format!("mean NLL     {nll:.6}"), "perplexity", "exact match  0.00 %"]
+    {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn everything_can_be_inspected() {
+    let place = Place::new();
+    let inspect = |path: &Path| place.ok(&["inspect", path.to_str().unwrap()]).stdout;
+    let file = place.write("tiny.gguf", gguf::tiny("llama"));
+    place
+        .write("pairs.jsonl", "{\"prompt\":\"one\",\"completion\":\"two\"}\n{\"prompt\":\"3\",\"completion\":\"4\"}\n");
+    place.write(
+        "chat.jsonl",
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",\"content\":\"yo\"}]}",
+    );
+    place.write("prose.txt", "line one\nline two\n");
+    for (path, words) in [
+        (golden("model"), &["512", "128", "tensors", "BF16"][..]),
+        (golden("model-bnb4"), &["4-bit weights  21", "U8"]),
+        (golden("adapter-init"), &["rank", "q_proj"]),
+        (golden("golden.safetensors"), &["tensors", "F32"]),
+        (file, &["F32", "layers", "gpt2"]),
+        (place.path("pairs.jsonl"), &["{\"prompt\",\"completion\"}", "rows           2", "\"one\"", "\"two\""]),
+        (place.path("chat.jsonl"), &["messages", "rows           1", "user", "\"hi\"", "assistant", "\"yo\""]),
+        (place.path("prose.txt"), &["plain text", "lines          2", "line one"]),
+        (place.ids(), &["input_ids", "rows           8", "12 tokens"]),
+    ] {
+        let text = inspect(&path);
+        for word in words {
+            assert!(text.to_lowercase().contains(&word.to_lowercase()), "{}: no {word:?} in\n{text}", path.display());
+        }
+    }
+}
+
+/// From a GGUF file with its own tokenizer to an adapter, and back to text.
+#[test]
+fn a_gguf_file_runs_through_every_command() {
+    let place = Place::new();
+    place.write("tiny.gguf", gguf::tiny("llama"));
+    place.write("d.jsonl", "{\"prompt\":\"ab\",\"completion\":\"ba\"}\n{\"text\":\"never reached\"}\n");
+    place.refuses(&["eval", "--model", "tiny.gguf", "--data", "d.jsonl"], &["d.jsonl:2:", "prompt"]);
+    place.write("d.jsonl", "{\"prompt\":\"ab\",\"completion\":\"ba\"}\n");
+    let train = [
+        "--model",
+        "tiny.gguf",
+        "--data",
+        "d.jsonl",
+        "--out",
+        "run",
+        "--steps",
+        "100",
+        "--lr",
+        "0.01",
+        "--dropout",
+        "0",
+    ];
+    place.ok(&[&train[..], &["--grad-accum", "1", "--eval-data", "d.jsonl"]].concat());
+    let adapter = ["--model", "tiny.gguf", "--adapter", "run/adapter"];
+    let text = place.ok(&[&["generate", "--prompt", "ab"], &adapter[..]].concat()).stdout;
+    assert_eq!(text, "abba\n");
+    let eval = place.ok(&[&["eval", "--data", "d.jsonl"], &adapter[..]].concat()).stdout;
+    assert!(eval.contains("exact match  100.00 %"), "{eval}");
+    place.ok(&["quantize", "--model", "tiny.gguf", "--out", "folder"]);
+    let folder = ["--model", "folder", "--adapter", "run/adapter"];
+    assert_eq!(place.ok(&[&["generate", "--prompt", "ab"], &folder[..]].concat()).stdout, "abba\n");
+}

@@ -1,0 +1,7 @@
+//! The program itself: what each command promises, and how it answers mistakes.
+
+mod faults;
+mod gguf;
+mod inference;
+mod support;
+mod training;
