@@ -66,7 +66,7 @@ impl Model {
     }
 
     fn load_in(source: &ModelSource, dtype: Option<DType>) -> Result<Model> {
-        let device = source.device.resolve()?;
+        let (device, why_cpu) = source.device.resolve()?;
         let unpacked = match source.path {
             None => Some(default_task::unpack().context("unpacking the embedded model")?),
             Some(_) => None,
@@ -93,8 +93,7 @@ impl Model {
             Some(path) => path.display().to_string(),
         };
         let c = &llama.config;
-        let threads = rayon::current_num_threads();
-        eprintln!("device   {device}, {threads} threads, computing in {dtype}");
+        eprintln!("device   {}, computing in {dtype}", report::device(device, why_cpu.as_deref())?);
         eprintln!(
             "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
             c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size

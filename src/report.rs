@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use nibble_runtime::memory;
+use nibble_runtime::{Device, cuda::Gpu, memory};
 use plotters::prelude::*;
 use serde::Serialize;
 use std::{
@@ -137,6 +137,16 @@ pub fn loss_curve(path: &Path, steps: &[StepMetrics], title: &str) -> Result<()>
     }
     nibble_models::files::atomic::atomic_write(path, |out| out.write_all(picture.as_bytes()))?;
     Ok(())
+}
+
+/// What a run computes on: the GPU's name, or the CPU's threads and, where a GPU was looked for, why there is none.
+pub fn device(device: Device, why_cpu: Option<&str>) -> Result<String> {
+    if device != Device::Cpu {
+        let gpu = Gpu::of(device)?;
+        return Ok(format!("{device}: {}, {}", gpu.name(), bytes(gpu.total_memory())));
+    }
+    let why = why_cpu.map_or(String::new(), |reason| format!(" ({reason})"));
+    Ok(format!("cpu{why}, {} threads", rayon::current_num_threads()))
 }
 
 /// Peak memory by tag, largest first, as one line.

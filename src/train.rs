@@ -271,14 +271,14 @@ fn snapshot(model: &Model) -> Result<Vec<Tensor>> {
 /// Brings a [`snapshot`] up to date, in its own memory.
 fn remember(model: &Model, snapshot: &mut [Tensor]) -> Result<()> {
     for (copy, (_, _, value)) in snapshot.iter_mut().zip(model.llama.parameters()) {
-        copy.bytes_mut()?.copy_from_slice(value.bytes());
+        copy.copy_from(0, value)?;
     }
     Ok(())
 }
 
 fn restore(model: &mut Model, snapshot: &[Tensor]) -> Result<()> {
     for ((_, value), copy) in model.llama.parameters_mut().into_iter().zip(snapshot) {
-        value.bytes_mut()?.copy_from_slice(copy.bytes());
+        value.copy_from(0, copy)?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod dropout;
 pub mod dynamic8;
 pub mod elementwise;

@@ -1,9 +1,31 @@
 //! What the tests of several operations share.
 
 use nibble_runtime::{
-    Tag, Tensor,
+    DType, Device, Tag, Tensor, cuda,
     rng::{Philox, Stream},
 };
+
+/// The GPU to test on, with its fresh memory poisoned; `None`, saying so, where there is none.
+///
+/// # Panics
+/// There is none and the environment says `NIBBLE_REQUIRE_CUDA=1`.
+pub(crate) fn gpu() -> Option<Device> {
+    cuda::poison(true);
+    cuda::device_for_tests()
+}
+
+/// As [`close`], against another tensor of the same type and shape on any device, which must hold numbers.
+#[track_caller]
+pub(crate) fn same(found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!((found.shape(), found.dtype()), (expected.shape(), expected.dtype()));
+    let host = |tensor: &Tensor| tensor.to_device(Device::Cpu, Tag::Workspace).unwrap();
+    close(&host(found), &wide(&host(expected)), tolerance);
+}
+
+/// A tensor of standard normals, rounded to `dtype`.
+pub(crate) fn random_as(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
+    random(shape, seed).into_dtype(dtype, Tag::Workspace).unwrap()
+}
 
 /// A f32 tensor of standard normals.
 pub(crate) fn random(shape: &[usize], seed: u64) -> Tensor {

@@ -1,6 +1,6 @@
 //! Where tensors live and operations run.
 
-use crate::{Error, Result};
+use crate::{Error, Result, cuda::Gpu};
 use std::{fmt, str::FromStr};
 
 /// A place that holds tensors and runs operations.
@@ -60,16 +60,18 @@ impl fmt::Display for DeviceRequest {
 }
 
 impl DeviceRequest {
-    /// The device to use.
+    /// The device to use, and for [`DeviceRequest::Auto`] why it is not a GPU where it is not.
     ///
     /// # Errors
-    /// A GPU was asked for by name: this version of nibble runs on the CPU alone, and never falls back in silence.
-    pub fn resolve(self) -> Result<Device> {
+    /// A GPU was asked for by name and cannot be used: nothing falls back to the CPU in silence.
+    pub fn resolve(self) -> Result<(Device, Option<String>)> {
         match self {
-            DeviceRequest::Auto | DeviceRequest::Exactly(Device::Cpu) => Ok(Device::Cpu),
-            DeviceRequest::Exactly(device @ Device::Cuda(_)) => Err(Error::Device {
-                requested: device.to_string(),
-                reason: "this build of nibble has CPU kernels only; use --device cpu or --device auto".into(),
+            DeviceRequest::Exactly(Device::Cpu) => Ok((Device::Cpu, None)),
+            DeviceRequest::Exactly(device) => Gpu::of(device).map(|gpu| (gpu.device(), None)),
+            DeviceRequest::Auto => Ok(match Gpu::of(Device::Cuda(0)) {
+                Ok(gpu) => (gpu.device(), None),
+                Err(Error::Device { reason, .. }) => (Device::Cpu, Some(reason)),
+                Err(error) => (Device::Cpu, Some(error.to_string())),
             }),
         }
     }
@@ -92,7 +94,12 @@ mod tests {
 
     #[test]
     fn a_gpu_asked_for_by_name_is_never_replaced_by_the_cpu() {
-        assert_eq!(DeviceRequest::Auto.resolve().unwrap(), Device::Cpu);
-        assert!(DeviceRequest::Exactly(Device::Cuda(0)).resolve().is_err());
+        let (auto, reason) = DeviceRequest::Auto.resolve().unwrap();
+        assert_eq!(auto == Device::Cpu, reason.is_some());
+        match DeviceRequest::Exactly(Device::Cuda(0)).resolve() {
+            Ok((device, reason)) => assert_eq!((device, auto, reason), (Device::Cuda(0), Device::Cuda(0), None)),
+            Err(error) => assert!(matches!(error, Error::Device { .. }), "{error}"),
+        }
+        assert!(DeviceRequest::Exactly(Device::Cuda(9999)).resolve().is_err());
     }
 }

@@ -20,6 +20,9 @@ pub enum Error {
     /// The requested device does not exist or cannot be used.
     #[error("device {requested}: {reason}")]
     Device { requested: String, reason: String },
+    /// The CUDA driver refused a call, or a kernel failed.
+    #[error("{op}: {what}")]
+    Cuda { op: &'static str, what: String },
     /// An argument is outside of what the operation is defined for.
     #[error("{op}: {what}")]
     Invalid { op: &'static str, what: String },

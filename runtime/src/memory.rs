@@ -165,10 +165,6 @@ impl Buffer {
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.bytes
-    }
-
     /// Counts the block under another tag from now on.
     pub(crate) fn set_tag(&mut self, tag: Tag) {
         let usage = &mut pool().usage;
@@ -213,7 +209,7 @@ mod tests {
         assert_eq!(address as usize % 64, 0);
         drop(first);
         let second = Buffer::new(bytes - 4096, Tag::Optimizer);
-        assert_eq!((second.bytes().as_ptr(), second.len()), (address, bytes - 4096));
+        assert_eq!((second.bytes().as_ptr(), second.bytes().len()), (address, bytes - 4096));
     }
 
     #[test]

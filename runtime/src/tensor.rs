@@ -3,24 +3,33 @@
 //! Clones share storage. Nothing is copied or converted unless the call says so, and a tensor can be written only
 //! while no other refers to its storage.
 
-use crate::{DType, Device, Element, Error, Float, Result, Tag, memory::Buffer};
+use crate::{
+    DType, Device, Element, Error, Float, Result, Tag,
+    cuda::{self, DeviceBuffer, Gpu},
+    memory::Buffer,
+};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::{borrow::Cow, fmt, sync::Arc};
 
 enum Storage {
     Host(Buffer),
+    Cuda(DeviceBuffer),
 }
 
 impl Storage {
-    fn host(&self) -> &Buffer {
-        let Storage::Host(buffer) = self;
-        buffer
+    fn device(&self) -> Device {
+        match self {
+            Storage::Host(_) => Device::Cpu,
+            Storage::Cuda(buffer) => buffer.gpu().device(),
+        }
     }
 
-    fn host_mut(&mut self) -> &mut Buffer {
-        let Storage::Host(buffer) = self;
-        buffer
+    fn set_tag(&mut self, tag: Tag) {
+        match self {
+            Storage::Host(buffer) => buffer.set_tag(tag),
+            Storage::Cuda(buffer) => buffer.set_tag(tag),
+        }
     }
 }
 
@@ -41,27 +50,27 @@ impl Tensor {
     /// A tensor whose contents are unspecified until written.
     ///
     /// # Errors
-    /// The device has no allocator in this build, or the size overflows.
+    /// The device cannot be used or is out of memory, or the size overflows.
     pub fn empty(shape: &[usize], dtype: DType, device: Device, tag: Tag) -> Result<Self> {
         let bytes = shape
             .iter()
             .try_fold(dtype.size(), |bytes, &dim| bytes.checked_mul(dim))
             .ok_or_else(|| Error::shape("empty", format!("shape {shape:?} of {dtype} is larger than memory")))?;
-        match device {
-            Device::Cpu => Ok(Tensor {
-                storage: Arc::new(Storage::Host(Buffer::new(bytes, tag))),
-                dtype,
-                shape: shape.to_vec(),
-                offset: 0,
-            }),
-            Device::Cuda(_) => Err(Error::NoKernel { op: "empty", device }),
-        }
+        let storage = match device {
+            Device::Cpu => Storage::Host(Buffer::new(bytes, tag)),
+            Device::Cuda(_) => Storage::Cuda(DeviceBuffer::new(Gpu::of(device)?, bytes, tag)?),
+        };
+        Ok(Tensor { storage: Arc::new(storage), dtype, shape: shape.to_vec(), offset: 0 })
     }
 
     /// A tensor of zeros.
     pub fn zeros(shape: &[usize], dtype: DType, device: Device, tag: Tag) -> Result<Self> {
         let mut tensor = Self::empty(shape, dtype, device, tag)?;
-        tensor.bytes_mut()?.fill(0);
+        match Arc::get_mut(&mut tensor.storage) {
+            Some(Storage::Host(buffer)) => buffer.bytes_mut().fill(0),
+            Some(Storage::Cuda(buffer)) => buffer.fill(0)?,
+            None => return Err(Error::Shared { op: "zeros" }),
+        }
         Ok(tensor)
     }
 
@@ -109,7 +118,7 @@ impl Tensor {
 
     /// Where the elements are.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        self.storage.device()
     }
 
     /// Rows and columns of a matrix.
@@ -126,15 +135,93 @@ impl Tensor {
     }
 
     /// The elements as bytes.
-    pub fn bytes(&self) -> &[u8] {
-        &self.storage.host().bytes()[self.byte_range()]
+    ///
+    /// # Errors
+    /// The tensor is on a GPU: [`Tensor::to_device`] fetches it.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        match &*self.storage {
+            Storage::Host(buffer) => Ok(&buffer.bytes()[self.byte_range()]),
+            Storage::Cuda(_) => Err(Error::invalid("read", "the tensor is on a GPU, not in host memory")),
+        }
     }
 
     /// The elements as bytes, to write.
+    ///
+    /// # Errors
+    /// The tensor is on a GPU, or its storage is shared.
     pub fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         let range = self.byte_range();
-        let storage = Arc::get_mut(&mut self.storage).ok_or(Error::Shared { op: "write" })?;
-        Ok(&mut storage.host_mut().bytes_mut()[range])
+        match Arc::get_mut(&mut self.storage) {
+            Some(Storage::Host(buffer)) => Ok(&mut buffer.bytes_mut()[range]),
+            Some(Storage::Cuda(_)) => Err(Error::invalid("write", "the tensor is on a GPU, not in host memory")),
+            None => Err(Error::Shared { op: "write" }),
+        }
+    }
+
+    /// Address of the first element in device memory, to read.
+    ///
+    /// # Errors
+    /// The tensor is in host memory.
+    pub fn device_pointer(&self) -> Result<u64> {
+        match &*self.storage {
+            Storage::Cuda(buffer) => Ok(buffer.pointer() + self.byte_range().start as u64),
+            Storage::Host(_) => Err(Error::invalid("launch", "a tensor is in host memory, not on the GPU")),
+        }
+    }
+
+    /// Address of the first element in device memory, to write.
+    ///
+    /// # Errors
+    /// The tensor is in host memory, or its storage is shared.
+    pub fn device_pointer_mut(&mut self) -> Result<u64> {
+        if !self.is_unique() {
+            return Err(Error::Shared { op: "launch" });
+        }
+        self.device_pointer()
+    }
+
+    /// The same elements on `device`, counted under `tag`. To a GPU the copy is queued on its compute stream; to the host
+    /// the stream is waited for.
+    ///
+    /// # Errors
+    /// The device cannot be used or is out of memory; a kernel that ran before has failed.
+    pub fn to_device(&self, device: Device, tag: Tag) -> Result<Self> {
+        let mut out = Self::empty(&self.shape, self.dtype, device, tag)?;
+        out.copy_from(0, self)?;
+        Ok(out)
+    }
+
+    /// This tensor on `device`: itself if it is there, a copy by [`Tensor::to_device`] otherwise.
+    pub fn into_device(self, device: Device, tag: Tag) -> Result<Self> {
+        if self.device() == device { Ok(self) } else { self.to_device(device, tag) }
+    }
+
+    /// Overwrites the elements from flat index `start` on by those of `source`, on any device.
+    ///
+    /// # Errors
+    /// Types differ, the elements do not fit, or the storage is shared.
+    pub fn copy_from(&mut self, start: usize, source: &Tensor) -> Result<()> {
+        let op = "copy";
+        if source.dtype != self.dtype {
+            return Err(Error::DType { op, expected: self.dtype.to_string(), found: source.dtype });
+        }
+        if start.checked_add(source.numel()).is_none_or(|end| end > self.numel()) {
+            let what = format!("elements {start}..+{} of a tensor of {}", source.numel(), self.numel());
+            return Err(Error::shape(op, what));
+        }
+        let (from, count) = (source.byte_range().start, source.size_bytes());
+        let to = (self.offset + start) * self.dtype.size();
+        match (Arc::get_mut(&mut self.storage).ok_or(Error::Shared { op })?, &*source.storage) {
+            (Storage::Host(target), Storage::Host(_)) => {
+                target.bytes_mut()[to..to + count].copy_from_slice(source.bytes()?);
+                Ok(())
+            }
+            (Storage::Host(target), Storage::Cuda(source)) => {
+                cuda::download(source, from, &mut target.bytes_mut()[to..to + count])
+            }
+            (Storage::Cuda(target), Storage::Host(_)) => cuda::upload(target, to, source.bytes()?),
+            (Storage::Cuda(target), Storage::Cuda(source)) => cuda::copy(target, to, source, from, count),
+        }
     }
 
     fn check_dtype<T: Element>(&self) -> Result<()> {
@@ -150,7 +237,7 @@ impl Tensor {
     /// The tensor holds another type.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         self.check_dtype::<T>()?;
-        Ok(bytemuck::cast_slice(self.bytes()))
+        Ok(bytemuck::cast_slice(self.bytes()?))
     }
 
     /// The elements, to write.
@@ -226,7 +313,7 @@ impl Tensor {
 
     /// A copy with its own storage.
     pub fn copy(&self, tag: Tag) -> Result<Self> {
-        Self::from_bytes(self.bytes(), self.dtype, &self.shape, tag)
+        self.to_device(self.device(), tag)
     }
 
     /// The same elements under another shape; the storage is shared.
@@ -253,7 +340,7 @@ impl Tensor {
     /// Counts the storage under another tag, where this is its only tensor.
     pub fn retag(mut self, tag: Tag) -> Self {
         if let Some(storage) = Arc::get_mut(&mut self.storage) {
-            storage.host_mut().set_tag(tag);
+            storage.set_tag(tag);
         }
         self
     }
@@ -266,8 +353,7 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let held = self.storage.host().len();
-        write!(f, "Tensor({} {:?} on {}, storage of {held} bytes)", self.dtype, self.shape, self.device())
+        write!(f, "Tensor({} {:?} on {})", self.dtype, self.shape, self.device())
     }
 }
 
@@ -309,7 +395,7 @@ mod tests {
                 prop_assert!(half.to_bits() == bf16::from_f32(x).to_bits());
             }
             let back = halved.cast(DType::F32, Tag::Workspace).unwrap();
-            prop_assert_eq!(back.cast(DType::BF16, Tag::Workspace).unwrap().bytes().len(), 2 * values.len());
+            prop_assert_eq!(back.cast(DType::BF16, Tag::Workspace).unwrap().bytes().unwrap().len(), 2 * values.len());
         }
     }
 }

@@ -80,12 +80,12 @@ mod tests {
     fn the_mask_depends_on_every_key_and_on_nothing_else() {
         let x = random(&[50, 7], 1);
         let out = apply(&x, MASK).unwrap();
-        assert_eq!(out.bytes(), apply(&x, MASK).unwrap().bytes());
-        assert_eq!(out.bytes(), apply(&x.reshape(&[350]).unwrap(), MASK).unwrap().bytes());
+        assert_eq!(out.bytes().unwrap(), apply(&x, MASK).unwrap().bytes().unwrap());
+        assert_eq!(out.bytes().unwrap(), apply(&x.reshape(&[350]).unwrap(), MASK).unwrap().bytes().unwrap());
         for other in [Mask { seed: 8, ..MASK }, Mask { step: 4, ..MASK }, Mask { layer: 6, ..MASK }] {
-            assert_ne!(out.bytes(), apply(&x, other).unwrap().bytes());
+            assert_ne!(out.bytes().unwrap(), apply(&x, other).unwrap().bytes().unwrap());
         }
-        assert_eq!(apply(&x, Mask { probability: 0.0, ..MASK }).unwrap().bytes(), x.bytes());
+        assert_eq!(apply(&x, Mask { probability: 0.0, ..MASK }).unwrap().bytes().unwrap(), x.bytes().unwrap());
         assert!(apply(&x, Mask { probability: 1.0, ..MASK }).is_err());
     }
 }

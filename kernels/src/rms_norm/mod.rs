@@ -125,7 +125,7 @@ mod tests {
             let mut dx = random(&[1000, 33], 4);
             backward_add(&x, &w, &rstd, &grad, &mut dx, true).unwrap().unwrap()
         };
-        assert_eq!(run().bytes(), run().bytes());
+        assert_eq!(run().bytes().unwrap(), run().bytes().unwrap());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use super::{atomic::atomic_write, mapped::MappedFile};
 use crate::{Error, Result};
-use nibble_runtime::{DType, Tag, Tensor};
+use nibble_runtime::{DType, Device, Tag, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::{collections::BTreeMap, collections::HashMap, ops::Range, path::Path};
 
@@ -196,6 +196,9 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[
     atomic_write(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        order.iter().try_for_each(|(_, tensor)| file.write_all(tensor.bytes()))
+        order.iter().try_for_each(|(_, tensor)| {
+            let tensor = (*tensor).clone().into_device(Device::Cpu, Tag::Workspace).map_err(std::io::Error::other)?;
+            file.write_all(tensor.bytes().map_err(std::io::Error::other)?)
+        })
     })
 }

@@ -204,7 +204,7 @@ fn append(cache: &mut Tensor, rows: &Tensor, past: usize) -> Result<()> {
         let what = format!("{} tokens after {past} do not fit a cache of {capacity}", rows.shape()[0]);
         Error::invalid("cache", what)
     })?;
-    target.copy_from_slice(rows.bytes());
+    target.copy_from_slice(rows.bytes()?);
     Ok(())
 }
 

@@ -1,0 +1,117 @@
+//! Times every operation on the GPU at the sizes of an 8B model, beside the ceilings of the same run.
+//!
+//! `cargo bench -p nibble-kernels --bench gpu [-- NAME]`. Prints for each case the median time, bytes and floating-point
+//! operations a second, and the share of the copy rate; with `NIBBLE_PEAK_TFLOPS` (what the GPU's best matrix product
+//! reaches, measured by you) the share of that too.
+
+use nibble_runtime::{
+    DType, Device, Error, Result, Tag, Tensor,
+    cuda::{Gpu, Timer},
+    rng::{Philox, Stream},
+};
+
+/// A copy of this size is far larger than any cache.
+const COPIED: usize = 1 << 30;
+/// Milliseconds that a case runs for.
+const BUDGET: f64 = 120.0;
+
+pub struct Bench {
+    gpu: &'static Gpu,
+    device: Device,
+    /// Bytes a second of a device-to-device copy, read and written.
+    copy_rate: f64,
+    peak_tflops: Option<f64>,
+    filter: Option<String>,
+}
+
+impl Bench {
+    fn new(filter: Option<String>) -> Result<Self> {
+        let device = Device::Cuda(0);
+        let gpu = Gpu::of(device)?;
+        let peak_tflops = std::env::var("NIBBLE_PEAK_TFLOPS").ok().and_then(|text| text.parse().ok());
+        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, filter };
+        let source = Tensor::zeros(&[COPIED], DType::U8, device, Tag::Workspace)?;
+        let mut target = Tensor::empty(&[COPIED], DType::U8, device, Tag::Workspace)?;
+        let milliseconds = bench.median(&mut || target.copy_from(0, &source))?;
+        bench.copy_rate = 2.0 * COPIED as f64 / (milliseconds / 1e3);
+        println!("{}: copy {:.0} GB/s", gpu.name(), bench.copy_rate / 1e9);
+        Ok(bench)
+    }
+
+    /// The GPU under test.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Standard normals on the device.
+    pub fn random(&self, shape: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
+        // One block of numbers over and over: making billions on the host would take longer than the benchmark.
+        let rng = Philox::new(seed, Stream { purpose: 99, step: 0, layer: 0 });
+        let block: Vec<f32> = (0..65_537).map(|i| rng.normal(i)).collect();
+        let values: Vec<f32> = block.iter().copied().cycle().take(shape.iter().product()).collect();
+        Tensor::from_slice(&values, shape, Tag::Workspace)?
+            .into_dtype(dtype, Tag::Workspace)?
+            .to_device(self.device, Tag::Workspace)
+    }
+
+    fn median(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        run()?;
+        let timer = Timer::start(self.gpu)?;
+        run()?;
+        let first = timer.milliseconds()?;
+        let runs = (BUDGET / first.max(1e-3)).clamp(5.0, 50.0) as usize;
+        let mut times = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            let timer = Timer::start(self.gpu)?;
+            run()?;
+            times.push(timer.milliseconds()?);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[runs / 2])
+    }
+
+    /// Times `run`, which moves at least `bytes` through device memory and does `flops` operations, and prints a line.
+    pub fn time(
+        &self,
+        name: &str,
+        shape: &str,
+        bytes: usize,
+        flops: f64,
+        mut run: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        if self.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
+            return Ok(());
+        }
+        let milliseconds = self.median(&mut run)?;
+        let (rate, tflops) = (bytes as f64 / (milliseconds / 1e3), flops / (milliseconds / 1e3) / 1e12);
+        let of_peak =
+            self.peak_tflops.map_or(String::new(), |peak| format!(" {:4.0} % of peak", 100.0 * tflops / peak));
+        println!(
+            "{name:<34} {shape:<28} {milliseconds:9.4} ms {:7.0} GB/s {:4.0} % of copy {tflops:7.1} TFLOP/s{of_peak}",
+            rate / 1e9,
+            100.0 * rate / self.copy_rate
+        );
+        Ok(())
+    }
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
+    match Bench::new(filter) {
+        Ok(bench) => run(&bench),
+        Err(error) => println!("skipped: {error}"),
+    }
+}
+
+/// The benchmarks of each operation.
+type Operation = (&'static str, fn(&Bench) -> Result<()>);
+
+const OPERATIONS: &[Operation] = &[];
+
+fn run(bench: &Bench) {
+    for (name, operation) in OPERATIONS {
+        if let Err::<(), Error>(error) = operation(bench) {
+            println!("{name}: {error}");
+        }
+    }
+}

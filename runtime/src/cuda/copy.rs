@@ -1,0 +1,125 @@
+//! Copies between host and device, on the compute stream.
+//!
+//! Host bytes go through pinned staging memory in pieces, so that the caller's memory is free when the call returns and
+//! the device is never waited for unless all pieces are under way.
+
+use super::{DeviceBuffer, Event, Gpu, driver::check, gpu::lock};
+use crate::Result;
+use cudarc::driver::sys;
+use rayon::prelude::*;
+use std::ptr::NonNull;
+
+/// Bytes of a piece of staging memory.
+const PIECE: usize = 16 << 20;
+/// Pieces: while the device reads some, the host fills others.
+const PIECES: usize = 4;
+/// Uploads start at multiples of this.
+const ALIGN: usize = 64;
+/// Copies into staging memory run in parallel in chunks of this many bytes.
+const CHUNK: usize = 1 << 20;
+
+/// Pinned host memory through which uploads go, made at the first one.
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    pieces: Vec<Piece>,
+    /// The piece being filled, and how far.
+    current: usize,
+    filled: usize,
+}
+
+#[derive(Debug)]
+struct Piece {
+    memory: NonNull<u8>,
+    /// Reached when the device has read the piece.
+    read: Event,
+}
+
+// SAFETY: pinned memory may be used from any thread; it is only touched under the lock of `Gpu::staging`.
+unsafe impl Send for Piece {}
+
+impl Staging {
+    /// The rest of the current piece, moving on to the next one if less than `wanted` (at most [`PIECE`]) is left.
+    fn room(&mut self, gpu: &'static Gpu, wanted: usize) -> Result<&mut [u8]> {
+        if self.pieces.is_empty() {
+            for _ in 0..PIECES {
+                let mut memory = std::ptr::null_mut();
+                // SAFETY: the context is current (`upload`); the call writes one pointer.
+                check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut memory, PIECE, 0) })?;
+                let memory: NonNull<u8> = NonNull::new(memory.cast())
+                    .ok_or_else(|| crate::Error::Cuda { op: "cuMemHostAlloc", what: "gave no memory".into() })?;
+                // The driver hands out zeroed pages, but does not promise it.
+                // SAFETY: the allocation has PIECE bytes.
+                unsafe { memory.as_ptr().write_bytes(0, PIECE) };
+                self.pieces.push(Piece { memory, read: Event::new(gpu, false)? });
+            }
+        }
+        if self.filled + wanted.min(PIECE) > PIECE {
+            self.pieces[self.current].read.record(gpu.stream())?;
+            self.current = (self.current + 1) % PIECES;
+            self.filled = 0;
+            self.pieces[self.current].read.wait()?;
+        }
+        let piece = &self.pieces[self.current];
+        // SAFETY: the piece has PIECE initialized bytes, lives as long as the process, is only reached through this
+        // exclusive borrow, and the device has finished reading what was in it (waited for above).
+        Ok(unsafe { std::slice::from_raw_parts_mut(piece.memory.as_ptr().add(self.filled), PIECE - self.filled) })
+    }
+}
+
+/// Copies `bytes` into `target` from `offset` on. Does not wait for the device while staging memory is free.
+pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+    let gpu = target.gpu();
+    gpu.bind()?;
+    let mut staging = lock(&gpu.staging);
+    let mut done = 0;
+    while done < bytes.len() {
+        let room = staging.room(gpu, (bytes.len() - done).min(PIECE))?;
+        let count = room.len().min(bytes.len() - done);
+        let (room, part) = (&mut room[..count], &bytes[done..done + count]);
+        if count <= CHUNK {
+            room.copy_from_slice(part);
+        } else {
+            room.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK)).for_each(|(room, part)| room.copy_from_slice(part));
+        }
+        let to = target.pointer() + (offset + done) as u64;
+        // SAFETY: `room` is pinned memory that stays as it is until the event recorded behind this copy is reached; the
+        // target has the bytes (the caller's offset and length are within its tensor).
+        let status = unsafe { sys::cuMemcpyHtoDAsync_v2(to, room.as_ptr().cast(), count, gpu.stream()) };
+        check("cuMemcpyHtoDAsync", status)?;
+        staging.filled = (staging.filled + count).next_multiple_of(ALIGN).min(PIECE);
+        done += count;
+    }
+    Ok(())
+}
+
+/// Copies from `source` at `offset` into `bytes`, waiting for the compute stream.
+pub(crate) fn download(source: &DeviceBuffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+    let gpu = source.gpu();
+    gpu.bind()?;
+    if !bytes.is_empty() {
+        let from = source.pointer() + offset as u64;
+        // SAFETY: the source has the bytes (the caller's offset and length are within its tensor), the target is
+        // borrowed exclusively, and the stream is waited for before the borrow ends.
+        let status = unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), gpu.stream()) };
+        check("cuMemcpyDtoHAsync", status)?;
+    }
+    gpu.synchronize()
+}
+
+/// Copies `count` bytes from `source` at `from` into `target` at `to`, both on one GPU.
+pub(crate) fn copy(
+    target: &mut DeviceBuffer,
+    to: usize,
+    source: &DeviceBuffer,
+    from: usize,
+    count: usize,
+) -> Result<()> {
+    let gpu = target.gpu();
+    gpu.bind()?;
+    if count == 0 {
+        return Ok(());
+    }
+    let (to, from) = (target.pointer() + to as u64, source.pointer() + from as u64);
+    // SAFETY: both ranges lie within their tensors (the callers' offsets), and the target is borrowed exclusively.
+    check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, count, gpu.stream()) })
+}

@@ -1,0 +1,286 @@
+//! Kernels: modules of PTX, compiled by the driver when first used, and their launch.
+
+use super::{Gpu, driver::check};
+use crate::{Error, Result, Tensor};
+use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as Jit};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    ffi::{CString, c_void},
+    path::Path,
+    sync::{Arc, PoisonError},
+};
+
+/// A file of kernels.
+#[derive(Debug)]
+pub struct Module {
+    /// Name of the `.cu` file and of the `.ptx` file, without the ending.
+    pub name: &'static str,
+    /// The embedded PTX.
+    pub ptx: &'static str,
+    /// Every entry point.
+    pub entries: &'static [Entry],
+}
+
+/// A kernel, or one for each float type.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Name, without the type's suffix where `floats`.
+    pub name: &'static str,
+    /// Whether there is one kernel for each of f32, f16 and bf16, named with a suffix `_f32`, `_f16` or `_bf16`.
+    pub floats: bool,
+    /// Bytes of each parameter.
+    pub params: &'static [usize],
+}
+
+impl Entry {
+    /// The names of its kernels.
+    pub fn names(&self) -> Vec<String> {
+        match self.floats {
+            true => ["f32", "f16", "bf16"].iter().map(|dtype| format!("{}_{dtype}", self.name)).collect(),
+            false => vec![self.name.to_string()],
+        }
+    }
+
+    fn is(&self, name: &str) -> bool {
+        match self.floats {
+            true => name.strip_prefix(self.name).is_some_and(|rest| matches!(rest, "_f32" | "_f16" | "_bf16")),
+            false => name == self.name,
+        }
+    }
+}
+
+/// The arguments of a launch.
+#[derive(Debug, Default)]
+pub struct Args {
+    values: Vec<(u64, usize)>,
+    /// What was wrong with an argument.
+    error: Option<Error>,
+}
+
+impl Args {
+    /// No arguments yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn push(mut self, value: u64, bytes: usize) -> Self {
+        self.values.push((value, bytes));
+        self
+    }
+
+    fn pointer(mut self, pointer: Result<u64>) -> Self {
+        let value = pointer.unwrap_or_else(|error| {
+            self.error.get_or_insert(error);
+            0
+        });
+        self.push(value, 8)
+    }
+
+    /// A tensor to read.
+    pub fn input(self, tensor: &Tensor) -> Self {
+        self.pointer(tensor.device_pointer())
+    }
+
+    /// A tensor to read, or a null pointer.
+    pub fn input_opt(self, tensor: Option<&Tensor>) -> Self {
+        self.pointer(tensor.map_or(Ok(0), Tensor::device_pointer))
+    }
+
+    /// A tensor to write; nothing else may refer to its storage.
+    pub fn output(self, tensor: &mut Tensor) -> Self {
+        self.pointer(tensor.device_pointer_mut())
+    }
+
+    /// A tensor to write, or a null pointer.
+    pub fn output_opt(self, tensor: Option<&mut Tensor>) -> Self {
+        self.pointer(tensor.map_or(Ok(0), Tensor::device_pointer_mut))
+    }
+
+    /// A 32-bit unsigned number.
+    pub fn u32(self, value: u32) -> Self {
+        self.push(value.into(), 4)
+    }
+
+    /// A 32-bit signed number.
+    pub fn i32(self, value: i32) -> Self {
+        self.push(u64::from(value as u32), 4)
+    }
+
+    /// A 64-bit unsigned number.
+    pub fn u64(self, value: u64) -> Self {
+        self.push(value, 8)
+    }
+
+    /// A 32-bit float.
+    pub fn f32(self, value: f32) -> Self {
+        self.push(value.to_bits().into(), 4)
+    }
+}
+
+/// A module that the driver has compiled.
+pub(super) struct Loaded {
+    functions: HashMap<String, Function>,
+}
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    params: &'static [usize],
+    /// Bytes of dynamic shared memory that a launch may ask for.
+    shared: usize,
+}
+
+// SAFETY: function handles may be used from any thread whose current context is theirs; `Gpu::launch` binds it.
+unsafe impl Send for Loaded {}
+// SAFETY: as above; the table is not changed after it was made.
+unsafe impl Sync for Loaded {}
+
+/// Shared memory that every kernel may use without asking.
+const SHARED_BY_DEFAULT: usize = 48 << 10;
+
+impl Gpu {
+    /// Launches kernel `entry` of `module` on the compute stream and returns at once.
+    ///
+    /// `grid` and `block` are in blocks and threads; `shared` is dynamic shared memory in bytes. A grid with no blocks is
+    /// not launched. With `NIBBLE_CUDA_SYNC=1` every launch is waited for, so that a failure names its kernel.
+    ///
+    /// # Errors
+    /// The PTX does not load, there is no such entry, the arguments are not those it takes, or the driver refuses. A
+    /// kernel that fails while it runs is reported by a later call.
+    pub fn launch(
+        &self,
+        module: &'static Module,
+        entry: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
+        args: Args,
+    ) -> Result<()> {
+        let invalid = |what: String| Error::invalid("launch", format!("{entry}: {what}"));
+        if let Some(error) = args.error {
+            return Err(error);
+        }
+        self.report()?;
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        let loaded = self.module(module)?;
+        let function = *loaded.functions.get(entry).ok_or_else(|| invalid(format!("not in module {}", module.name)))?;
+        if !args.values.iter().map(|(_, bytes)| bytes).eq(function.params) {
+            let found: Vec<usize> = args.values.iter().map(|(_, bytes)| *bytes).collect();
+            return Err(invalid(format!("takes parameters of {:?} bytes, was given {found:?}", function.params)));
+        }
+        if shared > function.shared {
+            let most = function.shared;
+            return Err(invalid(format!("needs {shared} bytes of shared memory a block; this GPU has {most}")));
+        }
+        let mut values: Vec<u64> = args.values.into_iter().map(|(value, _)| value).collect();
+        // Little-endian, so a 32-bit value lies at the start of its word.
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
+        // least its size (checked above against the table that a test holds against the PTX). That the kernel stays
+        // inside of its tensors is checked by the operation that launches it.
+        let status = unsafe {
+            sys::cuLaunchKernel(
+                function.handle,
+                grid[0],
+                grid[1],
+                grid[2],
+                block[0],
+                block[1],
+                block[2],
+                shared as u32,
+                self.stream(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        let failed = |error| Error::Cuda { op: "launch", what: format!("{entry} {grid:?} x {block:?}: {error}") };
+        check("cuLaunchKernel", status).map_err(failed)?;
+        if std::env::var_os("NIBBLE_CUDA_SYNC").is_some() {
+            self.synchronize().map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// The compiled module, compiling it at its first use.
+    fn module(&self, module: &'static Module) -> Result<Arc<Loaded>> {
+        let find = |modules: &HashMap<_, _>| modules.get(module.name).map(Arc::clone);
+        if let Some(loaded) = find(&self.modules.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(loaded);
+        }
+        let mut modules = self.modules.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = find(&modules) {
+            return Ok(loaded);
+        }
+        let loaded = Arc::new(self.load(module)?);
+        modules.insert(module.name, Arc::clone(&loaded));
+        Ok(loaded)
+    }
+
+    fn load(&self, module: &'static Module) -> Result<Loaded> {
+        let failed = |what: String| Error::Cuda { op: "load kernels", what: format!("{}.ptx: {what}", module.name) };
+        let ptx = match std::env::var_os("NIBBLE_PTX_DIR") {
+            None => Cow::Borrowed(module.ptx),
+            Some(dir) => {
+                let path = Path::new(&dir).join(module.name).with_extension("ptx");
+                let read = std::fs::read_to_string(&path);
+                Cow::Owned(read.map_err(|error| failed(format!("{} of NIBBLE_PTX_DIR: {error}", path.display())))?)
+            }
+        };
+        let ptx = CString::new(ptx.as_bytes()).map_err(|_| failed("contains a zero byte".into()))?;
+        let mut log = vec![0u8; 8 << 10];
+        let mut options = [Jit::CU_JIT_ERROR_LOG_BUFFER, Jit::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len())];
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `ptx` is a C string; the two options are a buffer and its length passed as a pointer-sized number, as
+        // the interface wants; the context is current (`launch`).
+        let status = unsafe {
+            sys::cuModuleLoadDataEx(&mut handle, ptx.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr())
+        };
+        check("cuModuleLoadDataEx", status).map_err(|error| {
+            let log = String::from_utf8_lossy(&log);
+            failed(format!("{error} {}", log.trim_end_matches('\0').trim()))
+        })?;
+        let mut functions = HashMap::new();
+        for entry in module.entries {
+            for name in entry.names() {
+                let symbol = CString::new(name.as_str()).map_err(|_| failed(format!("entry {name:?}")))?;
+                let mut function = std::ptr::null_mut();
+                // SAFETY: the module was loaded above and stays for the life of the process.
+                check("cuModuleGetFunction", unsafe {
+                    sys::cuModuleGetFunction(&mut function, handle, symbol.as_ptr())
+                })
+                .map_err(|error| failed(format!("{name}: {error}")))?;
+                let shared = allow_shared(function, self.shared_per_block())?;
+                functions.insert(name, Function { handle: function, params: entry.params, shared });
+            }
+        }
+        Ok(Loaded { functions })
+    }
+}
+
+/// Lets `function` use as much dynamic shared memory as its static one leaves of `most`; returns how much that is.
+fn allow_shared(function: sys::CUfunction, most: usize) -> Result<usize> {
+    let mut used = 0;
+    // SAFETY: the function is live; the call writes one int.
+    let status =
+        unsafe { sys::cuFuncGetAttribute(&mut used, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function) };
+    check("cuFuncGetAttribute", status)?;
+    let left = most.saturating_sub(used.unsigned_abs() as usize);
+    if left > SHARED_BY_DEFAULT {
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is live, and the value is within what the device reports.
+        check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function, attribute, left as i32) })?;
+    }
+    Ok(left)
+}
+
+impl Module {
+    /// The parameters of kernel `name` by the table.
+    pub fn params(&self, name: &str) -> Option<&'static [usize]> {
+        self.entries.iter().find(|entry| entry.is(name)).map(|entry| entry.params)
+    }
+}

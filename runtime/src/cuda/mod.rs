@@ -1,0 +1,22 @@
+//! NVIDIA GPUs through the driver API, loaded at run time: no toolkit at build time, none on the user's machine.
+//!
+//! [`Gpu::of`] gives the one [`Gpu`] of a device: its context, its compute stream, its memory and its loaded modules.
+//! All operations run in order on the compute stream; nothing waits for the device but reading a tensor back,
+//! [`Gpu::synchronize`] and [`Timer::milliseconds`].
+
+mod copy;
+mod driver;
+mod event;
+mod gpu;
+mod launch;
+mod memory;
+mod testing;
+
+pub(crate) use copy::{copy, download, upload};
+pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
+pub use event::{Event, Timer};
+pub use gpu::Gpu;
+pub use launch::{Args, Entry, Module};
+pub(crate) use memory::DeviceBuffer;
+pub use memory::poison;
+pub use testing::device_for_tests;
