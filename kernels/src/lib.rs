@@ -13,6 +13,8 @@ mod golden;
 pub mod linear;
 mod math;
 pub mod norm;
+#[cfg(any(test, feature = "build-ptx"))]
+pub mod ptx;
 pub mod quantize;
 pub mod rms_norm;
 pub mod rotary;

@@ -1,6 +1,6 @@
 //! Marks in a stream: to wait for, and to take the time between.
 
-use super::{Gpu, driver::check};
+use super::{Gpu, Stream, driver::check};
 use crate::Result;
 use cudarc::driver::sys;
 
@@ -32,10 +32,10 @@ impl Event {
     }
 
     /// Puts the mark behind everything that `stream` has been given so far.
-    pub fn record(&self, stream: sys::CUstream) -> Result<()> {
+    pub fn record(&self, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
         // SAFETY: event and stream are live handles of the current context.
-        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream) })
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream.0) })
     }
 
     /// Whether the stream has passed the mark.
@@ -56,10 +56,10 @@ impl Event {
     }
 
     /// Makes everything given to `stream` from now on wait for the mark.
-    pub fn hold(&self, stream: sys::CUstream) -> Result<()> {
+    pub fn hold(&self, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
         // SAFETY: event and stream are live handles of the current context.
-        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream, self.event, 0) })
+        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream.0, self.event, 0) })
     }
 }
 

@@ -14,11 +14,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
+/// A queue of work on a GPU, which runs in order. It lives as long as the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(pub(super) sys::CUstream);
+
 /// A GPU that is ready to run. There is one for each device, and it lives as long as the process.
 pub struct Gpu {
     ordinal: usize,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    stream: Stream,
     name: String,
     capability: (u32, u32),
     sm_count: u32,
@@ -121,7 +125,7 @@ impl Gpu {
         Ok(Gpu {
             ordinal,
             context,
-            stream,
+            stream: Stream(stream),
             name,
             capability,
             sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?,
@@ -185,7 +189,7 @@ impl Gpu {
     }
 
     /// The stream on which operations run.
-    pub fn stream(&self) -> sys::CUstream {
+    pub fn stream(&self) -> Stream {
         self.stream
     }
 
@@ -196,7 +200,7 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream is live.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })?;
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream.0) })?;
         self.report()
     }
 

@@ -192,7 +192,7 @@ impl Gpu {
                 block[1],
                 block[2],
                 shared as u32,
-                self.stream(),
+                self.stream().0,
                 pointers.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

@@ -28,7 +28,7 @@ impl DeviceBuffer {
         let mut pointer = 0;
         if bytes > 0 {
             // SAFETY: the context is current and the call writes one pointer.
-            check("cuMemAllocAsync", unsafe { sys::cuMemAllocAsync(&mut pointer, bytes, gpu.stream()) })?;
+            check("cuMemAllocAsync", unsafe { sys::cuMemAllocAsync(&mut pointer, bytes, gpu.stream().0) })?;
         }
         let mut buffer = DeviceBuffer { gpu, pointer, bytes };
         if POISON.load(Ordering::Relaxed) {
@@ -55,7 +55,7 @@ impl DeviceBuffer {
         }
         self.gpu.bind()?;
         // SAFETY: the block has `bytes` bytes and is borrowed exclusively.
-        let status = unsafe { sys::cuMemsetD8Async(self.pointer, byte, self.bytes, self.gpu.stream()) };
+        let status = unsafe { sys::cuMemsetD8Async(self.pointer, byte, self.bytes, self.gpu.stream().0) };
         check("cuMemsetD8Async", status)
     }
 }
@@ -67,7 +67,7 @@ impl Drop for DeviceBuffer {
         }
         let freed = self.gpu.bind().and_then(|()| {
             // SAFETY: the block came from the same stream's allocator and is not used again.
-            check("cuMemFreeAsync", unsafe { sys::cuMemFreeAsync(self.pointer, self.gpu.stream()) })
+            check("cuMemFreeAsync", unsafe { sys::cuMemFreeAsync(self.pointer, self.gpu.stream().0) })
         });
         self.gpu.record_error(freed);
     }

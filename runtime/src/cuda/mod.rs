@@ -15,7 +15,7 @@ mod testing;
 pub(crate) use copy::{copy, download, upload};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
 pub use event::{Event, Timer};
-pub use gpu::Gpu;
+pub use gpu::{Gpu, Stream};
 pub use launch::{Args, Entry, Module};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::poison;
