@@ -20,7 +20,7 @@ use std::{
 };
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gqa_llama3rope").join(name)
+    Path::new("tests/golden/gqa_llama3rope").join(name)
 }
 
 fn tensor(name: &str) -> Tensor {

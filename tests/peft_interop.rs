@@ -10,7 +10,7 @@ use nibble_runtime::{DType, Tag};
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    Path::new("tests/golden").join(name)
 }
 
 /// Largest difference of logits from peft's, and the largest that the adapter makes; checks which layers it sits on.

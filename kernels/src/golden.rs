@@ -8,7 +8,7 @@ pub(crate) struct Golden(Vec<u8>);
 
 impl Golden {
     pub(crate) fn open(name: &str) -> Self {
-        let path = format!("{}/../tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("../tests/golden/{name}");
         Golden(std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}")))
     }
 

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/gqa_llama3rope")).join(name)
+    Path::new("../tests/golden/gqa_llama3rope").join(name)
 }
 
 fn golden_json(name: &str) -> Value {

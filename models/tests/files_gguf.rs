@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden")).join(name)
+    Path::new("../tests/golden").join(name)
 }
 
 /// Builds GGUF files.

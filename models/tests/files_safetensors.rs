@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden")).join(name)
+    Path::new("../tests/golden").join(name)
 }
 
 fn tensor(dtype: DType, shape: &[usize], seed: u8) -> Tensor {

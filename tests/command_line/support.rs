@@ -11,7 +11,13 @@ use tempfile::TempDir;
 
 /// A file or folder of the reference stack's small Llama.
 pub fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gqa_llama3rope").join(name)
+    let path = Path::new("tests/golden/gqa_llama3rope").join(name);
+    std::path::absolute(path).unwrap()
+}
+
+/// The program under test: the one built with these tests, or that of a bundle.
+fn program() -> PathBuf {
+    std::env::var_os("NIBBLE_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_train-llama").into(), PathBuf::from)
 }
 
 /// A temporary folder, in which every command of a test runs.
@@ -76,7 +82,7 @@ impl Place {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_train-llama"));
+        let mut command = Command::new(program());
         command.args(args).current_dir(self.dir.path()).stdin(Stdio::null()).env("RAYON_NUM_THREADS", "2");
         command
     }
