@@ -5,7 +5,10 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use nibble::default_task;
-use nibble_kernels::{adamw::AdamWConfig, quantize::QuantType};
+use nibble_kernels::{
+    adamw::AdamWConfig,
+    quantize::{QuantType, ScaleRounding},
+};
 use nibble_models::{
     Llama,
     files::checkpoint::Checkpoint,
@@ -18,7 +21,8 @@ use nibble_runtime::{
 };
 use std::path::Path;
 
-const NF4: Quantization = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: true };
+const NF4: Quantization =
+    Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: Some(ScaleRounding::Stepped) };
 
 fn load(path: &Path) -> Llama {
     let checkpoint = Checkpoint::open(path).expect("a checkpoint");

@@ -51,9 +51,9 @@ pub struct ModelArgs {
     /// PEFT adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Quantization of the linear layers: nf4, fp4 or none
-    #[arg(long, value_name = "TYPE", default_value = "nf4")]
-    pub quant: QuantChoice,
+    /// Quantization of the linear layers: nf4, fp4 or none [default: nf4, or as a 4-bit folder has them]
+    #[arg(long, value_name = "TYPE")]
+    pub quant: Option<QuantChoice>,
     /// Keep the scales in f32
     #[arg(long)]
     pub no_double_quant: bool,
@@ -130,9 +130,9 @@ pub struct QuantizeArgs {
     /// Folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// nf4 or fp4
-    #[arg(long, value_name = "TYPE", default_value = "nf4")]
-    pub quant: QuantType,
+    /// nf4 or fp4 [default: nf4, or as a 4-bit folder has them]
+    #[arg(long, value_name = "TYPE")]
+    pub quant: Option<QuantType>,
     /// Keep the scales in f32
     #[arg(long)]
     pub no_double_quant: bool,

@@ -11,6 +11,7 @@ use crate::{
     train,
 };
 use anyhow::{Context, Result, bail, ensure};
+use nibble_kernels::quantize::QuantType;
 use nibble_models::{
     chat::Message,
     files::{inspect, safetensors::write_safetensors},
@@ -143,7 +144,8 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
     }
     let source = ModelSource {
         path: Some(args.model.clone()),
-        quant: QuantChoice(Some(args.quant)),
+        quant: QuantChoice(Some(args.quant.unwrap_or(QuantType::Nf4))),
+        quant_chosen: args.quant.is_some(),
         double_quant: !args.no_double_quant,
         block_size: args.block_size,
         dtype: DTypeChoice(None),

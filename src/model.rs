@@ -5,9 +5,16 @@ use crate::{
     default_task, report,
 };
 use anyhow::{Context, Result, ensure};
+use nibble_kernels::{
+    linear::Weight,
+    quantize::{QuantType, ScaleRounding},
+};
 use nibble_models::{
     Llama,
-    files::{checkpoint::Checkpoint, peft},
+    files::{
+        checkpoint::{Checkpoint, CheckpointKind},
+        peft,
+    },
     llama::{Footprint, LoadOptions, Quantization},
     tokenizer::Tokenizer,
 };
@@ -24,6 +31,8 @@ pub struct ModelSource {
     /// `None` for the embedded model.
     pub path: Option<PathBuf>,
     pub quant: QuantChoice,
+    /// Whether the user chose it. A folder that is quantized already is otherwise taken as it is.
+    pub quant_chosen: bool,
     pub double_quant: bool,
     pub block_size: usize,
     pub dtype: DTypeChoice,
@@ -34,7 +43,8 @@ impl From<&ModelArgs> for ModelSource {
     fn from(args: &ModelArgs) -> Self {
         ModelSource {
             path: args.model.clone(),
-            quant: args.quant,
+            quant: args.quant.unwrap_or(QuantChoice(Some(QuantType::Nf4))),
+            quant_chosen: args.quant.is_some(),
             double_quant: !args.no_double_quant,
             block_size: args.block_size,
             dtype: args.dtype,
@@ -77,10 +87,11 @@ impl Model {
             (None, None) => unreachable!("the embedded model was unpacked above"),
         };
         let checkpoint = Checkpoint::open(&path)?;
-        let quantization = source.quant.0.map(|quant_type| Quantization {
+        let as_it_is = checkpoint.kind() == CheckpointKind::Bitsandbytes && !source.quant_chosen;
+        let quantization = source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
             quant_type,
             block_size: source.block_size,
-            double_quant: source.double_quant,
+            double_quant: source.double_quant.then_some(ScaleRounding::default()),
         });
         let dtype = dtype.map_or_else(|| checkpoint.dtype(), Ok)?;
         let bar = report::bar("load", checkpoint.config().num_layers);
@@ -103,7 +114,7 @@ impl Model {
         eprintln!(
             "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; embedding, head and norms {other}",
             footprint.weights as f64 / 1e6,
-            source.quant
+            QuantChoice(quant_type(&llama))
         );
         Ok(Model { llama, footprint, name, checkpoint, _unpacked: unpacked })
     }
@@ -156,6 +167,14 @@ impl Model {
         ids.dedup();
         ids
     }
+}
+
+/// The code book of the linear layers; `None` if they are not quantized.
+fn quant_type(llama: &Llama) -> Option<QuantType> {
+    llama.layers.iter().flat_map(|layer| layer.linears()).find_map(|linear| match &linear.weight {
+        Weight::Quantized(weight) => Some(weight.quant_type),
+        Weight::Dense(_) => None,
+    })
 }
 
 /// Whether standard output is a person's terminal.

@@ -80,7 +80,7 @@ pub struct TrainArgs {
     /// Seed of adapters, dropout and data order [default: 0]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=MAX_SEED))]
     pub seed: Option<u64>,
-    /// Quantization of the base: nf4, fp4 or none [default: nf4; none unless --method qlora]
+    /// Quantization of the base: nf4, fp4 or none [default: nf4, or as a 4-bit folder has it; none unless --method qlora]
     #[arg(long, value_name = "TYPE")]
     pub quant: Option<String>,
     /// Keep the quantization scales in f32
@@ -318,7 +318,7 @@ impl Settings {
         Ok(())
     }
 
-    /// The quantization of the base: NF4 for QLoRA and none otherwise, unless chosen.
+    /// The quantization of a base that is not quantized yet: NF4 for QLoRA and none otherwise, unless chosen.
     pub fn quantization(&self) -> QuantChoice {
         let usual = (self.method == Method::Qlora).then_some(nibble_kernels::quantize::QuantType::Nf4);
         self.quant.unwrap_or(QuantChoice(usual))

@@ -85,6 +85,7 @@ fn source(settings: &Settings) -> ModelSource {
     ModelSource {
         path: settings.model.clone(),
         quant: settings.quantization(),
+        quant_chosen: settings.quant.is_some(),
         double_quant: !settings.no_double_quant,
         block_size: settings.block_size,
         dtype: settings.dtype,

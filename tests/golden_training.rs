@@ -2,14 +2,10 @@
 //! QLoRA training steps. `tests/golden/gqa_llama3rope` holds its outputs.
 
 use nibble::{settings::Settings, train::train};
-use nibble_kernels::quantize::QuantType;
+use nibble_kernels::quantize::{QuantType, ScaleRounding};
 use nibble_models::{
     Llama,
-    files::{
-        checkpoint::{Checkpoint, CheckpointTensor},
-        peft::read_adapter,
-        safetensors::SafetensorsFile,
-    },
+    files::{checkpoint::Checkpoint, peft::read_adapter, safetensors::SafetensorsFile},
     llama::{LoadOptions, Packed, Quantization},
 };
 use nibble_optim::Gradients;
@@ -37,7 +33,9 @@ fn doubles(name: &str) -> Vec<f64> {
     bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
-const NF4: Quantization = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: true };
+/// As the golden model was quantized: on a CPU.
+const NF4: Quantization =
+    Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: Some(ScaleRounding::Stepped) };
 
 fn load(folder: &str, quantization: Option<Quantization>) -> Llama {
     let checkpoint = Checkpoint::open(&golden(folder)).unwrap();
@@ -122,12 +120,10 @@ fn nf4_logits_and_every_lora_gradient() {
     assert_close(&llama.logits(&ids, &LENGTHS).unwrap(), &tensor("logits_final"), 1e-4);
 }
 
-/// The golden model was quantized by bitsandbytes on a CPU, which looks the 8-bit code of a scale up in a coarse table: 20
-/// of 9,216 codes, all near the middle between two, are one step off from what its CUDA kernel (and this program) gives.
 #[test]
 fn nf4_logits_of_our_own_quantization() {
     let llama = load("model", Some(NF4));
-    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_nf4"), 5e-3);
+    assert_close(&llama.logits(&integers("ids"), &LENGTHS).unwrap(), &tensor("logits_nf4"), 1e-4);
 }
 
 /// Thirty steps through the whole program, data file in, metrics and adapter out; returns the largest difference of the
@@ -177,38 +173,17 @@ fn thirty_training_steps_on_the_base_of_bitsandbytes() {
     assert!(difference < 5e-3, "{difference}");
 }
 
-/// See [`nf4_logits_of_our_own_quantization`] for why the logits may differ a little more.
 #[test]
 fn thirty_training_steps_on_a_base_quantized_here() {
     let difference = thirty_training_steps("model", Some(NF4));
-    assert!(difference < 1e-2, "{difference}");
+    assert!(difference < 5e-3, "{difference}");
 }
 
-/// `quantize` gives the packed bytes that transformers and bitsandbytes saved.
+/// What `quantize` does, in the type that the golden folder was written in.
 #[test]
-fn a_quantized_folder_has_the_packed_bytes_of_bitsandbytes() {
+fn a_quantized_folder_is_that_of_transformers_and_bitsandbytes_to_the_byte() {
     let dir = tempfile::tempdir().unwrap();
-    load("model", Some(NF4)).save(dir.path(), DType::BF16).unwrap();
-    let (ours, theirs) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(&golden("model-bnb4")).unwrap());
-    let mut compared = 0;
-    for layer in 0..3 {
-        for (module, shape) in [
-            ("self_attn.q_proj", [128, 128]),
-            ("self_attn.k_proj", [64, 128]),
-            ("self_attn.v_proj", [64, 128]),
-            ("self_attn.o_proj", [128, 128]),
-            ("mlp.gate_proj", [384, 128]),
-            ("mlp.up_proj", [384, 128]),
-            ("mlp.down_proj", [128, 384]),
-        ] {
-            let name = format!("model.layers.{layer}.{module}.weight");
-            let read = |checkpoint: &Checkpoint| match checkpoint.weight(&name, &shape, Tag::Weights).unwrap() {
-                CheckpointTensor::Quantized(quantized) => quantized,
-                CheckpointTensor::Dense(_) => panic!("{name} is not quantized"),
-            };
-            assert_eq!(read(&ours).packed.bytes().unwrap(), read(&theirs).packed.bytes().unwrap(), "{name}");
-            compared += 1;
-        }
-    }
-    assert_eq!(compared, 21);
+    load("model", Some(NF4)).save(dir.path(), DType::F32).unwrap();
+    let read = |path: PathBuf| std::fs::read(path).unwrap();
+    assert!(read(dir.path().join("model.safetensors")) == read(golden("model-bnb4/model.safetensors")));
 }

@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use nibble_kernels::{
     attention::{self, Heads, Saved, Segment},
     linear::{Weight, forward, input_grad},
-    quantize::{QuantType, quantize},
+    quantize::{QuantType, ScaleRounding, quantize},
 };
 use nibble_runtime::{
     DType, Tag, Tensor,
@@ -28,7 +28,8 @@ fn products(criterion: &mut Criterion) {
     group.sample_size(20);
     for (t, n, k) in SHAPES {
         let (x, grad, dense) = (random(&[t, k], 1), random(&[t, n], 2), random(&[n, k], 3));
-        let nf4 = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights).expect("finite weights");
+        let nf4 = quantize(&dense, QuantType::Nf4, 64, Some(ScaleRounding::Stepped), DType::F32, Tag::Weights)
+            .expect("finite weights");
         let bf16 = dense.cast(DType::BF16, Tag::Weights).expect("floats");
         group.throughput(Throughput::Elements(2 * (t * n * k) as u64));
         for (name, weight) in

@@ -3,7 +3,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use nibble_kernels::{
     dynamic8,
-    quantize::{QuantType, quantize},
+    quantize::{QuantType, ScaleRounding, quantize},
 };
 use nibble_runtime::{DType, Tag, Tensor, rng};
 use std::hint::black_box;
@@ -27,7 +27,9 @@ fn bench(c: &mut Criterion) {
     {
         let x = weights(dtype);
         group.bench_function(format!("{quant_type}/{dtype}"), |b| {
-            b.iter(|| quantize(black_box(&x), quant_type, 64, true, dtype, Tag::Weights).unwrap())
+            b.iter(|| {
+                quantize(black_box(&x), quant_type, 64, Some(ScaleRounding::Stepped), dtype, Tag::Weights).unwrap()
+            })
         });
     }
     group.finish();
@@ -36,9 +38,10 @@ fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("read_f32");
     group.throughput(Throughput::Elements(numel as u64));
     let mut panel = vec![0.0; 64 * SHAPE[1]];
-    for (dtype, double) in [(DType::F32, false), (DType::F32, true), (DType::BF16, true), (DType::F16, true)] {
+    let stepped = Some(ScaleRounding::Stepped);
+    for (dtype, double) in [(DType::F32, None), (DType::F32, stepped), (DType::BF16, stepped), (DType::F16, stepped)] {
         let quantized = quantize(&weights(dtype), QuantType::Nf4, 64, double, dtype, Tag::Weights).unwrap();
-        group.bench_function(format!("nf4/{dtype}{}", if double { "/double" } else { "" }), |b| {
+        group.bench_function(format!("nf4/{dtype}{}", if double.is_some() { "/double" } else { "" }), |b| {
             b.iter(|| {
                 for row in 0..SHAPE[0] {
                     let row_of_panel = row % 64 * SHAPE[1];

@@ -1,7 +1,7 @@
 //! Model and adapter folders: configurations, bitsandbytes weights, PEFT adapters.
 
 use nibble_kernels::{
-    quantize::{Absmax, QuantTensor, QuantType, dequantize, quantize},
+    quantize::{Absmax, QuantTensor, QuantType, ScaleRounding, dequantize, quantize},
     rotary::{RopeConfig, RopeScaling},
 };
 use nibble_models::{
@@ -216,8 +216,20 @@ fn the_golden_model_quantizes_to_the_golden_checkpoint() {
         let CheckpointTensor::Dense(dense) = model.weight(&name, &expected.shape, Tag::Weights).unwrap() else {
             panic!("{name} is dense");
         };
-        let found = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights).unwrap();
+        let stepped = Some(ScaleRounding::Stepped);
+        let found = quantize(&dense, QuantType::Nf4, 64, stepped, DType::F32, Tag::Weights).unwrap();
         assert!(found.packed.bytes().unwrap() == expected.packed.bytes().unwrap(), "{name}");
+        match (&found.absmax, &expected.absmax) {
+            (
+                Absmax::Double { codes: a, absmax2: a2, offset: a_offset, .. },
+                Absmax::Double { codes: b, absmax2: b2, offset: b_offset, .. },
+            ) => {
+                let same = |a: &Tensor, b: &Tensor| a.bytes().unwrap() == b.bytes().unwrap();
+                assert!(same(a, b) && same(a2, b2), "{name}");
+                assert_eq!(a_offset.to_bits(), b_offset.to_bits(), "{name}");
+            }
+            _ => panic!("{name} is not double-quantized"),
+        }
     }
 }
 
@@ -226,9 +238,9 @@ fn single_scales_and_fp4_round_trip() {
     let values: Vec<f32> = (0..33 * 7).map(|i| (i as f32 * 0.37).sin() * 1e-4).collect();
     let matrix = Tensor::from_slice(&values, &[33, 7], Tag::Weights).unwrap();
     for (quant_type, block, double, dtype) in [
-        (QuantType::Fp4, 32, false, DType::BF16),
-        (QuantType::Nf4, 128, false, DType::F16),
-        (QuantType::Fp4, 64, true, DType::F32),
+        (QuantType::Fp4, 32, None, DType::BF16),
+        (QuantType::Nf4, 128, None, DType::F16),
+        (QuantType::Fp4, 64, Some(ScaleRounding::Exact), DType::F32),
     ] {
         let quantized = quantize(&matrix, quant_type, block, double, dtype, Tag::Weights).unwrap();
         let folder = tempfile::tempdir().unwrap();

@@ -61,11 +61,53 @@ fn a_quantized_folder_gives_the_logits_of_quantizing_on_the_fly() {
             .concat());
             floats(&place.path("l.safetensors"), "logits").1
         };
-        let difference = largest_difference(&logits(folder, &["--quant", folder]), &logits(model, options));
-        assert!(difference == 0.0, "{folder}: {difference}");
+        // The folder says how it is quantized; to say it again changes nothing.
+        let on_the_fly = logits(model, options);
+        for options in [&[][..], &["--quant", folder]] {
+            let difference = largest_difference(&logits(folder, options), &on_the_fly);
+            assert!(difference == 0.0, "{folder}: {difference}");
+        }
     }
-    let description = place.ok(&["inspect", "nf4"]).stdout;
-    assert!(description.contains("4-bit weights  21"), "{description}");
+    for (folder, kind) in [
+        ("nf4", "21: nf4 in blocks of 64, double quantization in blocks of 256"),
+        ("fp4", "21: fp4 in blocks of 128, scales in f32"),
+    ] {
+        let description = place.ok(&["inspect", folder]).stdout;
+        assert!(description.contains(&format!("4-bit weights  {kind}\n")), "{description}");
+        let line = place.ok(&["logits", "--model", folder, "--ids", "1", "--out", "l.safetensors"]).stderr;
+        assert!(line.contains(&format!("in linear layers, {folder}:")), "{line}");
+    }
+}
+
+/// The dtype that weights are rounded to is the checkpoint's own; the codes are bitsandbytes' on a CPU.
+#[test]
+fn quantize_gives_the_codes_of_bitsandbytes() {
+    let place = Place::new();
+    place.ok(&["quantize", "--model", golden("model").to_str().unwrap(), "--out", "nf4"]);
+    let ours = SafetensorsFile::open(&place.path("nf4/model.safetensors")).unwrap();
+    let theirs = SafetensorsFile::open(&golden("model-bnb4/model.safetensors")).unwrap();
+    let is_part = |name: &String| name.contains("_proj.") && !name.contains("quant_state");
+    let parts: Vec<String> = ours.names().into_iter().filter(is_part).collect();
+    assert_eq!(parts.len(), 21 * 5);
+    for name in parts {
+        assert!(ours.view(&name).unwrap().bytes == theirs.view(&name).unwrap().bytes, "{name}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn quantized_folders_can_be_read_by_whoever_reads_new_files() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    place.model_with_text();
+    let new = place.write("new", "");
+    place.ok(&["quantize", "--model", "texts", "--out", "nf4"]);
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+    let files: Vec<_> = std::fs::read_dir(place.path("nf4")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.len() >= 4, "{files:?}");
+    for file in files {
+        assert_eq!(mode(&file), mode(&new), "{}", file.display());
+    }
 }
 
 #[test]
@@ -123,7 +165,7 @@ fn everything_can_be_inspected() {
     place.write("prose.txt", "line one\nline two\n");
     for (path, words) in [
         (golden("model"), &["512", "128", "tensors", "BF16"][..]),
-        (golden("model-bnb4"), &["4-bit weights  21", "U8"]),
+        (golden("model-bnb4"), &["4-bit weights  21: nf4 in blocks of 64, double", "U8"]),
         (golden("adapter-init"), &["rank", "q_proj"]),
         (golden("golden.safetensors"), &["tensors", "F32"]),
         (file, &["F32", "layers", "gpt2"]),

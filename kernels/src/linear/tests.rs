@@ -1,5 +1,5 @@
 use super::*;
-use crate::quantize::{QuantType, dequantize, quantize};
+use crate::quantize::{QuantType, ScaleRounding, dequantize, quantize};
 use crate::testing::{close, random};
 use proptest::prelude::*;
 
@@ -16,8 +16,8 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 fn weights(n: usize, k: usize, seed: u64) -> Vec<Weight> {
     let dense = random(&[n, k], seed);
     let bf16 = dense.cast(DType::BF16, Tag::Weights).unwrap();
-    let nf4 = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights).unwrap();
-    let fp4 = quantize(&dense, QuantType::Fp4, 32, false, DType::BF16, Tag::Weights).unwrap();
+    let nf4 = quantize(&dense, QuantType::Nf4, 64, Some(ScaleRounding::Stepped), DType::F32, Tag::Weights).unwrap();
+    let fp4 = quantize(&dense, QuantType::Fp4, 32, None, DType::BF16, Tag::Weights).unwrap();
     vec![Weight::Dense(dense), Weight::Dense(bf16), Weight::Quantized(nf4), Weight::Quantized(fp4)]
 }
 

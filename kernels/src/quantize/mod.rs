@@ -3,7 +3,8 @@
 //! Blocks of `block_size` elements run over the flat row-major matrix; the last one may be short. A block's scale is
 //! its largest magnitude (`absmax`); each element is multiplied by `1 / absmax` in f32 and takes the code whose value
 //! is nearest (on a midpoint the lower one). Double quantization subtracts the mean of the scales (`offset`) and
-//! quantizes the rest to 8 bits with the signed dynamic map in blocks of 256: 4.127 bits a weight at block 64.
+//! quantizes the rest to 8 bits with the signed dynamic map in blocks of 256: 4.127 bits a weight at block 64. The
+//! rule by which a scale takes its code is the caller's to choose: see [`ScaleRounding`].
 //!
 //! Blocks whose largest magnitude is subnormal in f32 are stored as zeros: `1 / absmax` would overflow.
 //!
@@ -11,14 +12,15 @@
 
 mod codes;
 mod cpu;
+mod scales;
 mod tensor;
 #[cfg(test)]
 mod tests;
 
 pub use codes::{FP4, FP4_MIDPOINTS, NF4, NF4_MIDPOINTS, QuantType};
+pub use scales::ScaleRounding;
 pub use tensor::{Absmax, QuantTensor};
 
-use crate::dynamic8;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
 /// Block sizes that can be used: powers of two from the first to the last.
@@ -42,7 +44,7 @@ fn check_float(op: &'static str, dtype: DType) -> Result<()> {
 }
 
 /// Quantizes a float matrix `x` `[N, K]`. `dtype` is the type that dequantized values will be rounded to, in most
-/// cases that of `x`. The result's memory is counted under `tag`.
+/// cases that of `x`. `double_quant` is `None` for scales in f32. The result's memory is counted under `tag`.
 ///
 /// # Errors
 /// `x` is not a matrix of floats, is empty, or holds a NaN or an infinity; `block_size` is not a power of two from
@@ -51,7 +53,7 @@ pub fn quantize(
     x: &Tensor,
     quant_type: QuantType,
     block_size: usize,
-    double_quant: bool,
+    double_quant: Option<ScaleRounding>,
     dtype: DType,
     tag: Tag,
 ) -> Result<QuantTensor> {
@@ -71,30 +73,14 @@ pub fn quantize(
         Device::Cpu => cpu::quantize(x, quant_type, block_size, packed.as_mut_slice()?, scales.as_mut_slice()?)?,
         device => return Err(Error::NoKernel { op, device }),
     }
-    let absmax = if double_quant {
-        let scales = scales.as_slice()?;
-        quantize_scales(scales, mean(scales), tag)?
-    } else {
-        Absmax::Single(scales)
+    let absmax = match double_quant {
+        None => Absmax::Single(scales),
+        Some(rounding) => {
+            let scales = scales.as_slice()?;
+            scales::quantize_scales(scales, scales::mean(scales), rounding, tag)?
+        }
     };
     Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype })
-}
-
-fn mean(values: &[f32]) -> f32 {
-    (values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64) as f32
-}
-
-/// Double quantization of `scales` around a given `offset`.
-fn quantize_scales(scales: &[f32], offset: f32, tag: Tag) -> Result<Absmax> {
-    let centred: Vec<f32> = scales.iter().map(|&x| x - offset).collect();
-    let (codes, absmax2) = dynamic8::quantize_blockwise(&centred, dynamic8::signed_map(), SCALE_BLOCK);
-    Ok(Absmax::Double {
-        codes: Tensor::from_slice(&codes, &[codes.len()], tag)?,
-        absmax2: Tensor::from_slice(&absmax2, &[absmax2.len()], tag)?,
-        code: Tensor::from_slice(dynamic8::signed_map(), &[256], tag)?,
-        offset,
-        block_size: SCALE_BLOCK,
-    })
 }
 
 /// The matrix `[N, K]` that `quantized` stands for, in its dtype: `value[code] · absmax` in f32, then one rounding.

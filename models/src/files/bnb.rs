@@ -31,6 +31,32 @@ pub fn quant_type(shards: &Shards, name: &str) -> Option<QuantType> {
     [QuantType::Nf4, QuantType::Fp4].into_iter().find(|&quant_type| shards.has(&state_key(name, quant_type)))
 }
 
+/// How the 4-bit weight `name` is quantized, for people to read; `None` if the tensor is not one.
+///
+/// # Errors
+/// [`Error::File`]: the JSON beside it is malformed.
+pub fn describe(shards: &Shards, name: &str) -> Result<Option<String>> {
+    let Some(quant_type) = quant_type(shards, name) else { return Ok(None) };
+    let state = read_state(shards, name, quant_type)?;
+    let scales = match state.nested_blocksize {
+        Some(block_size) => format!("double quantization in blocks of {block_size}"),
+        None => "scales in f32".into(),
+    };
+    Ok(Some(format!("{quant_type} in blocks of {}, {scales}", state.blocksize)))
+}
+
+fn bad(shards: &Shards, name: &str, what: String) -> Error {
+    match shards.file_of(name) {
+        Ok(file) => Error::file(file.path(), format!("4-bit weight \"{name}\": {what}")),
+        Err(error) => error,
+    }
+}
+
+fn read_state(shards: &Shards, name: &str, quant_type: QuantType) -> Result<QuantState> {
+    let state = shards.view(&state_key(name, quant_type))?.bytes;
+    serde_json::from_slice(state).map_err(|e| bad(shards, name, format!("its quant_state: {e}")))
+}
+
 /// Reads the 4-bit weight `name`.
 ///
 /// # Errors
@@ -38,10 +64,9 @@ pub fn quant_type(shards: &Shards, name: &str) -> Option<QuantType> {
 /// or a scale is not finite. [`Error::Unsupported`]: another code book than the one the type stands for.
 pub fn read_quantized(shards: &Shards, name: &str, tag: Tag) -> Result<QuantTensor> {
     let path = shards.file_of(name)?.path();
-    let bad = |what: String| Error::file(path, format!("4-bit weight \"{name}\": {what}"));
+    let bad = |what: String| bad(shards, name, what);
     let quant_type = quant_type(shards, name).ok_or_else(|| bad("its quant_state is missing".into()))?;
-    let state = shards.view(&state_key(name, quant_type))?.bytes;
-    let state: QuantState = serde_json::from_slice(state).map_err(|e| bad(format!("its quant_state: {e}")))?;
+    let state = read_state(shards, name, quant_type)?;
     if state.quant_type != quant_type.to_string() {
         return Err(bad(format!("its quant_state says \"{}\" and its name {quant_type}", state.quant_type)));
     }

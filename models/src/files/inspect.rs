@@ -122,8 +122,15 @@ fn describe_folder(path: &Path, lines: &mut Lines) -> Result<()> {
         lines.add("files", shards.files().len());
         shards.files().iter().try_for_each(|file| tally.add_file(file))?;
         if checkpoint.kind() == CheckpointKind::Bitsandbytes {
-            let quantized = shards.names().filter(|name| super::bnb::quant_type(shards, name).is_some()).count();
-            lines.add("4-bit weights", quantized);
+            let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+            for name in shards.names() {
+                if let Some(kind) = super::bnb::describe(shards, name)? {
+                    *kinds.entry(kind).or_default() += 1;
+                }
+            }
+            for (kind, count) in kinds {
+                lines.add("4-bit weights", format!("{count}: {kind}"));
+            }
         }
     }
     lines.tensors(&tally);

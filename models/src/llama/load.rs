@@ -7,7 +7,7 @@ use crate::{
 };
 use nibble_kernels::{
     linear::Weight,
-    quantize::{QuantType, quantize},
+    quantize::{QuantType, ScaleRounding, quantize},
 };
 use nibble_runtime::{DType, Saving, Tag, Tensor};
 
@@ -18,8 +18,8 @@ pub struct Quantization {
     pub quant_type: QuantType,
     /// Elements that share a scale.
     pub block_size: usize,
-    /// Whether the scales are quantized too.
-    pub double_quant: bool,
+    /// By which rule the scales are quantized too; `None` leaves them in f32.
+    pub double_quant: Option<ScaleRounding>,
 }
 
 /// How to load a model.

@@ -2,7 +2,7 @@
 
 use super::{composed, layer::LayerNode, *};
 use nibble_kernels::{
-    quantize::{QuantType, quantize},
+    quantize::{QuantType, ScaleRounding, quantize},
     rotary::{RopeConfig, RopeScaling},
 };
 use nibble_runtime::rng::{Philox, Stream};
@@ -56,7 +56,8 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
             let weight = match quantized {
                 false => Weight::Dense(dense),
                 true => {
-                    let quantized = quantize(&dense, QuantType::Nf4, 64, true, DType::F32, Tag::Weights);
+                    let quantized =
+                        quantize(&dense, QuantType::Nf4, 64, Some(ScaleRounding::Stepped), DType::F32, Tag::Weights);
                     Weight::Quantized(quantized.unwrap())
                 }
             };
