@@ -14,7 +14,7 @@ use nibble_models::{
     files::checkpoint::Checkpoint,
     llama::{LoadOptions, LoraConfig, Packed, Quantization, TARGETS},
 };
-use nibble_optim::{AdamW, Gradients, StateBits, Update, clip_scale};
+use nibble_optim::{AdamW, Gradients, StateBits, Update};
 use nibble_runtime::{
     DType,
     rng::{Philox, Stream},
@@ -46,10 +46,11 @@ fn step(criterion: &mut Criterion, name: &str, mut llama: Llama, lengths: &[usiz
             let mut grads = Gradients::new();
             let batch = Packed { ids: &ids, labels: &ids, lengths };
             llama.train(batch, 1.0 / tokens as f32, None, &mut grads).expect("a step");
-            let scale = clip_scale(grads.global_norm().expect("a norm"), 1.0);
+            let mut clip = grads.clip(1.0, 1.0).expect("a norm");
             let parameters = llama.parameters_mut().into_iter();
-            let mut updates: Vec<Update> = parameters.map(|(id, value)| Update { id, value, decay: true }).collect();
-            optimizer.step(&mut updates, &grads, 1e-4, scale).expect("an update");
+            let update = |(id, value)| Update { id, value, decay: true, previous: None };
+            let mut updates: Vec<Update> = parameters.map(update).collect();
+            optimizer.step(&mut updates, &grads, 1e-4, &mut clip).expect("an update");
         });
     });
     group.finish();

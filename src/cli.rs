@@ -3,7 +3,7 @@
 use crate::settings::TrainArgs;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
-use nibble_runtime::DeviceRequest;
+use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
 
 /// QLoRA fine-tuning of Llama models on one GPU, or on the CPU.
@@ -35,6 +35,8 @@ pub enum Command {
     Logits(LogitsArgs),
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
     Quantize(QuantizeArgs),
+    /// Time warm training steps of a model on random tokens, and say what memory they take
+    BenchStep(BenchStepArgs),
     /// Say what a checkpoint, GGUF, adapter or data file holds
     Inspect {
         /// Folder or file
@@ -42,10 +44,24 @@ pub enum Command {
     },
 }
 
+/// What to time.
+#[derive(Debug, Args)]
+pub struct BenchStepArgs {
+    /// Everything that a training run takes; --model random:llama-3.1-8b (or another shape) needs no checkpoint
+    #[command(flatten)]
+    pub train: TrainArgs,
+    /// Steps before the timed ones
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub warm: u32,
+    /// Timed steps
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    pub timed: u32,
+}
+
 /// The model to run, and how to hold it.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArgs {
-    /// Hugging Face folder, bitsandbytes 4-bit folder or .gguf file [default: the embedded model]
+    /// Hugging Face folder, bitsandbytes 4-bit folder, .gguf file or random:SHAPE [default: the embedded model]
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// PEFT adapter folder
@@ -169,13 +185,12 @@ impl std::fmt::Display for QuantChoice {
 
 /// A float type, or the device's usual one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DTypeChoice(pub Option<nibble_runtime::DType>);
+pub struct DTypeChoice(pub Option<DType>);
 
 impl std::str::FromStr for DTypeChoice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        use nibble_runtime::DType;
         Ok(DTypeChoice(match text {
             "auto" => None,
             "f32" | "float32" => Some(DType::F32),
@@ -196,8 +211,8 @@ impl std::fmt::Display for DTypeChoice {
 }
 
 impl DTypeChoice {
-    /// The type to compute in: f32 on a CPU, which has no faster one.
-    pub fn resolve(self) -> nibble_runtime::DType {
-        self.0.unwrap_or(nibble_runtime::DType::F32)
+    /// The type to compute in: bf16 on a GPU, and f32 on a CPU, which has no faster one.
+    pub fn resolve(self, device: Device) -> DType {
+        self.0.unwrap_or(if device == Device::Cpu { DType::F32 } else { DType::BF16 })
     }
 }

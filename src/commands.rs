@@ -1,6 +1,7 @@
 //! The commands besides training.
 
 use crate::{
+    bench_step,
     cli::{Cli, Command, DTypeChoice, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
@@ -33,6 +34,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Eval(args)) => eval_command(&args),
         Some(Command::Logits(args)) => logits_command(&args).map(|()| 0),
         Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
+        Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }
 }

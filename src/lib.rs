@@ -2,6 +2,7 @@
 //!
 //! [`train::train`] is a whole run, in the order in which data walks through it.
 
+mod bench_step;
 pub mod cli;
 pub mod commands;
 pub mod data;
@@ -13,4 +14,5 @@ pub mod model;
 pub mod report;
 pub mod run_dir;
 pub mod settings;
+pub mod step;
 pub mod train;

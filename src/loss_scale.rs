@@ -13,7 +13,6 @@ const GROW_AFTER: u32 = 200;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScale {
     factor: f32,
-    applied: f32,
     good: u32,
     dynamic: bool,
 }
@@ -23,7 +22,7 @@ impl LossScale {
     pub fn new(dtype: DType) -> Self {
         let dynamic = dtype == DType::F16;
         let factor = if dynamic { 32_768.0 } else { 1.0 };
-        LossScale { factor, applied: factor, good: 0, dynamic }
+        LossScale { factor, good: 0, dynamic }
     }
 
     /// Whether an overflow is answered by another factor.
@@ -36,14 +35,8 @@ impl LossScale {
         self.factor
     }
 
-    /// What the gradients of the last step carry.
-    pub fn applied(&self) -> f32 {
-        self.applied
-    }
-
     /// Takes note of whether the gradients are finite; returns whether to apply them.
     pub fn update(&mut self, finite: bool) -> bool {
-        self.applied = self.factor;
         if !self.dynamic {
             return finite;
         }
@@ -66,11 +59,11 @@ mod tests {
     fn halves_on_overflow_and_doubles_after_a_good_run() {
         let mut scale = LossScale::new(DType::F16);
         assert!(!scale.update(false));
-        assert_eq!((scale.applied(), scale.factor()), (32_768.0, 16_384.0));
+        assert_eq!(scale.factor(), 16_384.0);
         for _ in 0..GROW_AFTER {
             assert!(scale.update(true));
         }
-        assert_eq!((scale.applied(), scale.factor()), (16_384.0, 32_768.0));
+        assert_eq!(scale.factor(), 32_768.0);
         while scale.is_dynamic() {
             scale.update(false);
         }

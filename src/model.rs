@@ -10,7 +10,7 @@ use nibble_kernels::{
     quantize::{QuantType, ScaleRounding},
 };
 use nibble_models::{
-    Llama,
+    Llama, LlamaConfig,
     files::{
         checkpoint::{Checkpoint, CheckpointKind},
         peft,
@@ -59,7 +59,8 @@ pub struct Model {
     pub footprint: Footprint,
     /// What the user calls the model.
     pub name: String,
-    checkpoint: Checkpoint,
+    /// `None` for a random model.
+    checkpoint: Option<Checkpoint>,
     /// The unpacked embedded model, for as long as its files are mapped.
     _unpacked: Option<TempDir>,
 }
@@ -67,16 +68,35 @@ pub struct Model {
 impl Model {
     /// Loads the model, saying on standard error what it is and where it runs.
     pub fn load(source: &ModelSource) -> Result<Model> {
-        Self::load_in(source, Some(source.dtype.resolve()))
+        Self::load_in(source, None)
     }
 
     /// As [`Model::load`], computing in the type that the checkpoint's weights have (bf16 for a GGUF).
     pub fn load_as_stored(source: &ModelSource) -> Result<Model> {
-        Self::load_in(source, None)
+        Self::load_in(source, Some(|checkpoint| Ok(checkpoint.dtype()?)))
     }
 
-    fn load_in(source: &ModelSource, dtype: Option<DType>) -> Result<Model> {
+    fn load_in(source: &ModelSource, dtype: Option<fn(&Checkpoint) -> Result<DType>>) -> Result<Model> {
         let (device, why_cpu) = source.device.resolve()?;
+        eprintln!("device   {}", report::device(device, why_cpu.as_deref())?);
+        let options = |dtype, as_it_is: bool| LoadOptions {
+            quantization: source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
+                quant_type,
+                block_size: source.block_size,
+                double_quant: source.double_quant.then_some(ScaleRounding::default()),
+            }),
+            dtype,
+            device,
+        };
+        if let Some((path, shape)) = source.path.as_ref().and_then(|path| Some((path, random_shape(path)?))) {
+            let config = LlamaConfig::shape(shape)?;
+            let options = options(source.dtype.resolve(device), false);
+            let bar = report::bar("make", config.num_layers);
+            let (llama, footprint) =
+                Llama::random(config, path, RANDOM_SEED, options, |done, _| bar.set_position(done as u64))?;
+            bar.finish_and_clear();
+            return Ok(Model::new(llama, footprint, path.display().to_string(), None, None));
+        }
         let unpacked = match source.path {
             None => Some(default_task::unpack().context("unpacking the embedded model")?),
             Some(_) => None,
@@ -88,23 +108,27 @@ impl Model {
         };
         let checkpoint = Checkpoint::open(&path)?;
         let as_it_is = checkpoint.kind() == CheckpointKind::Bitsandbytes && !source.quant_chosen;
-        let quantization = source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
-            quant_type,
-            block_size: source.block_size,
-            double_quant: source.double_quant.then_some(ScaleRounding::default()),
-        });
-        let dtype = dtype.map_or_else(|| checkpoint.dtype(), Ok)?;
+        let dtype = dtype.map_or_else(|| Ok(source.dtype.resolve(device)), |dtype| dtype(&checkpoint))?;
         let bar = report::bar("load", checkpoint.config().num_layers);
-        let (llama, footprint) = Llama::load(&checkpoint, LoadOptions { quantization, dtype }, |done, _| {
-            bar.set_position(done as u64);
-        })?;
+        let (llama, footprint) =
+            Llama::load(&checkpoint, options(dtype, as_it_is), |done, _| bar.set_position(done as u64))?;
         bar.finish_and_clear();
         let name = match &source.path {
             None => "the embedded model".to_string(),
             Some(path) => path.display().to_string(),
         };
+        Ok(Model::new(llama, footprint, name, Some(checkpoint), unpacked))
+    }
+
+    /// Says what the model is.
+    fn new(
+        llama: Llama,
+        footprint: Footprint,
+        name: String,
+        checkpoint: Option<Checkpoint>,
+        unpacked: Option<TempDir>,
+    ) -> Model {
         let c = &llama.config;
-        eprintln!("device   {}, computing in {dtype}", report::device(device, why_cpu.as_deref())?);
         eprintln!(
             "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
             c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size
@@ -112,11 +136,13 @@ impl Model {
         let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
         let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
         eprintln!(
-            "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; embedding, head and norms {other}",
+            "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; embedding, head and \
+             norms {other}; computing in {}",
             footprint.weights as f64 / 1e6,
-            QuantChoice(quant_type(&llama))
+            QuantChoice(quant_type(&llama)),
+            llama.dtype
         );
-        Ok(Model { llama, footprint, name, checkpoint, _unpacked: unpacked })
+        Model { llama, footprint, name, checkpoint, _unpacked: unpacked }
     }
 
     /// The tokenizer that comes with the checkpoint; `None` for a folder without a `tokenizer.json`.
@@ -124,8 +150,9 @@ impl Model {
     /// # Errors
     /// It cannot be read, or has more tokens than the model.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        let path = self.checkpoint.path();
-        let tokenizer = match self.checkpoint.gguf() {
+        let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
+        let path = checkpoint.path();
+        let tokenizer = match checkpoint.gguf() {
             Some(gguf) => Tokenizer::from_gguf(gguf)?,
             None if !path.join("tokenizer.json").exists() => return Ok(None),
             None => Tokenizer::from_folder(path)?,
@@ -141,13 +168,13 @@ impl Model {
 
     /// As [`Model::tokenizer`], for work that cannot do without.
     pub fn needs_tokenizer(&self) -> Result<Tokenizer> {
-        let path = self.checkpoint.path().display();
+        let path = &self.name;
         self.tokenizer()?.with_context(|| format!("{path} has no tokenizer.json, which reading and writing text needs"))
     }
 
     /// The type of the weights in the checkpoint.
     pub fn stored_dtype(&self) -> Result<DType> {
-        Ok(self.checkpoint.dtype()?)
+        Ok(self.checkpoint.as_ref().map_or(Ok(DType::BF16), Checkpoint::dtype)?)
     }
 
     /// Puts a PEFT adapter on the model.
@@ -167,6 +194,14 @@ impl Model {
         ids.dedup();
         ids
     }
+}
+
+/// Seed of the weights of random models.
+const RANDOM_SEED: u64 = 0;
+
+/// The shape that a path like `random:tiny` names.
+fn random_shape(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_prefix("random:")
 }
 
 /// The code book of the linear layers; `None` if they are not quantized.

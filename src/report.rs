@@ -150,8 +150,8 @@ pub fn device(device: Device, why_cpu: Option<&str>) -> Result<String> {
 }
 
 /// Peak memory by tag, largest first, as one line.
-pub fn memory_line() -> String {
-    let usage = memory::usage();
+pub fn memory_line(device: Device) -> String {
+    let usage = memory::usage_of(device);
     let mut tags: Vec<_> = memory::Tag::ALL.iter().zip(usage.peak).filter(|(_, peak)| *peak > 0).collect();
     tags.sort_by_key(|(_, peak)| std::cmp::Reverse(*peak));
     let parts: Vec<String> = tags.iter().map(|(tag, peak)| format!("{tag} {}", bytes(*peak))).collect();

@@ -3,23 +3,21 @@
 use crate::{
     data::{self, Example, Sampler, collate},
     default_task,
-    eval::{EvalResult, answers, evaluate, packed},
+    eval::{EvalResult, answers, evaluate},
     interrupt,
-    loss_scale::LossScale,
     model::{Model, ModelSource},
     report::{self, StepLog, StepMetrics},
     run_dir::RunDir,
     settings::{Method, Settings},
+    step::{Step, Stepper},
 };
 use anyhow::{Context, Result, bail, ensure};
-use nibble_kernels::adamw::{AdamWConfig, DecayOrder};
 use nibble_models::{
     files::{atomic::write_json, peft},
-    llama::{DropoutKey, LoraConfig},
+    llama::LoraConfig,
     tokenizer::Tokenizer,
 };
-use nibble_optim::{AdamW, Gradients, Update, clip_scale};
-use nibble_runtime::{Saving, Tag, Tensor};
+use nibble_runtime::Saving;
 use serde::Serialize;
 use std::{path::PathBuf, time::Instant};
 
@@ -60,7 +58,7 @@ pub fn train(settings: &Settings) -> Result<Outcome> {
 
     let seconds = started.elapsed().as_secs_f64();
     write_json(&run.join("summary.json"), &Summary { before, after, steps: log.len(), interrupted, seconds })?;
-    eprintln!("{}", report::memory_line());
+    eprintln!("{}", report::memory_line(model.llama.device()));
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out before: {before}\nheld-out after:  {after}");
     }
@@ -81,7 +79,7 @@ struct Summary {
     seconds: f64,
 }
 
-fn source(settings: &Settings) -> ModelSource {
+pub(crate) fn source(settings: &Settings) -> ModelSource {
     ModelSource {
         path: settings.model.clone(),
         quant: settings.quantization(),
@@ -94,7 +92,7 @@ fn source(settings: &Settings) -> ModelSource {
 }
 
 /// Makes parameters trainable, and says how many.
-fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
+pub(crate) fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
     let lora = LoraConfig {
         rank: settings.rank,
         alpha: settings.alpha,
@@ -181,19 +179,8 @@ fn optimize(
         Some(steps) => steps,
         None => u32::try_from((epochs * sampler.steps_per_epoch()).div_ceil(window)).context("too many steps")?,
     };
-    let config = AdamWConfig {
-        beta1: settings.betas[0],
-        beta2: settings.betas[1],
-        eps: settings.eps,
-        weight_decay: settings.weight_decay,
-        decay_order: DecayOrder::Before,
-        ..AdamWConfig::default()
-    };
-    let mut optimizer = AdamW::new(config, settings.optimizer_bits)?;
-    let mut grads = Gradients::new();
-    let mut scaling = LossScale::new(model.llama.dtype);
+    let mut stepper = Stepper::new(&model.llama, settings)?;
     let mut log = StepLog::create(run.path(), total)?;
-    let mut good = snapshot(model)?;
     for step in 0..total {
         if interrupt::requested() {
             return Ok((log.finish(), true));
@@ -209,89 +196,27 @@ fn optimize(
                 collate(&chosen)
             })
             .collect();
-        let labelled: usize = batches.iter().map(|batch| batch.unmasked()).sum();
         let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();
-        ensure!(labelled > 0, "step {}: no token of its examples is labelled", step + 1);
-
-        // Forward and backward; gradients of the mean over all labelled tokens of the window.
-        let mut nll = 0.0;
-        for (i, batch) in batches.iter().enumerate() {
-            let key = DropoutKey { seed: settings.seed, step: (first + i) as u32 };
-            let scale = scaling.factor() / labelled as f32;
-            nll += model.llama.train(packed(batch), scale, Some(key), &mut grads)?.sum();
-        }
-        let loss = nll / labelled as f64;
-        let grad_norm = grads.global_norm()? / f64::from(scaling.factor());
+        ensure!(
+            batches.iter().any(|batch| batch.unmasked() > 0),
+            "step {}: no token of its examples is labelled",
+            step + 1
+        );
         let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);
-
-        if !loss.is_finite() || (!grad_norm.is_finite() && !scaling.is_dynamic()) {
-            restore(model, &good)?;
+        let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
+        if let Some(fault) = fault {
             save(model, run, adapter_config, tokenizer)?;
             bail!(
-                "step {}: the loss is {loss} and the gradient norm {grad_norm}; stopped. {} holds the last good \
-                 parameters, from before the last update. Try a lower --lr or a longer --warmup",
+                "step {}: {fault}; stopped. {} holds the last good parameters, from before the last update. Try a lower \
+                 --lr or a longer --warmup",
                 step + 1,
                 run.path().display()
             );
         }
-        // Clip and update; a step whose scaled gradients overflowed is left out.
-        if scaling.update(grad_norm.is_finite()) {
-            remember(model, &mut good)?;
-            let scale = clip_scale(grad_norm, settings.max_grad_norm) / scaling.applied();
-            let mut parameters: Vec<Update> = model
-                .llama
-                .parameters_mut()
-                .into_iter()
-                .map(|(id, value)| Update { id, decay: value.shape().len() > 1, value })
-                .collect();
-            optimizer.step(&mut parameters, &grads, lr, scale)?;
-            if !is_finite(model)? {
-                restore(model, &good)?;
-                save(model, run, adapter_config, tokenizer)?;
-                bail!(
-                    "step {}: the update with learning rate {lr} made parameters infinite; stopped. {} holds those from \
-                     before it. Try a lower --lr",
-                    step + 1,
-                    run.path().display()
-                );
-            }
-        }
-        grads.clear();
         let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
         log.push(StepMetrics { step: step + 1, loss, grad_norm, lr, tokens, tok_s })?;
     }
     Ok((log.finish(), false))
-}
-
-/// A copy of every trainable parameter, for when an update turns out to have broken the model.
-fn snapshot(model: &Model) -> Result<Vec<Tensor>> {
-    let copies = model.llama.parameters().into_iter().map(|(_, _, value)| value.copy(Tag::Adapters));
-    Ok(copies.collect::<Result<_, _>>()?)
-}
-
-/// Brings a [`snapshot`] up to date, in its own memory.
-fn remember(model: &Model, snapshot: &mut [Tensor]) -> Result<()> {
-    for (copy, (_, _, value)) in snapshot.iter_mut().zip(model.llama.parameters()) {
-        copy.copy_from(0, value)?;
-    }
-    Ok(())
-}
-
-fn restore(model: &mut Model, snapshot: &[Tensor]) -> Result<()> {
-    for ((_, value), copy) in model.llama.parameters_mut().into_iter().zip(snapshot) {
-        value.copy_from(0, copy)?;
-    }
-    Ok(())
-}
-
-/// Whether every trainable parameter is a number.
-fn is_finite(model: &Model) -> Result<bool> {
-    for (_, _, value) in model.llama.parameters() {
-        if value.as_slice::<f32>()?.iter().any(|x| !x.is_finite()) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 /// Writes what was trained: `adapter/`, or `model/` after full fine-tuning.

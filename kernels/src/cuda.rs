@@ -3,7 +3,7 @@
 use nibble_runtime::{DType, Error, Result, cuda::Module};
 
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
-pub static MODULES: &[&Module] = &[];
+pub static MODULES: &[&Module] = &[&crate::adamw::MODULE, &crate::norm::MODULE, &crate::random::MODULE];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
 ///

@@ -16,8 +16,10 @@ pub mod norm;
 #[cfg(any(test, feature = "build-ptx"))]
 pub mod ptx;
 pub mod quantize;
+pub mod random;
 pub mod rms_norm;
 pub mod rotary;
 pub mod swiglu;
+mod tensor_list;
 #[cfg(test)]
 mod testing;

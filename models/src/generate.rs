@@ -1,7 +1,10 @@
 //! Text generation: one sequence, a KV cache, greedy or sampled.
 
 use crate::{Error, Llama, Result};
-use nibble_runtime::rng::{Philox, Stream};
+use nibble_runtime::{
+    Device, Tag,
+    rng::{Philox, Stream},
+};
 
 /// [`Stream::purpose`] of sampling.
 const PURPOSE: u32 = 3;
@@ -74,6 +77,7 @@ pub fn generate(
     while out.len() < max_new {
         let logits = llama.next_logits(&next, past, &rope, &mut cache)?;
         past += next.len();
+        let logits = logits.into_device(Device::Cpu, Tag::Workspace)?;
         let token = sampling.choose(logits.as_slice::<f32>()?, out.len());
         out.push(token);
         if !on_token(token) || stop.contains(&token) {

@@ -1,9 +1,11 @@
 //! The AdamW optimizer: moments for every parameter, and their update.
 
 use crate::Gradients;
-use nibble_kernels::adamw::{self, AdamWConfig, State8};
+use nibble_kernels::{
+    adamw::{self, AdamWConfig, Job, MomentsMut, State8},
+    norm::Clip,
+};
 use nibble_runtime::{DType, Error, ParamId, Result, Tag, Tensor};
-use rayon::prelude::*;
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 /// Parameters with fewer elements keep 32-bit moments in any case, as with bitsandbytes.
@@ -48,6 +50,8 @@ pub struct Update<'a> {
     pub value: &'a mut Tensor,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Gets the values from before the update, if given: f32, of the same shape.
+    pub previous: Option<&'a mut Tensor>,
 }
 
 /// A tensor of the optimizer's state.
@@ -173,13 +177,14 @@ impl AdamW {
         self.state().map(|(_, _, tensor)| tensor.size_bytes()).sum()
     }
 
-    /// One update of `params` with learning rate `lr`; gradients are multiplied by `grad_scale` (the clipping factor over
-    /// the loss scale) on the way. Parameters are updated in parallel; the result does not depend on the threads.
+    /// One update of `params` with learning rate `lr`, by gradients times the factor of `clip`, which was made of them.
+    /// Where their norm is not finite nothing is updated, though the update counts: see [`AdamW::revoke`]. The result does
+    /// not depend on the number of threads. On a GPU nothing is waited for.
     ///
     /// # Errors
     /// A parameter has no gradient or is named twice, types or shapes do not fit, a parameter's storage is shared, or a
     /// number is out of range. Nothing has been updated then.
-    pub fn step(&mut self, params: &mut [Update], grads: &Gradients, lr: f64, grad_scale: f32) -> Result<()> {
+    pub fn step(&mut self, params: &mut [Update], grads: &Gradients, lr: f64, clip: &mut Clip) -> Result<()> {
         let config = AdamWConfig { lr, ..self.config };
         config.validate()?;
         let step = self.step.checked_add(1).ok_or_else(|| Error::invalid("adamw", "too many updates"))?;
@@ -189,26 +194,24 @@ impl AdamW {
             }
         }
         let mut moments: BTreeMap<ParamId, &mut Moments> = self.moments.iter_mut().map(|(&id, m)| (id, m)).collect();
-        let mut work = Vec::with_capacity(params.len());
-        for param in params {
-            let name = |what: &str| Error::invalid("adamw", format!("parameter {} {what}", param.id.0));
-            let grad = grads.get(param.id).ok_or_else(|| name("has no gradient: it took no part in the loss"))?;
-            let moments = moments.remove(&param.id).ok_or_else(|| name("is to be updated twice"))?;
-            let weight_decay = if param.decay { config.weight_decay } else { 0.0 };
-            work.push((&mut *param.value, grad, moments, AdamWConfig { weight_decay, ..config }));
+        let mut jobs = Vec::with_capacity(params.len());
+        for Update { id, value, decay, previous } in params {
+            let name = |what: &str| Error::invalid("adamw", format!("parameter {} {what}", id.0));
+            let grad = grads.get(*id).ok_or_else(|| name("has no gradient: it took no part in the loss"))?;
+            let moments = match moments.remove(id).ok_or_else(|| name("is to be updated twice"))? {
+                Moments::F32 { m, v } => MomentsMut::F32 { m, v },
+                Moments::Bits8 { m, v } => MomentsMut::Bits8 { m, v },
+            };
+            jobs.push(Job { param: value, grad, moments, decay: *decay, previous: previous.as_deref_mut() });
         }
-        for (value, grad, moments, config) in &mut work {
-            match moments {
-                Moments::F32 { m, v } => adamw::check32(value, grad, m, v, config, step, grad_scale)?,
-                Moments::Bits8 { m, v } => adamw::check8(value, grad, m, v, config, step, grad_scale)?,
-            }
-        }
-        work.into_par_iter().try_for_each(|(value, grad, moments, config)| match moments {
-            Moments::F32 { m, v } => adamw::step32(value, grad, m, v, &config, step, grad_scale),
-            Moments::Bits8 { m, v } => adamw::step8(value, grad, m, v, &config, step, grad_scale),
-        })?;
+        adamw::step_all(&mut jobs, &config, step, clip)?;
         self.step = step;
         Ok(())
+    }
+
+    /// Takes the last update off the count: its gradients were not finite, and it changed nothing.
+    pub fn revoke(&mut self) {
+        self.step = self.step.saturating_sub(1);
     }
 
     /// The tensors of the state, to be saved along with [`AdamW::steps_done`], in the order of the parameters.
@@ -262,12 +265,17 @@ mod tests {
 
     /// The parameters as updates, weight decay on every other one.
     fn updates(params: &mut [Tensor]) -> Vec<Update<'_>> {
-        let update = |(id, value)| Update { id: ParamId(id), value, decay: id % 2 == 0 };
+        let update = |(id, value)| Update { id: ParamId(id), value, decay: id % 2 == 0, previous: None };
         params.iter_mut().enumerate().map(update).collect()
     }
 
     fn bytes(params: &[Tensor]) -> Vec<&[u8]> {
         params.iter().map(|param| param.bytes().unwrap()).collect()
+    }
+
+    /// A clip of `grads` that does no clipping; `scale` is what their loss was multiplied by.
+    fn clip(grads: &Gradients, scale: f32) -> Clip {
+        grads.clip(0.0, scale).unwrap()
     }
 
     fn optimizer(bits: StateBits) -> AdamW {
@@ -283,7 +291,7 @@ mod tests {
         {
             let mut optimizer = optimizer(bits);
             assert_eq!(optimizer.state_bytes(), 0);
-            optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, 1.0).unwrap();
+            optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
             assert_eq!((optimizer.state_bytes(), optimizer.steps_done()), (expected, 1));
             assert_eq!(bits.to_string().parse::<StateBits>().unwrap(), bits);
         }
@@ -297,7 +305,7 @@ mod tests {
         for (id, &size) in SIZES.iter().enumerate() {
             none.parameter(ParamId(id), tensor(&vec![0.0; size])).unwrap();
         }
-        optimizer(StateBits::F32).step(&mut updates(&mut params), &none, 0.5, 1.0).unwrap();
+        optimizer(StateBits::F32).step(&mut updates(&mut params), &none, 0.5, &mut clip(&none, 1.0)).unwrap();
         for (id, (after, before)) in params.iter().zip(before).enumerate() {
             let factor = if id % 2 == 0 { 1.0 - 0.5 * 0.01 } else { 1.0 };
             assert!(after.as_slice::<f32>().unwrap().iter().zip(before).all(|(a, b)| *a == b * factor));
@@ -308,7 +316,7 @@ mod tests {
     fn a_step_that_fails_changes_nothing() {
         let mut params = parameters();
         let mut optimizer = optimizer(StateBits::Bits8);
-        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, 1.0).unwrap();
+        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
         let before: Vec<Vec<u8>> = bytes(&params).into_iter().map(<[u8]>::to_vec).collect();
         let state: Vec<Vec<u8>> = optimizer.state().map(|(.., tensor)| tensor.bytes().unwrap().to_vec()).collect();
 
@@ -320,21 +328,49 @@ mod tests {
         }
         wrong.parameter(ParamId(3), tensor(&[1.0; 699])).unwrap();
         for grads in [missing, wrong] {
-            assert!(optimizer.step(&mut updates(&mut params), &grads, 1e-3, 1.0).is_err());
+            assert!(optimizer.step(&mut updates(&mut params), &grads, 1e-3, &mut clip(&grads, 1.0)).is_err());
         }
-        for (lr, scale) in [(f64::NAN, 1.0), (-1.0, 1.0), (1e-3, f32::NAN)] {
-            assert!(optimizer.step(&mut updates(&mut params), &gradients(1), lr, scale).is_err());
+        let good = || clip(&gradients(1), 1.0);
+        for lr in [f64::NAN, -1.0] {
+            assert!(optimizer.step(&mut updates(&mut params), &gradients(1), lr, &mut good()).is_err());
         }
         let seen = params[3].clone();
-        assert!(optimizer.step(&mut updates(&mut params), &gradients(1), 1e-3, 1.0).is_err());
+        assert!(optimizer.step(&mut updates(&mut params), &gradients(1), 1e-3, &mut good()).is_err());
         drop(seen);
         let mut twice = updates(&mut params);
         twice[1].id = ParamId(0);
-        assert!(optimizer.step(&mut twice, &gradients(1), 1e-3, 1.0).is_err());
+        assert!(optimizer.step(&mut twice, &gradients(1), 1e-3, &mut good()).is_err());
 
         assert_eq!(bytes(&params), before);
         assert!(optimizer.state().map(|(.., tensor)| tensor.bytes().unwrap()).eq(state));
         assert_eq!(optimizer.steps_done(), 1);
+    }
+
+    #[test]
+    fn gradients_that_are_not_finite_change_nothing_and_their_step_can_be_revoked() {
+        let (mut params, mut optimizer) = (parameters(), optimizer(StateBits::F32));
+        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
+        let before = bytes(&params).concat();
+        let mut grads = gradients(1);
+        grads.parameter(ParamId(0), tensor(&[0.0, f32::NAN, 0.0])).unwrap();
+        let mut clip = clip(&grads, 1.0);
+        optimizer.step(&mut updates(&mut params), &grads, 1e-3, &mut clip).unwrap();
+        assert!(!clip.read().unwrap().gradients_finite);
+        assert_eq!((bytes(&params).concat(), optimizer.steps_done()), (before, 2));
+        optimizer.revoke();
+        assert_eq!(optimizer.steps_done(), 1);
+    }
+
+    #[test]
+    fn the_values_from_before_are_kept_for_who_asks() {
+        let (mut params, mut optimizer) = (parameters(), optimizer(StateBits::F32));
+        let before = params[0].as_slice::<f32>().unwrap().to_vec();
+        let mut previous = tensor(&[0.0; SIZES[0]]);
+        let (grads, mut all) = (gradients(0), updates(&mut params));
+        all[0].previous = Some(&mut previous);
+        optimizer.step(&mut all, &grads, 1e-3, &mut clip(&grads, 1.0)).unwrap();
+        assert_eq!(previous.as_slice::<f32>().unwrap(), before);
+        assert_ne!(params[0].as_slice::<f32>().unwrap(), before);
     }
 
     #[test]
@@ -373,7 +409,8 @@ mod tests {
                         optimizer = self::optimizer(bits);
                         optimizer.restore(done, saved).unwrap();
                     }
-                    optimizer.step(&mut updates(&mut params), &gradients(step), 1e-2, 0.5).unwrap();
+                    let grads = gradients(step);
+                    optimizer.step(&mut updates(&mut params), &grads, 1e-2, &mut clip(&grads, 2.0)).unwrap();
                 }
                 bytes(&params).concat()
             };

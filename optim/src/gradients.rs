@@ -1,8 +1,7 @@
 //! Accumulated gradients: a sink of the backward pass.
 
-use nibble_kernels::{elementwise::add_assign, norm::sum_of_squares};
+use nibble_kernels::{elementwise::add_assign, norm::Clip};
 use nibble_runtime::{DType, Error, GradSink, ParamId, Result, Tag, Tensor};
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// The f32 gradients of the trainable parameters, summed over the backward passes since the last [`Gradients::clear`].
@@ -43,12 +42,12 @@ impl Gradients {
         self.sums.clear();
     }
 
-    /// The Euclidean norm of all gradients taken as one vector, accumulated in f64. The same bits for any number of
-    /// threads. Not a number, or infinite, if a gradient is.
-    pub fn global_norm(&self) -> Result<f64> {
-        let grads: Vec<&Tensor> = self.sums.values().collect();
-        let squares: Vec<f64> = grads.into_par_iter().map(sum_of_squares).collect::<Result<_>>()?;
-        Ok(squares.iter().sum::<f64>().sqrt())
+    /// What the gradients, which carry `loss_scale`, say about the update: see [`Clip::new`].
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn clip(&self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
+        Clip::new(&self.sums.values().collect::<Vec<_>>(), max_norm, loss_scale)
     }
 }
 
@@ -78,16 +77,6 @@ impl GradSink for Gradients {
         add_assign(&mut into, &grad)?;
         Ok(into)
     }
-}
-
-/// What gradients of this global norm are multiplied by so that their norm is at most `max_norm`:
-/// `max_norm / (norm + 1e-6)`, at most 1, as PyTorch's `clip_grad_norm_`. A `max_norm` of 0 or infinity turns clipping
-/// off. A norm that is not finite gives a useless factor: check it first.
-pub fn clip_scale(norm: f64, max_norm: f64) -> f32 {
-    if max_norm == 0.0 || max_norm.is_infinite() {
-        return 1.0;
-    }
-    (max_norm / (norm + 1e-6)).min(1.0) as f32
 }
 
 #[cfg(test)]
@@ -134,15 +123,6 @@ mod tests {
         assert_eq!(values(&seen), [1.0, 2.0]);
     }
 
-    #[test]
-    fn clipping_follows_pytorch() {
-        assert_eq!(clip_scale(0.5, 1.0), 1.0);
-        assert_eq!(clip_scale(0.0, 1.0), 1.0);
-        assert_eq!(clip_scale(4.0, 1.0), (1.0 / 4.000001) as f32);
-        assert_eq!(clip_scale(1e9, 0.0), 1.0);
-        assert_eq!(clip_scale(1e9, f64::INFINITY), 1.0);
-    }
-
     proptest! {
         #[test]
         fn the_norm_is_that_of_the_sums(
@@ -157,11 +137,10 @@ mod tests {
                 sums.iter_mut().zip(pass).for_each(|(sum, x)| *sum += x);
             }
             let exact = sums.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
-            let norm = grads.global_norm().unwrap();
-            prop_assert!((norm - exact).abs() <= 1e-12 * exact);
+            let found = grads.clip(max_norm, 1.0).unwrap().read().unwrap();
+            prop_assert!(found.gradients_finite && (found.norm - exact).abs() <= 1e-6 * exact);
             let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-            prop_assert_eq!(alone.install(|| grads.global_norm()).unwrap().to_bits(), norm.to_bits());
-            prop_assert!(norm * f64::from(clip_scale(norm, max_norm)) <= max_norm * (1.0 + 1e-6));
+            prop_assert_eq!(alone.install(|| grads.clip(max_norm, 1.0)).unwrap().read().unwrap(), found);
         }
     }
 }

@@ -12,6 +12,19 @@ pub enum Device {
     Cuda(usize),
 }
 
+impl Device {
+    /// Waits until the device has done everything it was given.
+    ///
+    /// # Errors
+    /// Something that it was given has failed.
+    pub fn synchronize(self) -> Result<()> {
+        match self {
+            Device::Cpu => Ok(()),
+            Device::Cuda(_) => Gpu::of(self)?.synchronize(),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -86,13 +86,22 @@ impl Tensor {
 
     /// A host tensor from raw little-endian bytes.
     pub fn from_bytes(bytes: &[u8], dtype: DType, shape: &[usize], tag: Tag) -> Result<Self> {
-        let mut tensor = Self::empty(shape, dtype, Device::Cpu, tag)?;
-        let target = tensor.bytes_mut()?;
-        if target.len() != bytes.len() {
-            let what = format!("{} bytes do not fill {dtype} {shape:?} ({} bytes)", bytes.len(), target.len());
+        Self::from_bytes_on(bytes, dtype, shape, Device::Cpu, tag)
+    }
+
+    /// A tensor on `device` from raw little-endian bytes, without another copy of them in host memory.
+    pub fn from_bytes_on(bytes: &[u8], dtype: DType, shape: &[usize], device: Device, tag: Tag) -> Result<Self> {
+        let mut tensor = Self::empty(shape, dtype, device, tag)?;
+        if tensor.size_bytes() != bytes.len() {
+            let found = (bytes.len(), tensor.size_bytes());
+            let what = format!("{} bytes do not fill {dtype} {shape:?} ({} bytes)", found.0, found.1);
             return Err(Error::shape("from_bytes", what));
         }
-        target.copy_from_slice(bytes);
+        match Arc::get_mut(&mut tensor.storage) {
+            Some(Storage::Host(buffer)) => buffer.bytes_mut().copy_from_slice(bytes),
+            Some(Storage::Cuda(buffer)) => cuda::upload(buffer, 0, bytes)?,
+            None => return Err(Error::Shared { op: "from_bytes" }),
+        }
         Ok(tensor)
     }
 

@@ -12,8 +12,15 @@
 //! Optimizers via Block-wise Quantization", arXiv 2110.02861.
 
 mod cpu;
+mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+mod list;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use cuda::MODULE;
+pub use list::{Job, MomentsMut, step_all};
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
@@ -187,8 +194,9 @@ fn check(config: &AdamWConfig, step: u32, grad_scale: f32, param: &Tensor, grad:
         let what = format!("the parameter has shape {:?}, its gradient {:?}", param.shape(), grad.shape());
         return Err(Error::shape(op, what));
     }
-    // Found now rather than after a moment has been written.
-    param.as_slice::<f32>()?;
+    if param.dtype() != DType::F32 {
+        return Err(Error::DType { op, expected: "f32".into(), found: param.dtype() });
+    }
     if !grad.dtype().is_float() {
         return Err(Error::DType { op, expected: "float".into(), found: grad.dtype() });
     }

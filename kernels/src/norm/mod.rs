@@ -1,18 +1,104 @@
-//! Sums of squares, for the global norm of gradients.
+//! Sums of squares: the global norm of gradients, and what it says about a step.
 
 mod cpu;
+mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 
-use nibble_runtime::{Device, Error, Result, Tensor};
+pub(crate) use cuda::MODULE;
+
+use nibble_runtime::{Device, Error, Result, Tag, Tensor};
 
 /// The sum of the squares of a float tensor's elements, accumulated in f64. The same bits for any number of threads.
 ///
 /// # Errors
-/// `x` does not hold floats.
+/// `x` does not hold floats, or is not in host memory.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
     match x.device() {
         Device::Cpu => cpu::sum_of_squares(x),
         device => Err(Error::NoKernel { op: "sum_of_squares", device }),
     }
+}
+
+/// What the gradients of a step say about its update. It stays where they are, so that a GPU goes on to the update
+/// without the host; [`Clip::read`] is for when the step is done.
+#[derive(Debug)]
+pub struct Clip {
+    /// f32 `[4]`: the norm, the factor, whether the norm is finite, and whether the updated parameters are (1 or 0).
+    state: Tensor,
+}
+
+/// A [`Clip`], read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Verdict {
+    /// Global norm of the gradients without the loss scale.
+    pub norm: f64,
+    /// Whether it is finite; the update has been left out otherwise.
+    pub gradients_finite: bool,
+    /// Whether every parameter was after the update.
+    pub parameters_finite: bool,
+}
+
+impl Clip {
+    /// From the gradients of a step, which carry `loss_scale`. The update is to multiply them by
+    /// `min(1, max_norm / (norm + 1e-6)) / loss_scale`, as PyTorch's `clip_grad_norm_` (`max_norm` 0 or infinite: no
+    /// clipping). The sum is accumulated in f64, in an order that depends on the sizes alone.
+    ///
+    /// # Errors
+    /// There is no gradient, one does not hold floats, or they are on several devices.
+    pub fn new(grads: &[&Tensor], max_norm: f64, loss_scale: f32) -> Result<Self> {
+        let device = grads.first().map(|grad| grad.device());
+        let device = device.ok_or_else(|| Error::invalid("clip", "there are no gradients"))?;
+        if grads.iter().any(|grad| grad.device() != device) {
+            return Err(Error::invalid("clip", "gradients are on several devices"));
+        }
+        let state = match device {
+            Device::Cpu => {
+                let squares: Vec<f64> = grads.iter().map(|grad| cpu::sum_of_squares(grad)).collect::<Result<_>>()?;
+                let norm = squares.iter().sum::<f64>().sqrt() / f64::from(loss_scale);
+                let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, f32::from(norm.is_finite()), 1.0];
+                Tensor::from_slice(&state, &[4], Tag::Workspace)?
+            }
+            Device::Cuda(_) => cuda::clip(grads, device, max_norm, loss_scale)?,
+        };
+        Ok(Clip { state })
+    }
+
+    /// What to multiply the gradients by, and whether they are finite: on the host.
+    pub(crate) fn factor(&self) -> Result<(f32, bool)> {
+        let state = self.state.as_slice::<f32>()?;
+        Ok((state[1], state[2] == 1.0))
+    }
+
+    /// Notes that a parameter is not finite: on the host.
+    pub(crate) fn found_infinite(&mut self) -> Result<()> {
+        self.state.as_mut_slice::<f32>()?[3] = 0.0;
+        Ok(())
+    }
+
+    /// The numbers, for a kernel to read and to mark.
+    pub(crate) fn state_mut(&mut self) -> &mut Tensor {
+        &mut self.state
+    }
+
+    /// The numbers. Waits for the device.
+    pub fn read(&self) -> Result<Verdict> {
+        let state = self.state.to_device(Device::Cpu, Tag::Workspace)?;
+        let &[norm, _, gradients, parameters] = state.as_slice::<f32>()? else {
+            return Err(Error::shape("clip", format!("state {:?}", self.state.shape())));
+        };
+        Ok(Verdict { norm: norm.into(), gradients_finite: gradients == 1.0, parameters_finite: parameters == 1.0 })
+    }
+}
+
+/// What gradients of this global norm are multiplied by so that their norm is at most `max_norm`:
+/// `max_norm / (norm + 1e-6)`, at most 1, as PyTorch's `clip_grad_norm_`. A `max_norm` of 0 or infinity turns clipping
+/// off. A norm that is not finite gives a useless factor: check it first.
+pub fn clip_scale(norm: f64, max_norm: f64) -> f32 {
+    if max_norm == 0.0 || max_norm.is_infinite() {
+        return 1.0;
+    }
+    (max_norm / (norm + 1e-6)).min(1.0) as f32
 }
 
 #[cfg(test)]
@@ -31,6 +117,24 @@ mod tests {
     fn squares_beyond_f32_do_not_overflow() {
         let x = Tensor::from_slice(&[1e30f32, -1e-30], &[2], Tag::Workspace).unwrap();
         assert!((sum_of_squares(&x).unwrap() / 1e60 - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn clipping_follows_pytorch() {
+        assert_eq!(clip_scale(0.5, 1.0), 1.0);
+        assert_eq!(clip_scale(0.0, 1.0), 1.0);
+        assert_eq!(clip_scale(4.0, 1.0), (1.0 / 4.000001) as f32);
+        assert_eq!(clip_scale(1e9, 0.0), 1.0);
+        assert_eq!(clip_scale(1e9, f64::INFINITY), 1.0);
+    }
+
+    #[test]
+    fn the_factor_brings_the_norm_down_to_the_limit() {
+        let grads = [[3f32, 0.0], [0.0, 4.0]].map(|x| Tensor::from_slice(&x, &[2], Tag::Workspace).unwrap());
+        let clip = Clip::new(&[&grads[0], &grads[1]], 1.0, 2.0).unwrap();
+        assert_eq!(clip.factor().unwrap(), (clip_scale(2.5, 1.0) / 2.0, true));
+        assert_eq!(clip.read().unwrap(), Verdict { norm: 2.5, gradients_finite: true, parameters_finite: true });
+        assert!(Clip::new(&[], 1.0, 1.0).is_err());
     }
 
     proptest! {

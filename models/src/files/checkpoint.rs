@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{Error, LlamaConfig, Result};
 use nibble_kernels::quantize::QuantTensor;
-use nibble_runtime::{DType, Tag, Tensor};
+use nibble_runtime::{DType, Device, Tag, Tensor};
 use serde_json::Value;
 use std::{
     fmt,
@@ -185,12 +185,17 @@ impl Checkpoint {
         }
     }
 
-    /// The weight `name`, which must have this shape; its memory is counted under `tag`.
+    /// The weight `name` in host memory; see [`Checkpoint::weight_on`].
+    pub fn weight(&self, name: &str, shape: &[usize], tag: Tag) -> Result<CheckpointTensor> {
+        self.weight_on(name, shape, Device::Cpu, tag)
+    }
+
+    /// The weight `name`, which must have this shape, on `device`; its memory is counted under `tag`.
     ///
     /// # Errors
     /// [`Error::Mismatch`]: missing, or of another shape. [`Error::Unsupported`]: of a type that nibble does not read.
     /// [`Error::File`]: the parts of a quantized weight do not fit together.
-    pub fn weight(&self, name: &str, shape: &[usize], tag: Tag) -> Result<CheckpointTensor> {
+    pub fn weight_on(&self, name: &str, shape: &[usize], device: Device, tag: Tag) -> Result<CheckpointTensor> {
         if !self.has(name) {
             let what = format!("the checkpoint has no tensor \"{name}\"; config and file do not belong together");
             return Err(Error::mismatch(&self.path, what));
@@ -198,11 +203,11 @@ impl Checkpoint {
         match &self.source {
             Source::Gguf(file) => {
                 check_shape(file.path(), name, file.weight_shape(name).unwrap_or_default(), shape)?;
-                Ok(CheckpointTensor::Dense(file.weight(&self.config, name, tag)?))
+                Ok(CheckpointTensor::Dense(file.weight(&self.config, name, tag)?.into_device(device, tag)?))
             }
             Source::Folder(shards) if bnb::quant_type(shards, name).is_some() => {
                 let path = shards.file_of(name)?.path();
-                let tensor = bnb::read_quantized(shards, name, tag)?;
+                let tensor = bnb::read_quantized(shards, name, tag)?.to_device(device, tag)?;
                 check_shape(path, name, &tensor.shape, shape)?;
                 Ok(CheckpointTensor::Quantized(tensor))
             }
@@ -214,7 +219,7 @@ impl Checkpoint {
                     return Err(Error::unsupported(file.path(), what));
                 }
                 check_shape(file.path(), name, view.shape, shape)?;
-                Ok(CheckpointTensor::Dense(file.tensor(name, tag)?))
+                Ok(CheckpointTensor::Dense(file.tensor_on(name, device, tag)?))
             }
         }
     }

@@ -136,18 +136,23 @@ impl SafetensorsFile {
         Ok(TensorView { format: info.dtype, shape: &info.shape, bytes: &self.file.bytes()[self.range(info)] })
     }
 
-    /// A copy of a tensor, counted under `tag`. The file's pages are given back afterwards.
+    /// A copy of a tensor in host memory; see [`SafetensorsFile::tensor_on`].
+    pub fn tensor(&self, name: &str, tag: Tag) -> Result<Tensor> {
+        self.tensor_on(name, Device::Cpu, tag)
+    }
+
+    /// A copy of a tensor on `device`, counted under `tag`. The file's pages are given back afterwards.
     ///
     /// # Errors
     /// [`Error::Mismatch`]: no tensor of this name. [`Error::Unsupported`]: an element type that nibble does not hold.
-    pub fn tensor(&self, name: &str, tag: Tag) -> Result<Tensor> {
+    pub fn tensor_on(&self, name: &str, device: Device, tag: Tag) -> Result<Tensor> {
         let view = self.view(name)?;
         let Some(dtype) = view.dtype() else {
             let what =
                 format!("tensor \"{name}\" holds {}; nibble reads F32, F16, BF16, U8, I8, I32, I64", view.format);
             return Err(Error::unsupported(self.path(), what));
         };
-        let tensor = Tensor::from_bytes(view.bytes, dtype, view.shape, tag)?;
+        let tensor = Tensor::from_bytes_on(view.bytes, dtype, view.shape, device, tag)?;
         self.release_tensor(name);
         Ok(tensor)
     }

@@ -7,7 +7,7 @@ use crate::{
 };
 use nibble_kernels::{linear::Weight, quantize::dequantize};
 use nibble_runtime::{
-    DType, Device, ParamId, Tag, Tensor,
+    DType, ParamId, Tag, Tensor,
     rng::{Philox, Stream},
 };
 use std::path::Path;
@@ -75,15 +75,15 @@ impl Llama {
         if config.rank == 0 || config.targets.is_empty() {
             return Err(Error::Invalid("LoRA needs a rank of at least 1 and at least one target layer".into()));
         }
-        let mut next = 0;
+        let (device, mut next) = (self.device(), 0);
         for linear in self.linears_mut().filter(|linear| config.targets.iter().any(|t| t == leaf(&linear.name))) {
             let (n, k) = linear.weight.dims()?;
             let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
             let bound = 1.0 / (k as f32).sqrt();
             let count = (config.rank * k) as u64;
             let a: Vec<f32> = (0..count).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
-            let a = Tensor::from_slice(&a, &[config.rank, k], Tag::Adapters)?;
-            let b = Tensor::zeros(&[n, config.rank], DType::F32, Device::Cpu, Tag::Adapters)?;
+            let a = Tensor::from_slice(&a, &[config.rank, k], Tag::Adapters)?.into_device(device, Tag::Adapters)?;
+            let b = Tensor::zeros(&[n, config.rank], DType::F32, device, Tag::Adapters)?;
             let scale = scale(config.alpha, config.rank, config.rslora);
             linear.set_lora(a, b, scale, config.dropout, &mut next);
         }
@@ -99,7 +99,7 @@ impl Llama {
         let model = self.source.display().to_string();
         let other =
             |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
-        let mut next = 0;
+        let (device, mut next) = (self.device(), 0);
         for linear in self.linears_mut() {
             let Some((a, b)) = adapter.tensors.get(&linear.name) else { continue };
             let (n, k) = linear.weight.dims()?;
@@ -110,7 +110,7 @@ impl Llama {
             }
             let config = &adapter.config;
             let scale = scale(config.alpha_of(&linear.name), rank, config.use_rslora);
-            let own = |tensor: &Tensor| tensor.cast(DType::F32, Tag::Adapters);
+            let own = |tensor: &Tensor| tensor.cast(DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
             linear.set_lora(own(a)?, own(b)?, scale, config.lora_dropout as f32, &mut next);
             left.retain(|name| *name != linear.name);
         }

@@ -1,15 +1,16 @@
 //! From a checkpoint to a model: tensor by tensor, quantized as they stream by.
 
-use super::{Layer, Linear, Llama, Param};
+use super::{Layer, Linear, Llama, Param, random};
 use crate::{
-    Error, Result,
+    Error, LlamaConfig, Result,
     files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
 };
 use nibble_kernels::{
     linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
 };
-use nibble_runtime::{DType, Saving, Tag, Tensor};
+use nibble_runtime::{DType, Device, Saving, Tag, Tensor};
+use std::path::Path;
 
 /// How to quantize the linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct LoadOptions {
     pub quantization: Option<Quantization>,
     /// Type of activations, and of weights that are not quantized where it is a 16-bit type.
     pub dtype: DType,
+    /// Where the model lives.
+    pub device: Device,
 }
 
 /// What the linear layers take, before and after quantization.
@@ -51,8 +54,22 @@ impl Footprint {
     }
 }
 
+/// Where the tensors come from.
+enum Source<'a> {
+    Checkpoint(&'a Checkpoint),
+    /// Random numbers.
+    Random {
+        seed: u64,
+        /// Tensors made so far: each has its own stream.
+        made: u32,
+    },
+}
+
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    source: Source<'a>,
+    config: LlamaConfig,
+    /// What the user calls the model, for messages.
+    path: &'a Path,
     options: LoadOptions,
     footprint: Footprint,
     /// Linears loaded so far.
@@ -60,13 +77,33 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// The next tensor, on the device.
+    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<CheckpointTensor> {
+        match &mut self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.weight_on(name, shape, self.options.device, Tag::Weights),
+            Source::Random { seed, made } => {
+                *made += 1;
+                let (dtype, device) = (self.options.dtype, self.options.device);
+                let dtype = if dtype == DType::F32 { DType::BF16 } else { dtype };
+                Ok(CheckpointTensor::Dense(random::weight(shape, dtype, device, *seed, *made)?))
+            }
+        }
+    }
+
+    /// What was read is held in its final form now; the file's pages would only count as resident memory.
+    fn release(&self) {
+        if let Source::Checkpoint(checkpoint) = self.source {
+            checkpoint.release_pages();
+        }
+    }
+
     /// A tensor that is never quantized.
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param> {
-        let value = match self.checkpoint.weight(name, shape, Tag::Weights)? {
+        let value = match self.weight(name, shape)? {
             CheckpointTensor::Dense(tensor) => self.stored(tensor)?,
             CheckpointTensor::Quantized(_) => {
                 let what = format!("{name} is quantized; nibble expects embedding, head and norms in 16 or 32 bits");
-                return Err(Error::unsupported(self.checkpoint.path(), what));
+                return Err(Error::unsupported(self.path, what));
             }
         };
         self.footprint.other_bytes += value.size_bytes();
@@ -76,7 +113,8 @@ impl Loader<'_> {
     /// In the type that the model holds it in: a 16-bit computation holds 16-bit weights, and a GGUF that is about to be
     /// quantized counts as the bf16 checkpoint that it was made from.
     fn stored(&self, tensor: Tensor) -> Result<Tensor> {
-        let from_gguf = self.checkpoint.kind() == CheckpointKind::Gguf && self.options.quantization.is_some();
+        let gguf = matches!(self.source, Source::Checkpoint(checkpoint) if checkpoint.kind() == CheckpointKind::Gguf);
+        let from_gguf = gguf && self.options.quantization.is_some();
         let dtype = match self.options.dtype {
             DType::F32 if from_gguf => DType::BF16,
             DType::F32 => tensor.dtype(),
@@ -89,7 +127,7 @@ impl Loader<'_> {
         let name = format!("model.layers.{layer}.{module}");
         let weights = shape[0] * shape[1];
         let wanted = self.options.quantization;
-        let weight = match (self.checkpoint.weight(&format!("{name}.weight"), &shape, Tag::Weights)?, wanted) {
+        let weight = match (self.weight(&format!("{name}.weight"), &shape)?, wanted) {
             (CheckpointTensor::Dense(tensor), Some(q)) => {
                 let tensor = self.stored(tensor)?;
                 self.footprint.bytes_before += tensor.size_bytes();
@@ -107,7 +145,7 @@ impl Loader<'_> {
                         "{name} is already quantized to {}; run with --quant {} or --quant none, not {}",
                         quantized.quant_type, quantized.quant_type, q.quant_type
                     );
-                    return Err(Error::mismatch(self.checkpoint.path(), what));
+                    return Err(Error::mismatch(self.path, what));
                 }
                 self.footprint.bytes_before += 2 * weights;
                 Weight::Quantized(quantized)
@@ -120,7 +158,7 @@ impl Loader<'_> {
     }
 
     fn layer(&mut self, i: usize) -> Result<Layer> {
-        let c = self.checkpoint.config().clone();
+        let c = self.config.clone();
         let (d, f) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         Ok(Layer {
@@ -146,26 +184,45 @@ impl Llama {
     pub fn load(
         checkpoint: &Checkpoint,
         options: LoadOptions,
-        mut progress: impl FnMut(usize, usize),
+        progress: impl FnMut(usize, usize),
     ) -> Result<(Llama, Footprint)> {
-        let config = checkpoint.config().clone();
-        let mut loader = Loader { checkpoint, options, footprint: Footprint::default(), index: 0 };
+        let (config, path) = (checkpoint.config().clone(), checkpoint.path());
+        Loader { source: Source::Checkpoint(checkpoint), config, path, options, footprint: Footprint::default(), index: 0 }
+            .model(progress)
+    }
+
+    /// A model of this shape with random weights, made on the device; `name` is for messages.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn random(
+        config: LlamaConfig,
+        name: &Path,
+        seed: u64,
+        options: LoadOptions,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(Llama, Footprint)> {
+        let source = Source::Random { seed, made: 0 };
+        Loader { source, config, path: name, options, footprint: Footprint::default(), index: 0 }.model(progress)
+    }
+}
+
+impl Loader<'_> {
+    fn model(mut self, mut progress: impl FnMut(usize, usize)) -> Result<(Llama, Footprint)> {
+        let config = self.config.clone();
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = loader.param("model.embed_tokens.weight", &table)?;
+        let embedding = self.param("model.embed_tokens.weight", &table)?;
         let mut layers = Vec::new();
         for i in 0..config.num_layers {
-            layers.push(loader.layer(i)?);
-            // What was read is held in its final form now; the file's pages would only count as resident memory.
-            checkpoint.release_pages();
+            layers.push(self.layer(i)?);
+            self.release();
             progress(i + 1, config.num_layers);
         }
-        let norm = loader.param("model.norm.weight", &[config.hidden_size])?;
-        let head = if config.tie_word_embeddings { None } else { Some(loader.param("lm_head.weight", &table)?) };
-        checkpoint.release_pages();
+        let norm = self.param("model.norm.weight", &[config.hidden_size])?;
+        let head = if config.tie_word_embeddings { None } else { Some(self.param("lm_head.weight", &table)?) };
+        self.release();
         nibble_runtime::memory::trim();
-        let footprint = loader.footprint;
-        let source = checkpoint.path().to_path_buf();
-        let saving = Saving::Keep;
-        Ok((Llama { config, source, embedding, layers, norm, head, dtype: options.dtype, saving }, footprint))
+        let (source, dtype, saving) = (self.path.to_path_buf(), self.options.dtype, Saving::Keep);
+        Ok((Llama { config, source, embedding, layers, norm, head, dtype, saving }, self.footprint))
     }
 }

@@ -5,6 +5,7 @@ mod layer;
 mod linear;
 mod load;
 mod pass;
+mod random;
 mod save;
 
 #[cfg(test)]
@@ -17,6 +18,7 @@ pub use layer::{Layer, LayerCache};
 pub use linear::{Linear, Lora, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
 pub use pass::{DropoutKey, Pass};
+pub use random::SHAPES;
 
 use crate::{Error, LlamaConfig, Result};
 use layer::LayerNode;
@@ -27,7 +29,7 @@ use nibble_kernels::{
     rms_norm,
 };
 use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Saving, Tag, Tape, Tensor, Var};
-use std::path::PathBuf;
+use std::{ops::Not, path::PathBuf};
 
 /// A Llama on a device.
 #[derive(Debug)]
@@ -101,8 +103,14 @@ impl Llama {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// Token ids, checked, on the device.
     fn ids(&self, ids: &[i32]) -> Result<Tensor> {
-        Ok(Tensor::from_slice(ids, &[ids.len()], Tag::Workspace)?)
+        let vocab = self.config.vocab_size;
+        if let Some(position) = ids.iter().position(|&id| usize::try_from(id).is_ok_and(|id| id < vocab).not()) {
+            let what = format!("token id {} at position {position} is outside of the vocabulary of {vocab}", ids[position]);
+            return Err(Error::Invalid(what));
+        }
+        Ok(Tensor::from_slice(ids, &[ids.len()], Tag::Workspace)?.into_device(self.device(), Tag::Workspace)?)
     }
 
     /// Hidden states `[T, D]` after the last layer, on the tape.

@@ -1,0 +1,66 @@
+//! CUDA launch of AdamW: one kernel over a table of all parameters.
+
+use super::{
+    Coefficients,
+    list::{Job, MomentsMut},
+};
+use crate::{dynamic8, norm::Clip, tensor_list::TensorList};
+use nibble_runtime::{
+    DType, Device, Error, Result, Tensor,
+    cuda::{Args, Entry, Gpu, Module},
+};
+
+pub(crate) static MODULE: Module = Module {
+    name: "adamw",
+    ptx: include_str!("../../ptx/adamw.ptx"),
+    entries: &[Entry { name: "adamw_step", floats: false, params: &[8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8] }],
+};
+
+/// Elements that a block updates, as in adamw.cu.
+const PIECE: usize = 4096;
+const THREADS: u32 = 256;
+
+/// See [`super::list::step_all`]; everything has been checked but where the tensors are.
+pub(super) fn step_all(jobs: &mut [Job], c: &Coefficients, clip: &mut Clip, device: Device) -> Result<()> {
+    let gpu = Gpu::of(device)?;
+    let mut list = TensorList::new(PIECE);
+    for job in jobs {
+        let Job { param, grad, moments, decay, previous } = job;
+        let of_grad = match grad.dtype() {
+            DType::F32 => 0,
+            DType::F16 => 4,
+            DType::BF16 => 8,
+            found => return Err(Error::DType { op: "adamw", expected: "float".into(), found }),
+        };
+        let (m, v, m_absmax, v_absmax, eight) = match moments {
+            MomentsMut::F32 { m, v } => (m.device_pointer_mut()?, v.device_pointer_mut()?, 0, 0, 0),
+            MomentsMut::Bits8 { m, v } => (
+                m.codes.device_pointer_mut()?,
+                v.codes.device_pointer_mut()?,
+                m.absmax.device_pointer_mut()?,
+                v.absmax.device_pointer_mut()?,
+                2,
+            ),
+        };
+        let previous = previous.as_mut().map_or(Ok(0), |previous| previous.device_pointer_mut())?;
+        let pointers = [param.device_pointer_mut()?, grad.device_pointer()?, m, v, m_absmax, v_absmax, previous];
+        list.push(&pointers, param.numel(), u32::from(*decay) | eight | of_grad)?;
+    }
+    let table: Tensor = list.upload(device)?;
+    let args = Args::new()
+        .input(&table)
+        .u32(list.count())
+        .f32(c.beta1)
+        .f32(c.one_minus_beta1)
+        .f32(c.beta2)
+        .f32(c.one_minus_beta2)
+        .f32(c.step_size)
+        .f32(c.root_scale)
+        .f32(c.eps)
+        .f32(c.decay_before)
+        .f32(c.decay_after)
+        .output(clip.state_mut())
+        .input(&dynamic8::signed_map_on(device)?)
+        .input(&dynamic8::unsigned_map_on(device)?);
+    gpu.launch(&MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)
+}

@@ -1,0 +1,52 @@
+//! Tables of many tensors, for kernels that work on all of them in one launch (`tensor_list.cuh`).
+
+use nibble_runtime::{Device, Error, Result, Tag, Tensor};
+
+/// A table under construction: entries of 64-bit and 32-bit words, each with the number of its first piece.
+pub(crate) struct TensorList {
+    bytes: Vec<u8>,
+    count: u32,
+    pieces: u32,
+    piece: usize,
+}
+
+impl TensorList {
+    /// An empty table whose tensors are cut into pieces of `piece` elements.
+    pub(crate) fn new(piece: usize) -> Self {
+        TensorList { bytes: Vec::new(), count: 0, pieces: 0, piece }
+    }
+
+    /// Appends a tensor of `numel` elements: its pointers (or 0), `numel`, the number of its first piece, and `flags`.
+    /// One without elements is left out.
+    pub(crate) fn push(&mut self, pointers: &[u64], numel: usize, flags: u32) -> Result<()> {
+        if numel == 0 {
+            return Ok(());
+        }
+        for word in pointers.iter().copied().chain([numel as u64]) {
+            self.bytes.extend(word.to_le_bytes());
+        }
+        for word in [self.pieces, flags] {
+            self.bytes.extend(word.to_le_bytes());
+        }
+        self.count += 1;
+        let pieces = u32::try_from(numel.div_ceil(self.piece)).ok().and_then(|pieces| self.pieces.checked_add(pieces));
+        self.pieces = pieces.ok_or_else(|| Error::invalid("tensor list", "too many elements for one launch"))?;
+        Ok(())
+    }
+
+    /// Tensors in the table.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Pieces of all tensors: the blocks to launch.
+    pub(crate) fn pieces(&self) -> u32 {
+        self.pieces
+    }
+
+    /// The table on the device.
+    pub(crate) fn upload(&self, device: Device) -> Result<Tensor> {
+        let (bytes, shape) = (&self.bytes, [self.bytes.len()]);
+        Tensor::from_bytes_on(bytes, nibble_runtime::DType::U8, &shape, device, Tag::Workspace)
+    }
+}

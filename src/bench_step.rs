@@ -1,0 +1,83 @@
+//! Times warm training steps: the same step as training's, on random tokens.
+
+use crate::{
+    cli::BenchStepArgs,
+    data::Batch,
+    default_task,
+    model::Model,
+    report,
+    settings::Settings,
+    step::{Step, Stepper},
+    train::{attach, source},
+};
+use anyhow::{Result, ensure};
+use nibble_models::LlamaConfig;
+use nibble_runtime::{
+    cuda::Gpu,
+    memory,
+    rng::{Philox, Stream},
+};
+use std::time::Instant;
+
+/// [`Stream::purpose`] of the random tokens.
+const PURPOSE: u32 = 0xBE7C;
+
+/// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled.
+pub fn run(args: &BenchStepArgs) -> Result<()> {
+    let settings = Settings::resolve(&args.train, default_task::RECIPE)?;
+    ensure!(args.timed > 0, "--timed must be at least 1");
+    let clock = Instant::now();
+    let mut model = Model::load(&source(&settings))?;
+    attach(&mut model, &settings)?;
+    let device = model.llama.device();
+    device.synchronize()?;
+    eprintln!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
+    memory::reset_peak_of(device);
+
+    let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);
+    let mut stepper = Stepper::new(&model.llama, &settings)?;
+    let mut seconds = Vec::new();
+    for number in 0..args.warm + args.timed {
+        let clock = Instant::now();
+        let Step { loss, grad_norm, fault } =
+            stepper.step(&mut model.llama, std::slice::from_ref(&batch), number, settings.lr)?;
+        ensure!(fault.is_none(), "step {}: {}", number + 1, fault.unwrap_or_default());
+        let elapsed = clock.elapsed().as_secs_f64();
+        let warm = if number < args.warm { " (warm-up)" } else { "" };
+        println!("step {:>3}  {elapsed:.4} s  loss {loss:.4}  gradient norm {grad_norm:.4}{warm}", number + 1);
+        if number >= args.warm {
+            seconds.push(elapsed);
+        }
+    }
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    let tokens = batch.ids.len() as f64;
+    let flops = flops(&model.llama.config, settings.batch_size, settings.seq_len);
+    println!("{} x {} tokens, {:?}", settings.batch_size, settings.seq_len, model.llama.saving);
+    println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
+    println!("{}", report::memory_line(device));
+    if let Ok(gpu) = Gpu::of(device) {
+        println!("driver: {} in use on the whole GPU", report::bytes(gpu.total_memory() - gpu.free_memory()?));
+    }
+    Ok(())
+}
+
+/// Floating-point operations of a step: forward products and input gradients of every linear layer and the head, and
+/// attention (causal, so half of it); no recomputation and no gradients of frozen weights.
+fn flops(c: &LlamaConfig, batch: usize, seq_len: usize) -> f64 {
+    let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+    let layer = c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size;
+    let weights = (c.num_layers * layer + c.vocab_size * c.hidden_size) as f64;
+    let tokens = (batch * seq_len) as f64;
+    // Two products of T x T x head forward and five backward, halved.
+    let attention = 7.0 * (c.num_layers * q) as f64 * seq_len as f64;
+    tokens * (4.0 * weights + attention)
+}
+
+fn random_batch(config: &LlamaConfig, rows: usize, length: usize) -> Batch {
+    let rng = Philox::new(0, Stream { purpose: PURPOSE, step: 0, layer: 0 });
+    let ids: Vec<i32> = (0..(rows * length) as u64).map(|i| rng.below(i, config.vocab_size as u32) as i32).collect();
+    let mut labels: Vec<i32> = ids[1..].to_vec();
+    labels.push(ids[0]);
+    Batch { ids, labels, lengths: vec![length; rows] }
+}
