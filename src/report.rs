@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
+pub use nibble_runtime::memory::readable as bytes;
 use nibble_runtime::{Device, cuda::Gpu, memory};
 use plotters::prelude::*;
 use serde::Serialize;
@@ -27,18 +28,6 @@ pub struct StepMetrics {
     pub tokens: usize,
     /// Tokens a second in the step.
     pub tok_s: f64,
-}
-
-/// Bytes as text, in powers of 1024.
-pub fn bytes(count: usize) -> String {
-    let mut value = count as f64;
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if value < 1024.0 || unit == "GiB" {
-            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1024.0;
-    }
-    unreachable!("the last unit returns")
 }
 
 /// A bar over `total` units on a terminal; elsewhere nothing.
@@ -162,13 +151,6 @@ pub fn memory_line(device: Device) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bytes_as_people_write_them() {
-        assert_eq!(bytes(512), "512 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(5 << 40), "5120.0 GiB");
-    }
 
     #[test]
     fn the_curve_is_drawn_even_for_one_step_or_a_broken_one() {

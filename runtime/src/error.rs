@@ -1,6 +1,6 @@
 //! Errors of the runtime.
 
-use crate::{DType, Device};
+use crate::{DType, Device, allocator::OutOfMemory};
 
 /// What can go wrong with devices, memory and tensors.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,9 @@ pub enum Error {
     /// The requested device does not exist or cannot be used.
     #[error("device {requested}: {reason}")]
     Device { requested: String, reason: String },
+    /// The device has no memory left.
+    #[error(transparent)]
+    OutOfMemory(Box<OutOfMemory>),
     /// The CUDA driver refused a call, or a kernel failed.
     #[error("{op}: {what}")]
     Cuda { op: &'static str, what: String },

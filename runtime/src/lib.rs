@@ -2,6 +2,7 @@
 //!
 //! It knows no model and no operation; `nibble-kernels` builds on it.
 
+pub mod allocator;
 pub mod cuda;
 mod device;
 mod dtype;

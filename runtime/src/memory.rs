@@ -1,9 +1,13 @@
-//! Host memory: who holds how much, and blocks that are used again.
+//! Memory: who holds how much, and host blocks that are used again.
 //!
-//! Every tensor's storage comes from here. Bytes in use and their peak are counted by [`Tag`]. Freed blocks of some
+//! Every host tensor's storage comes from here; a GPU has its own [allocator](crate::allocator). Bytes in use and their peak are counted by [`Tag`]. Freed blocks of some
 //! size are kept and handed out again, because giving them back to the system and faulting them in anew costs a
 //! training step more than a tenth of its time.
 
+use crate::{
+    Device, Result,
+    cuda::{DeviceMemory, Gpu},
+};
 use bytemuck::{Pod, Zeroable};
 use std::{
     collections::BTreeMap,
@@ -62,6 +66,46 @@ pub struct Usage {
     pub cached: usize,
 }
 
+impl Usage {
+    /// Counts `bytes` more under `tag`.
+    pub(crate) fn hold(&mut self, tag: Tag, bytes: usize) {
+        let slot = tag as usize;
+        self.current[slot] += bytes;
+        self.peak[slot] = self.peak[slot].max(self.current[slot]);
+        self.total += bytes;
+        self.total_peak = self.total_peak.max(self.total);
+    }
+
+    /// Counts `bytes` less under `tag`.
+    pub(crate) fn release(&mut self, tag: Tag, bytes: usize) {
+        self.current[tag as usize] -= bytes;
+        self.total -= bytes;
+    }
+
+    /// Counts `bytes` under `to` that were counted under `from`.
+    pub(crate) fn retag(&mut self, from: Tag, to: Tag, bytes: usize) {
+        self.release(from, bytes);
+        self.hold(to, bytes);
+    }
+
+    /// Sets the peaks to what is in use now.
+    pub(crate) fn reset_peak(&mut self) {
+        self.peak = self.current;
+        self.total_peak = self.total;
+    }
+}
+
+/// Bytes as text, in powers of 1024.
+pub fn readable(bytes: usize) -> String {
+    let scaled = |shift: u32, unit| format!("{:.1} {unit}", bytes as f64 / f64::from(1u32 << shift));
+    match bytes {
+        0..0x400 => format!("{bytes} B"),
+        0x400..0x10_0000 => scaled(10, "KiB"),
+        0x10_0000..0x4000_0000 => scaled(20, "MiB"),
+        _ => scaled(30, "GiB"),
+    }
+}
+
 /// Blocks smaller than this go straight back to the system allocator, which is good at them.
 const REUSED_FROM: usize = 64 << 10;
 
@@ -116,11 +160,44 @@ pub fn usage() -> Usage {
     pool().usage
 }
 
+/// [`usage`] of a device's memory.
+pub fn usage_of(device: Device) -> Usage {
+    match device {
+        Device::Cpu => usage(),
+        Device::Cuda(_) => on_gpu(device).map_or_else(Usage::default, DeviceMemory::usage),
+    }
+}
+
+/// [`reset_peak`] of a device's memory.
+pub fn reset_peak_of(device: Device) {
+    match device {
+        Device::Cpu => reset_peak(),
+        Device::Cuda(_) => on_gpu(device).into_iter().for_each(|memory| memory.lock().reset_peak()),
+    }
+}
+
+/// [`trim`] of a device's memory.
+///
+/// # Errors
+/// A kernel that ran before has failed, or the driver refuses.
+pub fn trim_of(device: Device) -> Result<()> {
+    match device {
+        Device::Cpu => {
+            trim();
+            Ok(())
+        }
+        Device::Cuda(_) => on_gpu(device).map_or(Ok(()), |memory| memory.lock().trim()),
+    }
+}
+
+/// The memory of a GPU, if that can be used.
+fn on_gpu(device: Device) -> Option<&'static DeviceMemory> {
+    Gpu::of(device).ok()?.memory().ok()
+}
+
 /// Sets the peaks to what is in use now.
 pub fn reset_peak() {
-    let usage = &mut pool().usage;
-    usage.peak = usage.current;
-    usage.total_peak = usage.total;
+    pool().usage.reset_peak();
 }
 
 /// Gives all kept blocks back to the system.
@@ -140,12 +217,7 @@ impl Buffer {
     pub(crate) fn new(bytes: usize, tag: Tag) -> Self {
         let lines = bytes.div_ceil(size_of::<Line>());
         let mut pool = pool();
-        let usage = &mut pool.usage;
-        let slot = tag as usize;
-        usage.current[slot] += bytes;
-        usage.peak[slot] = usage.peak[slot].max(usage.current[slot]);
-        usage.total += bytes;
-        usage.total_peak = usage.total_peak.max(usage.total);
+        pool.usage.hold(tag, bytes);
         let block = if bytes >= REUSED_FROM { pool.take(lines) } else { None };
         let block = block.unwrap_or_else(|| {
             // Nothing kept fits: a fresh block, and what is kept must stay small against what is in use.
@@ -167,10 +239,7 @@ impl Buffer {
 
     /// Counts the block under another tag from now on.
     pub(crate) fn set_tag(&mut self, tag: Tag) {
-        let usage = &mut pool().usage;
-        usage.current[self.tag as usize] -= self.bytes;
-        usage.current[tag as usize] += self.bytes;
-        usage.peak[tag as usize] = usage.peak[tag as usize].max(usage.current[tag as usize]);
+        pool().usage.retag(self.tag, tag, self.bytes);
         self.tag = tag;
     }
 }
@@ -179,8 +248,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let block = std::mem::take(&mut self.lines);
         let mut pool = pool();
-        pool.usage.current[self.tag as usize] -= self.bytes;
-        pool.usage.total -= self.bytes;
+        pool.usage.release(self.tag, self.bytes);
         if self.bytes >= REUSED_FROM {
             pool.usage.cached += block.len() * size_of::<Line>();
             pool.free.entry(block.len()).or_default().push(block);
@@ -210,6 +278,20 @@ mod tests {
         drop(first);
         let second = Buffer::new(bytes - 4096, Tag::Optimizer);
         assert_eq!((second.bytes().as_ptr(), second.bytes().len()), (address, bytes - 4096));
+    }
+
+    #[test]
+    fn bytes_as_people_write_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (3 << 20, "3.0 MiB"),
+            (1 << 30, "1.0 GiB"),
+            (5 << 40, "5120.0 GiB"),
+        ] {
+            assert_eq!(readable(bytes), text);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use super::{
     copy::Staging,
     driver::{MIN_CAPABILITY, check, devices},
     launch::Loaded,
+    memory::DeviceMemory,
 };
 use crate::{Device, Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -31,6 +32,8 @@ pub struct Gpu {
     /// Modules by name, compiled by the driver when first used.
     pub(super) modules: RwLock<HashMap<&'static str, Arc<Loaded>>>,
     pub(super) staging: Mutex<Staging>,
+    /// Made when first asked for.
+    pub(super) memory: OnceLock<DeviceMemory>,
     /// The first error of a call that had nobody to report to.
     unreported: Mutex<Option<Error>>,
 }
@@ -134,6 +137,7 @@ impl Gpu {
             total_memory,
             modules: RwLock::default(),
             staging: Mutex::default(),
+            memory: OnceLock::new(),
             unreported: Mutex::default(),
         })
     }

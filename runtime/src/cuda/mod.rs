@@ -10,6 +10,9 @@ mod event;
 mod gpu;
 mod launch;
 mod memory;
+#[cfg(test)]
+mod memory_tests;
+mod space;
 mod testing;
 
 pub(crate) use copy::{copy, download, upload};
@@ -18,5 +21,6 @@ pub use event::{Event, Timer};
 pub use gpu::{Gpu, Stream};
 pub use launch::{Args, Entry, Module};
 pub(crate) use memory::DeviceBuffer;
-pub use memory::poison;
+pub use memory::{DeviceMemory, poison};
+pub use space::{GpuEvents, GpuSpace};
 pub use testing::device_for_tests;
