@@ -7,6 +7,7 @@ pub static MODULES: &[&Module] = &[
     &crate::cast::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,
+    &crate::rms_norm::cuda::MODULE,
 ];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
