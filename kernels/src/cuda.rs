@@ -8,6 +8,8 @@ pub static MODULES: &[&Module] = &[
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
+    &crate::rotary::cuda::MODULE,
+    &crate::swiglu::cuda::MODULE,
 ];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
