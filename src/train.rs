@@ -214,12 +214,14 @@ fn optimize(
         ensure!(labelled > 0, "step {}: no token of its examples is labelled", step + 1);
 
         // Forward and backward; gradients of the mean over all labelled tokens of the window.
-        let mut nll = 0.0;
+        let mut outputs = Vec::new();
         for (i, batch) in batches.iter().enumerate() {
             let key = DropoutKey { seed: settings.seed, step: (first + i) as u32 };
             let scale = scaling.factor() / labelled as f32;
-            nll += model.llama.train(packed(batch), scale, Some(key), &mut grads)?.sum();
+            outputs.push(model.llama.train(packed(batch), scale, Some(key), &mut grads)?);
         }
+        // Read now, so that the device is waited for once.
+        let nll = outputs.iter().try_fold(0.0, |nll, output| output.sum().map(|sum| nll + sum))?;
         let loss = nll / labelled as f64;
         let grad_norm = grads.global_norm()? / f64::from(scaling.factor());
         let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);

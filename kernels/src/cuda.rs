@@ -5,8 +5,10 @@ use nibble_runtime::{DType, Error, Result, Tensor, cuda::Module};
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
 pub static MODULES: &[&Module] = &[
     &crate::cast::cuda::MODULE,
+    &crate::cross_entropy::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,
+    &crate::embedding::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rotary::cuda::MODULE,
     &crate::swiglu::cuda::MODULE,
