@@ -62,11 +62,12 @@ pub fn evaluate(model: &Model, examples: &[Example]) -> Result<Option<EvalResult
         let (chunk, left) = rest.split_at((TOKENS / longest).clamp(1, rest.len()));
         let batch = collate(chunk);
         let out = model.llama.evaluate(packed(&batch))?;
-        nll += out.sum();
+        nll += out.sum()?;
+        let correct = out.correct()?;
         tokens += batch.unmasked();
         let mut start = 0;
         for &length in &batch.lengths {
-            exact += usize::from(out.correct[start..start + length].iter().all(|&correct| correct));
+            exact += usize::from(correct[start..start + length].iter().all(|&correct| correct));
             start += length;
         }
         bar.inc(chunk.len() as u64);

@@ -71,7 +71,7 @@ impl Stepper {
         self.grads.clear();
 
         // All of the step has been handed to the device: only now is anything read back.
-        let nll = outputs.iter().map(|output| output.sum()).sum::<f64>();
+        let nll = outputs.iter().try_fold(0.0, |nll, output| output.sum().map(|sum| nll + sum))?;
         let verdict = clip.read()?;
         let (loss, grad_norm) = (nll / labelled as f64, verdict.norm);
         let fault = if !loss.is_finite() || (!verdict.gradients_finite && !self.scaling.is_dynamic()) {

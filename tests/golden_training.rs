@@ -75,7 +75,7 @@ fn gradients(llama: &Llama, ids: &[i32], labels: &[i32]) -> (f64, Gradients) {
     let mut grads = Gradients::new();
     let batch = Packed { ids, labels: &labels, lengths: &LENGTHS };
     let out = llama.train(batch, 1.0 / count as f32, None, &mut grads).unwrap();
-    (out.sum() / count as f64, grads)
+    (out.sum().unwrap() / count as f64, grads)
 }
 
 #[test]

@@ -1,9 +1,21 @@
 //! What the CUDA sides of the operations share.
 
-use nibble_runtime::{DType, Error, Result, cuda::Module};
+use nibble_runtime::{DType, Error, Result, Tensor, cuda::Module};
 
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
-pub static MODULES: &[&Module] = &[&crate::adamw::MODULE, &crate::norm::MODULE, &crate::random::MODULE];
+pub static MODULES: &[&Module] = &[
+    &crate::adamw::cuda::MODULE,
+    &crate::cast::cuda::MODULE,
+    &crate::cross_entropy::cuda::MODULE,
+    &crate::dropout::cuda::MODULE,
+    &crate::elementwise::cuda::MODULE,
+    &crate::embedding::cuda::MODULE,
+    &crate::norm::cuda::MODULE,
+    &crate::random::cuda::MODULE,
+    &crate::rms_norm::cuda::MODULE,
+    &crate::rotary::cuda::MODULE,
+    &crate::swiglu::cuda::MODULE,
+];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
 ///
@@ -13,5 +25,22 @@ pub(crate) fn entry(name: &str, dtype: DType) -> Result<String> {
     match dtype.is_float() {
         true => Ok(format!("{name}_{dtype}")),
         false => Err(Error::DType { op: "launch", expected: "float".into(), found: dtype }),
+    }
+}
+
+/// A size or number of blocks as kernels take it.
+///
+/// # Errors
+/// It is 2³¹ or more, which no grid is.
+pub(crate) fn size(op: &'static str, n: usize) -> Result<u32> {
+    let fits = i32::try_from(n).ok();
+    fits.map(i32::unsigned_abs).ok_or_else(|| Error::shape(op, format!("{n} is more than a GPU kernel takes")))
+}
+
+/// Checks that all tensors have one type.
+pub(crate) fn check_dtype(op: &'static str, dtype: DType, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.dtype() != dtype) {
+        Some(tensor) => Err(Error::DType { op, expected: dtype.to_string(), found: tensor.dtype() }),
+        None => Ok(()),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cast;
 pub mod cross_entropy;
 pub mod cuda;
 pub mod dropout;

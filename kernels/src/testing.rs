@@ -5,6 +5,9 @@ use nibble_runtime::{
     rng::{Philox, Stream},
 };
 
+/// The types that kernels come in.
+pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
 /// The GPU to test on, with its fresh memory poisoned; `None`, saying so, where there is none.
 ///
 /// # Panics

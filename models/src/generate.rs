@@ -69,13 +69,13 @@ pub fn generate(
         return Err(Error::Invalid("the prompt holds no token; give a text".into()));
     }
     let ids: Vec<i32> = prompt.iter().map(|&id| i32::try_from(id).unwrap_or(i32::MAX)).collect();
-    let rope = llama.config.rope.table(llama.config.head_dim, prompt.len() + max_new)?;
+    let rope = llama.config.rope.table(llama.config.head_dim, prompt.len() + max_new)?.to_device(llama.device())?;
     let mut cache = llama.cache(prompt.len() + max_new)?;
     let mut out = Vec::new();
     let mut next = ids;
     let mut past = 0;
     while out.len() < max_new {
-        let logits = llama.next_logits(&next, past, &rope, &mut cache)?;
+        let logits = llama.next_logits(&next, past, &rope, &mut cache)?.into_device(Device::Cpu, Tag::Workspace)?;
         past += next.len();
         let logits = logits.into_device(Device::Cpu, Tag::Workspace)?;
         let token = sampling.choose(logits.as_slice::<f32>()?, out.len());

@@ -1,6 +1,6 @@
 //! Accumulated gradients: a sink of the backward pass.
 
-use nibble_kernels::{elementwise::add_assign, norm::Clip};
+use nibble_kernels::{cast::cast, elementwise::add_assign, norm::Clip};
 use nibble_runtime::{DType, Error, GradSink, ParamId, Result, Tag, Tensor};
 use std::collections::BTreeMap;
 
@@ -59,7 +59,7 @@ impl GradSink for Gradients {
         let sum = match (grad.dtype(), grad.is_unique()) {
             (DType::F32, true) => grad.retag(Tag::Gradients),
             (DType::F32, false) => grad.copy(Tag::Gradients)?,
-            (DType::F16 | DType::BF16, _) => grad.cast(DType::F32, Tag::Gradients)?,
+            (DType::F16 | DType::BF16, _) => cast(&grad, DType::F32, Tag::Gradients)?,
             (found, _) => return Err(Error::DType { op: "gradients", expected: "float".into(), found }),
         };
         self.sums.insert(id, sum);

@@ -12,14 +12,13 @@
 //! Optimizers via Block-wise Quantization", arXiv 2110.02861.
 
 mod cpu;
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 mod list;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cuda::MODULE;
 pub use list::{Job, MomentsMut, step_all};
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};

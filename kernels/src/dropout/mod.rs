@@ -3,6 +3,10 @@
 //! The mask is a pure function of seed, step, layer and position, so the backward pass and a recomputed forward pass
 //! make it again instead of storing it, on any device. Source: Srivastava et al., JMLR 15 (2014).
 
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     rng::{Philox, Stream},
@@ -27,6 +31,18 @@ pub struct Mask {
     pub layer: u32,
 }
 
+impl Mask {
+    /// Elements are dropped where their random word is below this.
+    fn threshold(&self) -> u32 {
+        (f64::from(self.probability) * 4_294_967_296.0) as u32
+    }
+
+    /// What the kept elements are multiplied by.
+    fn scale(&self) -> f32 {
+        1.0 / (1.0 - self.probability)
+    }
+}
+
 /// Applies the mask to `x`, any shape. Forward and backward are the same: pass the gradient to get the gradient.
 ///
 /// # Errors
@@ -39,9 +55,7 @@ pub fn apply(x: &Tensor, mask: Mask) -> Result<Tensor> {
     match x.device() {
         Device::Cpu => {
             let rng = Philox::new(mask.seed, Stream { purpose: PURPOSE, step: mask.step, layer: mask.layer });
-            // Dropped where the random word is below this.
-            let threshold = (f64::from(mask.probability) * 4_294_967_296.0) as u32;
-            let scale = 1.0 / (1.0 - mask.probability);
+            let (threshold, scale) = (mask.threshold(), mask.scale());
             let mut out = Tensor::empty(x.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
             let xs = x.to_f32()?;
             let chunks = out.as_mut_slice::<f32>()?.par_chunks_mut(CHUNK).zip(xs.par_chunks(CHUNK)).enumerate();
@@ -55,7 +69,7 @@ pub fn apply(x: &Tensor, mask: Mask) -> Result<Tensor> {
             });
             out.into_dtype(x.dtype(), Tag::Workspace)
         }
-        device => Err(Error::NoKernel { op: "dropout", device }),
+        Device::Cuda(_) => cuda::apply(x, mask),
     }
 }
 

@@ -1,5 +1,9 @@
 //! Element-wise sums.
 
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 use rayon::prelude::*;
 
@@ -28,7 +32,7 @@ pub fn add_assign(into: &mut Tensor, x: &Tensor) -> Result<()> {
             *into = sum.cast(into.dtype(), Tag::Workspace)?;
             Ok(())
         }
-        device => Err(Error::NoKernel { op: "add", device }),
+        Device::Cuda(_) => cuda::add_assign(into, x),
     }
 }
 

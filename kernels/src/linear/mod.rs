@@ -116,8 +116,13 @@ fn input_grad_into(grad: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor,
 /// # Errors
 /// `x` is not `[T, K]`.
 pub fn forward(x: &Tensor, weight: &Weight, tag: Tag) -> Result<Tensor> {
+    forward_as(x, weight, x.dtype(), tag)
+}
+
+/// As [`forward`], rounded to `dtype` instead.
+pub fn forward_as(x: &Tensor, weight: &Weight, dtype: DType, tag: Tag) -> Result<Tensor> {
     let (t, n) = (x.dims2("linear forward")?.0, weight.dims()?.0);
-    let mut out = Tensor::empty(&[t, n], x.dtype(), x.device(), tag)?;
+    let mut out = Tensor::empty(&[t, n], dtype, x.device(), tag)?;
     forward_into(x, weight, 1.0, &mut out, false)?;
     Ok(out)
 }

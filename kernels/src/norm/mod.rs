@@ -1,11 +1,10 @@
 //! Sums of squares: the global norm of gradients, and what it says about a step.
 
 mod cpu;
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-pub(crate) use cuda::MODULE;
 
 use nibble_runtime::{Device, Error, Result, Tag, Tensor};
 

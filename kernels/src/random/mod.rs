@@ -1,10 +1,8 @@
 //! Tensors of seeded random numbers, made where they are to be.
 
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
-
-pub(crate) use cuda::MODULE;
 
 use nibble_runtime::{
     DType, Device, Result, Tag, Tensor,

@@ -5,6 +5,9 @@
 //! Backward, with `x̂ = x · rstd` and `ŵ = dy · w`: `dx = rstd · (ŵ − x̂ · mean(ŵ · x̂))`, `dw = Σ_rows dy · x̂`.
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
@@ -17,6 +20,14 @@ fn check(x: &Tensor, weight: &Tensor) -> Result<(usize, usize)> {
     Ok((rows, width))
 }
 
+fn check_rstd(op: &'static str, rstd: &Tensor, rows: usize) -> Result<()> {
+    if rstd.shape() != [rows] || rstd.dtype() != DType::F32 {
+        let what = format!("rstd is {} {:?}; expected f32 [{rows}]", rstd.dtype(), rstd.shape());
+        return Err(Error::shape(op, what));
+    }
+    Ok(())
+}
+
 /// Normalizes the rows of `x` `[T, D]` by `weight` `[D]`. Returns `y` in the type of `x`, and `rstd` f32 `[T]`, from
 /// which [`apply`] makes `y` again.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
@@ -27,20 +38,21 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)
             cpu::rstd(&x.to_f32()?, eps, rstd.as_mut_slice()?);
             Ok((apply(x, weight, &rstd)?, rstd))
         }
-        device => Err(Error::NoKernel { op: "rms_norm", device }),
+        Device::Cuda(_) => cuda::forward(x, weight, eps),
     }
 }
 
 /// `x · rstd · w`: the output of [`forward`] from what it saved.
 pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor> {
-    check(x, weight)?;
+    let (rows, _) = check(x, weight)?;
+    check_rstd("rms_norm", rstd, rows)?;
     match x.device() {
         Device::Cpu => {
             let mut y = Tensor::empty(x.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
             cpu::apply(&x.to_f32()?, &weight.to_f32()?, rstd.as_slice()?, y.as_mut_slice()?);
             y.into_dtype(x.dtype(), Tag::Workspace)
         }
-        device => Err(Error::NoKernel { op: "rms_norm", device }),
+        Device::Cuda(_) => cuda::apply(x, weight, rstd),
     }
 }
 
@@ -53,7 +65,8 @@ pub fn backward_add(
     dx: &mut Tensor,
     want_weight: bool,
 ) -> Result<Option<Tensor>> {
-    let (_, width) = check(x, weight)?;
+    let (rows, width) = check(x, weight)?;
+    check_rstd("rms_norm backward", rstd, rows)?;
     if grad.shape() != x.shape() || dx.shape() != x.shape() {
         let what = format!("gradient {:?}, input gradient {:?}, input {:?}", grad.shape(), dx.shape(), x.shape());
         return Err(Error::shape("rms_norm backward", what));
@@ -76,7 +89,10 @@ pub fn backward_add(
             cpu::weight_grad(&xs, rstd, &grads, dw.as_mut_slice()?);
             Ok(Some(dw))
         }
-        device => Err(Error::NoKernel { op: "rms_norm backward", device }),
+        Device::Cuda(_) => {
+            cuda::backward_add(x, weight, rstd, grad, dx)?;
+            want_weight.then(|| cuda::weight_grad(x, rstd, grad)).transpose()
+        }
     }
 }
 

@@ -2,6 +2,10 @@
 //!
 //! Source: Su et al., "RoFormer", arXiv 2104.09864; frequency scaling as in transformers' `modeling_rope_utils`.
 
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 use rayon::prelude::*;
 use std::ops::Not;
@@ -89,6 +93,15 @@ impl RotaryTable {
         self.cos.shape()[0]
     }
 
+    /// The table on `device`; itself if it is there.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn to_device(&self, device: Device) -> Result<RotaryTable> {
+        let to = |tensor: &Tensor| tensor.clone().into_device(device, Tag::Workspace);
+        Ok(RotaryTable { cos: to(&self.cos)?, sin: to(&self.sin)? })
+    }
+
     /// Whether it covers none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -104,11 +117,14 @@ pub enum Direction {
     Backward,
 }
 
-/// Turns each head of `x` `[T, heads · head_dim]` by the angle of its token's position (i32 `[T]`).
+/// Turns each head of `x` `[T, heads · head_dim]` by the angle of its token's position (i32 `[T]`). In place where nothing
+/// else refers to `x` (on the CPU, where it is f32 too).
 ///
 /// # Errors
-/// A position is outside of the table, or the shapes do not fit.
-pub fn apply(x: &Tensor, positions: &Tensor, table: &RotaryTable, direction: Direction) -> Result<Tensor> {
+/// The shapes do not fit, or a position is outside of the table. On a GPU positions are not looked at, as that would
+/// wait for the device: there whoever makes positions and table makes them fit, and the kernel takes a position outside
+/// for the nearest in the table.
+pub fn apply(x: Tensor, positions: &Tensor, table: &RotaryTable, direction: Direction) -> Result<Tensor> {
     let (tokens, width) = x.dims2("rotary")?;
     let half = table.cos.shape()[1];
     if half == 0 || !width.is_multiple_of(2 * half) || positions.shape() != [tokens] {
@@ -123,24 +139,26 @@ pub fn apply(x: &Tensor, positions: &Tensor, table: &RotaryTable, direction: Dir
                 return Err(Error::invalid("rotary", format!("position {bad} is outside of the table of {length}")));
             }
             let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
-            let mut out = Tensor::empty(x.shape(), DType::F32, Device::Cpu, Tag::Activations)?;
-            let (xs, cos, sin) = (x.to_f32()?, table.cos.as_slice::<f32>()?, table.sin.as_slice::<f32>()?);
-            let rows = out.as_mut_slice::<f32>()?.par_chunks_mut(width).zip(xs.par_chunks(width)).zip(positions);
-            rows.with_min_len(32).for_each(|((out, x), &position)| {
+            let dtype = x.dtype();
+            let own = x.is_unique() && dtype == DType::F32;
+            let mut out = if own { x } else { x.cast(DType::F32, Tag::Activations)? };
+            let (cos, sin) = (table.cos.as_slice::<f32>()?, table.sin.as_slice::<f32>()?);
+            let rows = out.as_mut_slice::<f32>()?.par_chunks_mut(width).zip(positions);
+            rows.with_min_len(32).for_each(|(row, &position)| {
                 let at = position as usize * half;
                 let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-                for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    let ((out_low, out_high), (low, high)) = (out.split_at_mut(half), x.split_at(half));
+                for head in row.chunks_exact_mut(2 * half) {
+                    let (lows, highs) = head.split_at_mut(half);
                     for i in 0..half {
-                        let sin = sign * sin[i];
-                        out_low[i] = low[i] * cos[i] - high[i] * sin;
-                        out_high[i] = high[i] * cos[i] + low[i] * sin;
+                        let (low, high, sin) = (lows[i], highs[i], sign * sin[i]);
+                        lows[i] = low * cos[i] - high * sin;
+                        highs[i] = high * cos[i] + low * sin;
                     }
                 }
             });
-            out.into_dtype(x.dtype(), Tag::Activations)
+            out.into_dtype(dtype, Tag::Activations)
         }
-        device => Err(Error::NoKernel { op: "rotary", device }),
+        Device::Cuda(_) => cuda::apply(x, positions, table, direction),
     }
 }
 
@@ -161,7 +179,7 @@ mod tests {
         let (head_dim, heads) = (8, 3);
         let x = random(&[4, heads * head_dim], 1);
         let at = [0, 5, 2, 99];
-        let y = apply(&x, &positions(&at), &PLAIN.table(head_dim, 100).unwrap(), Direction::Forward).unwrap();
+        let y = apply(x.clone(), &positions(&at), &PLAIN.table(head_dim, 100).unwrap(), Direction::Forward).unwrap();
         let xs = wide(&x);
         let mut expected = vec![0.0; xs.len()];
         for (t, &position) in at.iter().enumerate() {
@@ -179,11 +197,21 @@ mod tests {
     }
 
     #[test]
+    fn a_tensor_that_others_see_is_not_turned() {
+        let (x, at, table) = (random(&[2, 16], 1), positions(&[3, 5]), PLAIN.table(16, 64).unwrap());
+        let before = wide(&x);
+        let turned = apply(x.clone(), &at, &table, Direction::Forward).unwrap();
+        assert_eq!(wide(&x), before);
+        let alone = apply(x, &at, &table, Direction::Forward).unwrap();
+        assert_eq!(alone.bytes().unwrap(), turned.bytes().unwrap());
+    }
+
+    #[test]
     fn backward_is_the_inverse() {
         let x = random(&[4, 32], 1);
         let (at, table) = (positions(&[0, 1, 2, 50]), PLAIN.table(16, 64).unwrap());
-        let y = apply(&x, &at, &table, Direction::Forward).unwrap();
-        close(&apply(&y, &at, &table, Direction::Backward).unwrap(), &wide(&x), 1e-6);
+        let y = apply(x.clone(), &at, &table, Direction::Forward).unwrap();
+        close(&apply(y, &at, &table, Direction::Backward).unwrap(), &wide(&x), 1e-6);
     }
 
     /// Values of transformers 5 (`ROPE_INIT_FUNCTIONS`) for head dimension 8.
@@ -214,9 +242,9 @@ mod tests {
     fn positions_outside_of_the_table_are_errors() {
         let (x, table) = (random(&[1, 8], 1), PLAIN.table(8, 4).unwrap());
         for bad in [-1, 4] {
-            assert!(apply(&x, &positions(&[bad]), &table, Direction::Forward).is_err());
+            assert!(apply(x.clone(), &positions(&[bad]), &table, Direction::Forward).is_err());
         }
-        assert!(apply(&random(&[1, 12], 1), &positions(&[0]), &table, Direction::Forward).is_err());
+        assert!(apply(random(&[1, 12], 1), &positions(&[0]), &table, Direction::Forward).is_err());
         assert!(PLAIN.table(7, 4).is_err());
     }
 }

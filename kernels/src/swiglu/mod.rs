@@ -4,6 +4,10 @@
 //!
 //! Backward, with `σ = sigmoid(gate)`: `dup = dy · gate · σ`, `dgate = dy · up · σ · (1 + gate · (1 − σ))`.
 
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+
 use crate::math::{sigmoid, vectorized};
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 use rayon::prelude::*;
@@ -16,15 +20,15 @@ fn check(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
         let shapes: Vec<_> = tensors.iter().map(|tensor| tensor.shape()).collect();
         return Err(Error::shape(op, format!("operands differ in shape: {shapes:?}")));
     }
-    match tensors[0].device() {
-        Device::Cpu => Ok(()),
-        device => Err(Error::NoKernel { op, device }),
-    }
+    Ok(())
 }
 
 /// `silu(gate) · up`, in the type of `gate`.
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     check("swiglu", &[gate, up])?;
+    if gate.device() != Device::Cpu {
+        return cuda::forward(gate, up);
+    }
     let mut out = Tensor::empty(gate.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
     let (gates, ups) = (gate.to_f32()?, up.to_f32()?);
     out.as_mut_slice::<f32>()?.par_chunks_mut(CHUNK).zip(gates.par_chunks(CHUNK)).zip(ups.par_chunks(CHUNK)).for_each(
@@ -42,9 +46,12 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     out.into_dtype(gate.dtype(), Tag::Workspace)
 }
 
-/// Gradients of `gate` and `up`.
-pub fn backward(gate: &Tensor, up: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
-    check("swiglu backward", &[gate, up, grad])?;
+/// Gradients of `gate` and `up`. On a GPU they take the place of `gate` and `up` where nothing else refers to those.
+pub fn backward(gate: Tensor, up: Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
+    check("swiglu backward", &[&gate, &up, grad])?;
+    if gate.device() != Device::Cpu {
+        return cuda::backward(gate, up, grad);
+    }
     let mut dgate = Tensor::empty(gate.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
     let mut dup = Tensor::empty(gate.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
     let (gates, ups, grads) = (gate.to_f32()?, up.to_f32()?, grad.to_f32()?);
@@ -81,7 +88,7 @@ mod tests {
             let (gate, up, grad) = (random(&[1, n], seed), random(&[1, n], seed + 10), random(&[1, n], seed + 20));
             let (gates, ups, grads) = (wide(&gate), wide(&up), wide(&grad));
             close(&forward(&gate, &up).unwrap(), &reference(&gates, &ups), 1e-6);
-            let (dgate, dup) = backward(&gate, &up, &grad).unwrap();
+            let (dgate, dup) = backward(gate, up, &grad).unwrap();
             let head = n.min(50); // every element depends on its own inputs alone
             let loss = |g: &[f64], u: &[f64]| reference(g, u).iter().zip(&grads).map(|(y, d)| y * d).sum::<f64>();
             let of_gate = numeric_gradient(&gates[..head], |g| loss(g, &ups[..head]));
@@ -96,7 +103,7 @@ mod tests {
         let gate = Tensor::from_slice(&[-1e4f32, -90.0, 90.0, 1e4], &[1, 4], Tag::Workspace).unwrap();
         let one = Tensor::from_slice(&[1f32; 4], &[1, 4], Tag::Workspace).unwrap();
         assert_eq!(forward(&gate, &one).unwrap().as_slice::<f32>().unwrap()[2..], [90.0, 1e4]);
-        let (dgate, dup) = backward(&gate, &one, &one).unwrap();
+        let (dgate, dup) = backward(gate, one.clone(), &one).unwrap();
         let values: Vec<f32> = [wide(&dgate), wide(&dup)].concat().iter().map(|&x| x as f32).collect();
         assert!(values.iter().all(|x| x.is_finite()));
         assert!(values[0].abs() < 1e-6 && (values[3] - 1.0).abs() < 1e-6);

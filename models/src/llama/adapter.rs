@@ -5,7 +5,11 @@ use crate::{
     Error, Result,
     files::peft::{Adapter, AdapterConfig, TargetModules},
 };
-use nibble_kernels::{linear::Weight, quantize::dequantize};
+use nibble_kernels::{
+    cast::{cast, into_dtype},
+    linear::Weight,
+    quantize::dequantize,
+};
 use nibble_runtime::{
     DType, ParamId, Tag, Tensor,
     rng::{Philox, Stream},
@@ -110,7 +114,7 @@ impl Llama {
             }
             let config = &adapter.config;
             let scale = scale(config.alpha_of(&linear.name), rank, config.use_rslora);
-            let own = |tensor: &Tensor| tensor.cast(DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
+            let own = |tensor: &Tensor| cast(tensor, DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
             linear.set_lora(own(a)?, own(b)?, scale, config.lora_dropout as f32, &mut next);
             left.retain(|name| *name != linear.name);
         }
@@ -138,7 +142,7 @@ impl Llama {
             Some(ParamId(next - 1))
         };
         let mut whole = |param: &mut Param| -> Result<()> {
-            param.value = param.value.clone().into_dtype(DType::F32, Tag::Weights)?;
+            param.value = into_dtype(param.value.clone(), DType::F32, Tag::Weights)?;
             param.id = id();
             Ok(())
         };
@@ -156,7 +160,7 @@ impl Llama {
                 Weight::Dense(tensor) => tensor.clone(),
                 Weight::Quantized(quantized) => dequantize(quantized, Tag::Weights)?,
             };
-            linear.weight = Weight::Dense(dense.into_dtype(DType::F32, Tag::Weights)?);
+            linear.weight = Weight::Dense(into_dtype(dense, DType::F32, Tag::Weights)?);
             linear.id = id();
         }
         Ok(())

@@ -77,10 +77,10 @@ struct Turn<'a>(&'a Pass);
 impl Function for Turn<'_> {
     type Saved = ();
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, ())> {
-        Ok((rotary::apply(&inputs[0], &self.0.positions, &self.0.rope, Direction::Forward)?, ()))
+        Ok((rotary::apply(inputs[0].clone(), &self.0.positions, &self.0.rope, Direction::Forward)?, ()))
     }
     fn backward(&self, _: &[Tensor], (): (), grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(rotary::apply(&grad, &self.0.positions, &self.0.rope, Direction::Backward)?)])
+        Ok(vec![Some(rotary::apply(grad, &self.0.positions, &self.0.rope, Direction::Backward)?)])
     }
 }
 
@@ -109,7 +109,7 @@ impl Function for Gated {
         Ok((swiglu::forward(&inputs[0], &inputs[1])?, ()))
     }
     fn backward(&self, inputs: &[Tensor], (): (), grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let (dgate, dup) = swiglu::backward(&inputs[0], &inputs[1], &grad)?;
+        let (dgate, dup) = swiglu::backward(inputs[0].clone(), inputs[1].clone(), &grad)?;
         Ok(vec![Some(dgate), Some(dup)])
     }
 }

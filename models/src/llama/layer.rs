@@ -97,7 +97,7 @@ impl Layer {
     /// The layer's output for `x` `[T, D]`. With a cache, the new keys and values are written behind those it holds, and
     /// the queries attend to all of them.
     pub(crate) fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<(Tensor, Saved)> {
-        let turn = |x: Tensor| rotary::apply(&x, &pass.positions, &pass.rope, Direction::Forward);
+        let turn = |x: Tensor| rotary::apply(x, &pass.positions, &pass.rope, Direction::Forward);
         let (n1, rstd1) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
         let (q, t_q) = self.q.forward(&n1, pass, None)?;
         let (k, t_k) = self.k.forward(&n1, pass, None)?;
@@ -139,8 +139,8 @@ impl Layer {
         let a = swiglu::forward(&gate, &up)?;
         self.down.backward(&a, t_down.as_ref(), &dy, pass, Some(&mut da), &mut grads)?;
         drop(a);
-        let (dgate, dup) = swiglu::backward(&gate, &up, made(&da)?)?;
-        drop((da, gate, up));
+        let (dgate, dup) = swiglu::backward(gate, up, made(&da)?)?;
+        drop(da);
 
         // gate, up = n₂·W
         let n2 = rms_norm::apply(&h, &self.post_norm.value, &rstd2)?;
@@ -158,7 +158,7 @@ impl Layer {
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.segments)?;
         drop((d_o, q, k, v, o));
-        let turn_back = |grad: Tensor| rotary::apply(&grad, &pass.positions, &pass.rope, Direction::Backward);
+        let turn_back = |grad: Tensor| rotary::apply(grad, &pass.positions, &pass.rope, Direction::Backward);
         let (dq, dk) = (turn_back(dq)?, turn_back(dk)?);
 
         // q, k, v = n₁·W
@@ -197,15 +197,13 @@ fn norm_backward(
 
 /// Writes `rows` into `cache` from row `past` on.
 fn append(cache: &mut Tensor, rows: &Tensor, past: usize) -> Result<()> {
-    let width = cache.dims2("cache")?.1 * cache.dtype().size();
-    let capacity = cache.shape()[0];
-    let target = cache.bytes_mut()?.get_mut(past * width..).and_then(|tail| tail.get_mut(..rows.size_bytes()));
-    let target = target.ok_or_else(|| {
-        let what = format!("{} tokens after {past} do not fit a cache of {capacity}", rows.shape()[0]);
-        Error::invalid("cache", what)
-    })?;
-    target.copy_from_slice(rows.bytes()?);
-    Ok(())
+    let (capacity, width) = cache.dims2("cache")?;
+    let count = rows.dims2("cache")?.0;
+    if past + count > capacity {
+        let what = format!("{count} tokens after {past} do not fit a cache of {capacity}");
+        return Err(Error::invalid("cache", what));
+    }
+    cache.copy_from(past * width, rows)
 }
 
 /// The layer as a tape node. Inputs: `x`, then the trainable parameters in [`Layer::visit`]'s order.

@@ -6,6 +6,7 @@
 
 use super::Pass;
 use nibble_kernels::{
+    cast::into_dtype,
     dropout,
     linear::{Weight, forward, forward_add, input_grad, input_grad_add, weight_grad},
 };
@@ -56,7 +57,7 @@ pub struct Linear {
 
 /// A parameter in the type of the computation.
 fn cast(param: &Param, dtype: DType) -> Result<Weight> {
-    Ok(Weight::Dense(param.value.clone().into_dtype(dtype, Tag::Workspace)?))
+    Ok(Weight::Dense(into_dtype(param.value.clone(), dtype, Tag::Workspace)?))
 }
 
 impl Linear {

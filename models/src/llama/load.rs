@@ -6,6 +6,7 @@ use crate::{
     files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
 };
 use nibble_kernels::{
+    cast::into_dtype,
     linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
 };
@@ -120,7 +121,7 @@ impl Loader<'_> {
             DType::F32 => tensor.dtype(),
             half => half,
         };
-        Ok(tensor.into_dtype(dtype, Tag::Weights)?)
+        Ok(into_dtype(tensor, dtype, Tag::Weights)?)
     }
 
     fn linear(&mut self, layer: usize, module: &str, shape: [usize; 2]) -> Result<Linear> {

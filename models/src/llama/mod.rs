@@ -25,11 +25,11 @@ use layer::LayerNode;
 use nibble_kernels::{
     cross_entropy::{self, Wanted},
     embedding,
-    linear::{Weight, forward},
+    linear::{Weight, forward_as},
     rms_norm,
 };
 use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Saving, Tag, Tape, Tensor, Var};
-use std::{ops::Not, path::PathBuf};
+use std::path::PathBuf;
 
 /// A Llama on a device.
 #[derive(Debug)]
@@ -103,18 +103,8 @@ impl Llama {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Token ids, checked, on the device.
-    fn ids(&self, ids: &[i32]) -> Result<Tensor> {
-        let vocab = self.config.vocab_size;
-        if let Some(position) = ids.iter().position(|&id| usize::try_from(id).is_ok_and(|id| id < vocab).not()) {
-            let what = format!("token id {} at position {position} is outside of the vocabulary of {vocab}", ids[position]);
-            return Err(Error::Invalid(what));
-        }
-        Ok(Tensor::from_slice(ids, &[ids.len()], Tag::Workspace)?.into_device(self.device(), Tag::Workspace)?)
-    }
-
     /// Hidden states `[T, D]` after the last layer, on the tape.
-    fn run<'a>(&'a self, tape: &mut Tape<'a>, ids: &'a Tensor, pass: &'a Pass) -> Result<Var> {
+    fn run<'a>(&'a self, tape: &mut Tape<'a>, ids: &'a [i32], pass: &'a Pass) -> Result<Var> {
         let table = match self.embedding.id {
             Some(id) => tape.parameter(id, &self.embedding.value),
             None => Var::constant(self.embedding.value.clone()),
@@ -135,11 +125,10 @@ impl Llama {
 
     /// Loss of a batch without gradients.
     pub fn evaluate(&self, batch: Packed) -> Result<cross_entropy::Output> {
-        let pass = Pass::packed(&self.config, batch.lengths, None)?;
-        let ids = self.ids(batch.ids)?;
-        let hidden = self.run(&mut Tape::inference(), &ids, &pass)?.value;
+        let pass = Pass::packed(&self.config, batch.lengths, None)?.to_device(self.device())?;
+        let hidden = self.run(&mut Tape::inference(), batch.ids, &pass)?.value;
         let head = Weight::Dense(self.head_param().value.clone());
-        Ok(cross_entropy::head_loss(&hidden, &head, &self.ids(batch.labels)?, 1.0, Wanted::default())?)
+        Ok(cross_entropy::head_loss(&hidden, &head, batch.labels, 1.0, Wanted::default())?)
     }
 
     /// Loss of a batch; the gradients of `scale · Σ nll` by every trainable parameter go to `sink`.
@@ -150,14 +139,13 @@ impl Llama {
         dropout: Option<DropoutKey>,
         sink: &mut impl GradSink,
     ) -> Result<cross_entropy::Output> {
-        let pass = Pass::packed(&self.config, batch.lengths, dropout)?;
-        let (ids, labels) = (self.ids(batch.ids)?, self.ids(batch.labels)?);
+        let pass = Pass::packed(&self.config, batch.lengths, dropout)?.to_device(self.device())?;
         let mut tape = Tape::new();
-        let hidden = self.run(&mut tape, &ids, &pass)?;
+        let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
         let wanted = Wanted { hidden: true, head: head.id.is_some() };
         let weight = Weight::Dense(head.value.clone());
-        let mut output = cross_entropy::head_loss(&hidden.value, &weight, &labels, scale, wanted)?;
+        let mut output = cross_entropy::head_loss(&hidden.value, &weight, batch.labels, scale, wanted)?;
         if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
             sink.parameter(id, grad)?;
         }
@@ -169,16 +157,15 @@ impl Llama {
 
     /// Logits f32 `[T, V]` of packed sequences.
     pub fn logits(&self, ids: &[i32], lengths: &[usize]) -> Result<Tensor> {
-        let pass = Pass::packed(&self.config, lengths, None)?;
-        let ids = self.ids(ids)?;
-        let hidden = self.run(&mut Tape::inference(), &ids, &pass)?.value;
+        let pass = Pass::packed(&self.config, lengths, None)?.to_device(self.device())?;
+        let hidden = self.run(&mut Tape::inference(), ids, &pass)?.value;
         self.project(&hidden)
     }
 
     /// Logits f32 of final hidden states.
     fn project(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = Weight::Dense(self.head_param().value.clone());
-        Ok(forward(&hidden.clone().into_dtype(DType::F32, Tag::Workspace)?, &head, Tag::Workspace)?)
+        Ok(forward_as(hidden, &head, DType::F32, Tag::Workspace)?)
     }
 
     /// An empty KV cache for up to `capacity` tokens of one sequence.
@@ -199,8 +186,8 @@ impl Llama {
         if ids.is_empty() || cache.len() != self.layers.len() {
             return Err(Error::Invalid("decoding needs a token and the cache that this model made".into()));
         }
-        let pass = Pass::continued(&self.config, past, ids.len(), rope)?;
-        let mut x = embedding::forward(&self.ids(ids)?, &self.embedding.value, self.dtype)?;
+        let pass = Pass::continued(&self.config, past, ids.len(), rope)?.to_device(self.device())?;
+        let mut x = embedding::forward(ids, &self.embedding.value, self.dtype)?;
         for (layer, cache) in self.layers.iter().zip(cache) {
             x = layer.forward(&x, &pass, Some(cache))?.0;
         }
@@ -211,7 +198,7 @@ impl Llama {
 
 /// Token embedding as a tape node. Input: the table.
 struct EmbeddingNode<'a> {
-    ids: &'a Tensor,
+    ids: &'a [i32],
     dtype: DType,
 }
 

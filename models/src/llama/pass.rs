@@ -6,7 +6,7 @@ use nibble_kernels::{
     dropout::Mask,
     rotary::RotaryTable,
 };
-use nibble_runtime::{Result, Tag, Tensor};
+use nibble_runtime::{Device, Result, Tag, Tensor};
 
 /// Layout of a batch, rotary angles and dropout of one pass.
 #[derive(Clone, Debug)]
@@ -58,6 +58,15 @@ impl Pass {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
         Ok(Pass { positions, segments, rope, heads, dropout })
+    }
+
+    /// With positions and angles on `device`. Both were made together, so that each position is in the table.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn to_device(self, device: Device) -> Result<Self> {
+        let positions = self.positions.into_device(device, Tag::Workspace)?;
+        Ok(Pass { positions, rope: self.rope.to_device(device)?, ..self })
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

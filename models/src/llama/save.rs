@@ -5,7 +5,7 @@ use crate::{
     Result,
     files::checkpoint::{CheckpointTensor, write_checkpoint},
 };
-use nibble_kernels::linear::Weight;
+use nibble_kernels::{cast::into_dtype, linear::Weight};
 use nibble_runtime::{DType, Tag, Tensor};
 use std::path::Path;
 
@@ -14,7 +14,7 @@ impl Llama {
     /// format, everything else in `dtype`.
     pub fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
         let cast = |tensor: &Tensor| -> Result<CheckpointTensor> {
-            Ok(CheckpointTensor::Dense(tensor.clone().into_dtype(dtype, Tag::Workspace)?))
+            Ok(CheckpointTensor::Dense(into_dtype(tensor.clone(), dtype, Tag::Workspace)?))
         };
         let mut weights = vec![("model.embed_tokens.weight".to_string(), cast(&self.embedding.value)?)];
         for (i, layer) in self.layers.iter().enumerate() {

@@ -315,7 +315,7 @@ proptest! {
             llama.saving = saving;
             let mut sink = Collected::default();
             let out = llama.train(batch, 0.25, Some(DropoutKey { seed, step: 1 }), &mut sink).unwrap();
-            (out.nll, sink.0.values().map(|grad| grad.bytes().unwrap().to_vec()).collect::<Vec<_>>())
+            (out.nll().unwrap(), sink.0.values().map(|grad| grad.bytes().unwrap().to_vec()).collect::<Vec<_>>())
         };
         prop_assert_eq!(run(Saving::Keep), run(Saving::Recompute));
     }

@@ -1,0 +1,23 @@
+//! Conversion between float types, rounded to nearest even.
+
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+
+use nibble_runtime::{DType, Device, Result, Tag, Tensor};
+
+/// A copy of `x` in another float type, counted under `tag`.
+///
+/// # Errors
+/// Either type is not a float.
+pub fn cast(x: &Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => x.cast(dtype, tag),
+        Device::Cuda(_) => cuda::cast(x, dtype, tag),
+    }
+}
+
+/// `x` in `dtype`: itself if it has that type, a [`cast`] otherwise.
+pub fn into_dtype(x: Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
+    if x.dtype() == dtype { Ok(x) } else { cast(&x, dtype, tag) }
+}

@@ -1,0 +1,89 @@
+// SwiGLU and its gradients (formulas in mod.rs).
+//
+// Bound by memory: forward reads two arrays and writes one, backward reads three and writes two. The sigmoid of 16-bit
+// types uses the hardware's exponential and reciprocal (1e-5 relative at worst): exact division would make the
+// instruction count rival the traffic. f32 uses the accurate ones.
+#include "runs.cuh"
+
+constexpr int THREADS = 256, RUNS = 2;
+
+template <typename T> __device__ __forceinline__ float sigmoid(float x) {
+    if constexpr (sizeof(T) == 4) {
+        return 1.0f / (1.0f + expf(-x));
+    } else {
+        // The fast division returns 0 for divisors from 2^126 on, which exp(87) is below.
+        return __fdividef(1.0f, 1.0f + __expf(fminf(-x, 87.0f)));
+    }
+}
+
+template <typename T> __device__ __forceinline__ float gated(float gate, float up) {
+    return gate * sigmoid<T>(gate) * up;
+}
+
+template <typename T>
+__device__ __forceinline__ void forward(
+    const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ out, u64 n) {
+    constexpr int N = RUN<T>, BLOCK = RUNS * THREADS * N;
+    u64 begin = (u64)blockIdx.x * BLOCK;
+    if (begin + BLOCK <= n && aligned(gate, up, out)) {
+        float gates[RUNS][N], ups[RUNS][N];
+        u64 first = begin + threadIdx.x * N;
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            load(gate + first + r * THREADS * N, gates[r]);
+            load(up + first + r * THREADS * N, ups[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+#pragma unroll
+            for (int j = 0; j < N; j++) gates[r][j] = gated<T>(gates[r][j], ups[r][j]);
+            store(out + first + r * THREADS * N, gates[r]);
+        }
+    } else {
+        for (u64 i = begin + threadIdx.x; i < min(begin + BLOCK, n); i += THREADS)
+            out[i] = narrow<T>(gated<T>(wide(gate[i]), wide(up[i])));
+    }
+}
+
+// Turns a gate and its up into their gradients.
+template <typename T> __device__ __forceinline__ void differentiate(float& gate, float& up, float grad) {
+    float sigma = sigmoid<T>(gate), of_up = grad * gate * sigma;
+    gate = grad * up * sigma * (1.0f + gate * (1.0f - sigma));
+    up = of_up;
+}
+
+// In place: gate [n] and up [n] become their gradients.
+template <typename T> __device__ __forceinline__ void backward(T* gate, T* up, const T* grad, u64 n) {
+    constexpr int N = RUN<T>, BLOCK = THREADS * N;
+    u64 begin = (u64)blockIdx.x * BLOCK;
+    if (begin + BLOCK <= n && aligned(gate, up, grad)) {
+        float gates[N], ups[N], grads[N];
+        u64 i = begin + threadIdx.x * N;
+        load(gate + i, gates);
+        load(up + i, ups);
+        load(grad + i, grads);
+#pragma unroll
+        for (int j = 0; j < N; j++) differentiate<T>(gates[j], ups[j], grads[j]);
+        store(gate + i, gates);
+        store(up + i, ups);
+    } else {
+        for (u64 i = begin + threadIdx.x; i < min(begin + BLOCK, n); i += THREADS) {
+            float g = wide(gate[i]), u = wide(up[i]);
+            differentiate<T>(g, u, wide(grad[i]));
+            gate[i] = narrow<T>(g);
+            up[i] = narrow<T>(u);
+        }
+    }
+}
+
+// All arrays [n].
+#define SWIGLU(NAME, T) \
+    extern "C" __global__ __launch_bounds__(THREADS) void swiglu_forward_##NAME( \
+        const T* gate, const T* up, T* out, u64 n) { \
+        forward(gate, up, out, n); \
+    } \
+    extern "C" __global__ __launch_bounds__(THREADS) void swiglu_backward_##NAME( \
+        T* gate, T* up, const T* grad, u64 n) { \
+        backward(gate, up, grad, n); \
+    }
+FOR_FLOATS(SWIGLU)
