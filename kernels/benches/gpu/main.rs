@@ -4,6 +4,8 @@
 //! operations a second, and the share of the copy rate; with `NIBBLE_PEAK_TFLOPS` (what the GPU's best matrix product
 //! reaches, measured by you) the share of that too.
 
+mod linear;
+
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Gpu, Timer},
@@ -106,7 +108,7 @@ fn main() {
 /// The benchmarks of each operation.
 type Operation = (&'static str, fn(&Bench) -> Result<()>);
 
-const OPERATIONS: &[Operation] = &[];
+const OPERATIONS: &[Operation] = &[("linear", linear::run)];
 
 fn run(bench: &Bench) {
     for (name, operation) in OPERATIONS {

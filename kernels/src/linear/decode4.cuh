@@ -5,52 +5,36 @@
 // table of low bytes and one of high bytes, four registers each, and looks four weights up at a time with byte permutes.
 // No shared memory is read per weight: 16 multiplications for the table and about 2.6 integer instructions a weight.
 #pragma once
+#include "codes.cuh"
 #include "linear/ptx.cuh"
 
 constexpr int UNIT = 32; // weights that a thread decodes at a time; the smallest block
 
-// Where a 4-bit matrix is. Blocks run over the flat matrix.
-struct Codes {
-    const u8* packed;
-    const void* absmax;   // f32, or u8 if doubly quantized
-    const float* absmax2; // f32, null if singly
-    float offset;
-    int block_shift, nested_shift; // logarithms of the block sizes
-};
-
 // Codes of 32 weights and what their scale is made of, on the way from global memory.
 struct Raw {
     uint4 codes;
-    u32 first;    // bits of absmax, or its code
-    float second; // scale of that code
+    uint2 scale;
 };
-constexpr u32 OUTSIDE = ~0u; // as `first`: there are no such weights, they count as zeros
+constexpr u32 OUTSIDE = ~0u; // as `scale.x`: there are no such weights, they count as zeros
 
 // Starts to load the 32 weights at flat element `at` (a multiple of 32).
-__device__ __forceinline__ Raw fetch(const Codes& from, u64 at, bool inside) {
+__device__ __forceinline__ Raw fetch(const u8* packed, const Scales& scales, u64 at, bool inside) {
     Raw raw;
     raw.codes = make_uint4(0, 0, 0, 0);
-    raw.first = OUTSIDE;
-    raw.second = 0.0f;
+    raw.scale = make_uint2(OUTSIDE, 0);
     if (inside) {
-        raw.codes = __ldg(reinterpret_cast<const uint4*>(from.packed + at / 2));
-        const u32 block = (u32)(at >> from.block_shift);
-        if (from.absmax2) {
-            raw.first = __ldg(static_cast<const u8*>(from.absmax) + block);
-            raw.second = __ldg(from.absmax2 + (block >> from.nested_shift));
-        } else {
-            raw.first = __float_as_uint(__ldg(static_cast<const float*>(from.absmax) + block));
-        }
+        raw.codes = __ldg(reinterpret_cast<const uint4*>(packed + at / 2));
+        raw.scale = scales.fetch(at >> scales.block_shift);
     }
     return raw;
 }
 
-// The scale of the weights. `map`: the dynamic map in shared memory. Two roundings, as on the CPU.
-__device__ __forceinline__ float scale_of(const Codes& from, const Raw& raw, const float* map) {
-    // Selects rather than branches, which would part the products around them.
-    float nested = __fadd_rn(__fmul_rn(map[raw.first & 255], raw.second), from.offset);
-    float scale = from.absmax2 ? nested : __uint_as_float(raw.first);
-    return raw.first == OUTSIDE ? 0.0f : scale;
+// The scale of the weights, as Scales::value gives it; selects rather than branches, which would part the products
+// around them. `map`: the dynamic map in shared memory.
+__device__ __forceinline__ float scale_of(const Scales& scales, const Raw& raw, const float* map) {
+    float nested = __fadd_rn(__fmul_rn(map[raw.scale.x & 255], __uint_as_float(raw.scale.y)), scales.offset);
+    float scale = scales.nested ? nested : __uint_as_float(raw.scale.x);
+    return raw.scale.x == OUTSIDE ? 0.0f : scale;
 }
 
 // The 16 products as bytes: bytes of entries 4i to 4i + 3 in word i.

@@ -37,13 +37,13 @@ constexpr int STEPS = DEPTH / 16;
 
 // A product; see the table above.
 struct Problem {
-    void* out; // [M, N]
+    void* out;      // [M, N]
     const void* in; // [M, N] in the type of out, or null; may be `out`
     const void* a;
-    const void* b; // dense W
-    Codes codes;   // 4-bit W
-    const float* map; // [256], doubly quantized W
-    const float* values; // [16], the code book
+    const void* b;    // W, dense or packed codes
+    Scales scales;    // of a 4-bit W
+    const float* map; // [256], of a doubly quantized W
+    u32 book;         // code book of a 4-bit W: row of CODE_VALUES
     const void* a2;
     const void* b2;
     u32 m, n, k, rank; // rank: of the second pair, 0 without
@@ -202,14 +202,14 @@ __device__ __forceinline__ void gemm(const Problem& p) {
             // The same for each u: a pass of all threads changes neither the low bit of `id` nor a row below 64.
             unit_left = (int)p.k - (int)(FORWARD ? group * UNIT : row);
         }
-        for (int i = tid; i < 256; i += THREADS) map[i] = p.codes.absmax2 ? p.map[i] : 0.0f;
-        if (tid < 16) values[tid] = p.values[tid];
+        for (int i = tid; i < 256; i += THREADS) map[i] = p.scales.nested ? p.map[i] : 0.0f;
+        if (tid < 16) values[tid] = CODE_VALUES[p.book][tid];
         __syncthreads();
     }
     auto fetch_next = [&] {
 #pragma unroll
         for (int u = 0; u < PER_THREAD; u++) {
-            raw_next[u] = fetch(p.codes, unit_at[u], unit_inside[u] && unit_left > 0);
+            raw_next[u] = fetch(static_cast<const u8*>(p.b), p.scales, unit_at[u], unit_inside[u] && unit_left > 0);
             unit_at[u] += FORWARD ? (u64)DEPTH : (u64)DEPTH * p.n;
         }
         unit_left -= DEPTH;
@@ -223,7 +223,7 @@ __device__ __forceinline__ void gemm(const Problem& p) {
     auto decode = [&](int i, u32 to) {
         const Raw& codes = raw[i / 5];
         if (i % 5 == 0) {
-            table = make_table<T>(values, scale_of(p.codes, codes, map));
+            table = make_table<T>(values, scale_of(p.scales, codes, map));
         } else {
             int word = i % 5 - 1;
             u32 eight[4];

@@ -3,31 +3,22 @@
 // 64 x 64 tiles of `out`, 256 threads with 4 x 4 sums each, tiles of 16 along the contraction in shared memory as f32,
 // loaded element by element. Products and sums in f32; 4-bit weights are rounded to the operands' type first, as there.
 // Odd shapes only occur in tests and tiny models: this is simple, not fast (bound by loads and index arithmetic).
-#include "linear/decode4.cuh"
+#include "codes.cuh"
 
 constexpr int TILE = 64, DEPTH = 16, THREADS = 256;
 
-// As in gemm_entries.cuh; the weight is `w` (dense) or 4 bits where `absmax` is not null.
+// W, dense or in 4 bits.
 template <typename T> struct Weight {
     const void* w;
-    const void* absmax;
-    const float* absmax2;
-    const float* map;
-    const float* values;
-    float offset;
-    u32 block_shift, nested_shift;
+    bool quantized;
+    Scales scales;
+    const float* map;    // [256], of a doubly quantized W
+    const float* values; // the code book
 
     __device__ float at(u64 i) const {
-        if (!absmax) return wide(static_cast<const T*>(w)[i]);
+        if (!quantized) return wide(static_cast<const T*>(w)[i]);
         u32 byte = static_cast<const u8*>(w)[i / 2];
-        u64 block = i >> block_shift;
-        float scale;
-        if (absmax2) {
-            float code = map[static_cast<const u8*>(absmax)[block]];
-            scale = __fadd_rn(__fmul_rn(code, absmax2[block >> nested_shift]), offset);
-        } else {
-            scale = static_cast<const float*>(absmax)[block];
-        }
+        float scale = scales.value(scales.fetch(i >> scales.block_shift), map);
         return wide(narrow<T>(__fmul_rn(values[i % 2 ? byte & 15 : byte >> 4], scale)));
     }
 };
@@ -78,9 +69,10 @@ __device__ void general(O* out, const O* in, const T* a, const Weight<T>& weight
 #define GENERAL_ENTRY(TYPE, DIRECTION, FORWARD)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) gemm_general_##DIRECTION##_##TYPE(                                 \
         void* out, const void* in, const void* a, const void* b, const void* absmax, const float* absmax2,                   \
-        const float* map, const float* values, const void* a2, const void* b2, u32 m, u32 n, u32 k, u32 rank, float scale,   \
-        float offset, u32 block_shift, u32 nested_shift, u32 add, u32 wide_out) {                                            \
-        Weight<TYPE> weight = {b, absmax, absmax2, map, values, offset, block_shift, nested_shift};                          \
+        const float* map, const void* a2, const void* b2, u32 m, u32 n, u32 k, u32 rank, float scale, float offset,          \
+        u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide_out) {                                                \
+        Scales scales = {absmax, absmax2, offset, block_shift, nested_shift};                                                \
+        Weight<TYPE> weight = {b, absmax != nullptr, scales, map, CODE_VALUES[book]};                                        \
         const TYPE *left = static_cast<const TYPE*>(a), *left2 = static_cast<const TYPE*>(a2),                               \
                    *right2 = static_cast<const TYPE*>(b2);                                                                   \
         const void* from = add ? out : in;                                                                                   \
