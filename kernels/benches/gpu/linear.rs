@@ -3,7 +3,7 @@
 use crate::Bench;
 use nibble_kernels::{
     linear::{Weight, forward_lora, input_grad_lora},
-    quantize::{Absmax, QuantTensor, QuantType, quantize},
+    quantize::{Absmax, QuantTensor, QuantType, ScaleRounding, quantize},
 };
 use nibble_runtime::{DType, Device, Result, Tag, Tensor};
 
@@ -45,7 +45,7 @@ pub fn run(bench: &Bench) -> Result<()> {
 /// `dense` in NF4 with double quantization, on `device`.
 fn quantized(dense: &Tensor, device: Device) -> Result<QuantTensor> {
     let host = dense.to_device(Device::Cpu, Tag::Workspace)?;
-    let quantized = quantize(&host, QuantType::Nf4, 64, true, DType::BF16, Tag::Workspace)?;
+    let quantized = quantize(&host, QuantType::Nf4, 64, Some(ScaleRounding::Exact), DType::BF16, Tag::Workspace)?;
     let move_part = |tensor: &Tensor| tensor.to_device(device, Tag::Workspace);
     let absmax = match &quantized.absmax {
         Absmax::Single(absmax) => Absmax::Single(move_part(absmax)?),

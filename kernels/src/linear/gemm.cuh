@@ -11,10 +11,10 @@
 // Method. A block computes a tile of `out`; each warp 64 x 64 of it (32 x 64 in the smallest tile), as m16n8k16
 // products. Tiles of 64 along K pass through rings in shared memory: cp.async brings them, `stages - 1` ahead, and
 // ldmatrix reads them (transposed for the input gradient's W). Rows of a tile are split into 16-byte chunks; chunk c of
-// row i lies at place c ^ (i % 8), so that eight rows of one chunk, which is what ldmatrix and the stores of the decoder
-// touch at once, fall into all banks once. 4-bit weights come two tiles ahead into registers, are decoded one tile ahead
-// between the products of the present one, and have a ring of two. Tiles of `out` are visited in strips of 2048 rows,
-// so that the blocks that run together share rows of `a` and columns of `b` in the second-level cache.
+// row i lies at place c ^ (i % 8), so that eight rows of one chunk, which is what ldmatrix and the decoder's stores
+// touch at once, fall into all banks once. 4-bit weights come two tiles ahead into registers, are decoded one tile
+// ahead between the products of the present one, and have a ring of two. Tiles of `out` are visited in strips of 2048
+// rows, so that the blocks that run together share rows of `a` and columns of `b` in the second-level cache.
 //
 // | tile | threads | accumulators | fragments (a, b) | shared memory a stage: a, b | where |
 // |---|---|---|---|---|---|
@@ -23,7 +23,8 @@
 // | 64 x 128 | 128, two blocks an SM | 64 | 8, 32 | 8 KiB, 16 KiB; 4 stages | few rows |
 //
 // A fragment of `a` is loaded again as soon as its eight products are issued, one of `b` into the other of two sets.
-// The decoder adds 12 registers of raw codes and scales (24 where a thread has two units) and 8 of tables.
+// The decoder adds 12 registers of raw codes and scales (24 where a thread has two units), 8 of tables and 6 of weights
+// in the making.
 // Bound by the tensor cores; ldmatrix takes about 60 % of the bandwidth of shared memory meanwhile.
 //
 // Wants: rows of 16-bit operands that are multiples of 8 elements (second pair: any r), of 4-bit ones of 32; 16-byte
@@ -116,7 +117,7 @@ __device__ __forceinline__ void gemm(const Problem& p) {
     constexpr int A_COPIES = BM / A_PASS, B_COPIES = B_ROWS / B_PASS;
     constexpr int UNITS = BN * DEPTH / UNIT / THREADS; // a thread decodes for a tile
     constexpr int SLOTS = (STEPS - 1) * MI;            // places between products where other work is put
-    static_assert(A_PASS % 8 == 0 && B_PASS % 8 == 0, "the swizzle of a thread's chunks must not change between passes");
+    static_assert(A_PASS % 8 == 0 && B_PASS % 8 == 0, "a thread's place in the swizzle must be that of every pass");
     static_assert(!QUANT || (UNITS >= 1 && UNITS <= 2), "units of the decoder");
     static_assert(WN == 64 && NJ % MI == 0, "layout of warps");
 
@@ -218,18 +219,25 @@ __device__ __forceinline__ void gemm(const Problem& p) {
 #pragma unroll
         for (int u = 0; u < PER_THREAD; u++) raw[u] = raw_next[u];
     };
-    // Part `i` of decoding a tile into the place `to` of the ring: for each unit its table, then four times 8 weights.
-    constexpr int PARTS = QUANT ? UNITS * 5 : 0;
+    // Part `i` of decoding a tile into the place `to` of the ring: for each unit its scale, four parts of its table,
+    // and eight times four weights. Parts are small so that they can be spread evenly between products.
+    constexpr int UNIT_PARTS = 13, PARTS = QUANT ? UNITS * UNIT_PARTS : 0;
+    float unit_scale = 0.0f;
+    Eight eight;
     auto decode = [&](int i, u32 to) {
-        const Raw& codes = raw[i / 5];
-        if (i % 5 == 0) {
-            table = make_table<T>(values, scale_of(p.scales, codes, map));
+        const Raw& unit = raw[i / UNIT_PARTS];
+        const int part = i % UNIT_PARTS;
+        if (part == 0) {
+            unit_scale = scale_of(p.scales, unit, map);
+        } else if (part < 5) {
+            table.template make<T>(part - 1, values, unit_scale);
         } else {
-            int word = i % 5 - 1;
-            u32 eight[4];
-            look_up(table, word == 0 ? codes.codes.x : word == 1 ? codes.codes.y : word == 2 ? codes.codes.z : codes.codes.w,
-                    eight);
-            store16((to + unit_place[i / 5]) ^ (word << 4), eight[0], eight[1], eight[2], eight[3]);
+            const int word = (part - 5) / 2, half = (part - 5) % 2;
+            const uint4& c = unit.codes;
+            if (half == 0) eight.start(word == 0 ? c.x : word == 1 ? c.y : word == 2 ? c.z : c.w);
+            eight.look_up(half, table);
+            u32 place = (to + unit_place[i / UNIT_PARTS]) ^ (word << 4);
+            if (half == 1) store16(place, eight.to[0], eight.to[1], eight.to[2], eight.to[3]);
         }
     };
 

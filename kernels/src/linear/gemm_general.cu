@@ -24,8 +24,8 @@ template <typename T> struct Weight {
 };
 
 template <typename T, bool FORWARD, typename O>
-__device__ void general(O* out, const O* in, const T* a, const Weight<T>& weight, const T* a2, const T* b2, u32 m, u32 n,
-                        u32 k, u32 rank, float scale) {
+__device__ void general(O* out, const O* in, const T* a, const Weight<T>& weight, const T* a2, const T* b2, u32 m,
+                        u32 n, u32 k, u32 rank, float scale) {
     __shared__ float a_tile[DEPTH][TILE + 1], b_tile[DEPTH][TILE + 1];
     const u32 columns = (n + TILE - 1) / TILE;
     const u32 m0 = blockIdx.x / columns * TILE, n0 = blockIdx.x % columns * TILE;
@@ -66,22 +66,20 @@ __device__ void general(O* out, const O* in, const T* a, const Weight<T>& weight
         }
 }
 
-#define GENERAL_ENTRY(TYPE, DIRECTION, FORWARD)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) gemm_general_##DIRECTION##_##TYPE(                                 \
-        void* out, const void* in, const void* a, const void* b, const void* absmax, const float* absmax2,                   \
-        const float* map, const void* a2, const void* b2, u32 m, u32 n, u32 k, u32 rank, float scale, float offset,          \
-        u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide_out) {                                                \
-        Scales scales = {absmax, absmax2, offset, block_shift, nested_shift};                                                \
-        Weight<TYPE> weight = {b, absmax != nullptr, scales, map, CODE_VALUES[book]};                                        \
-        const TYPE *left = static_cast<const TYPE*>(a), *left2 = static_cast<const TYPE*>(a2),                               \
-                   *right2 = static_cast<const TYPE*>(b2);                                                                   \
-        const void* from = add ? out : in;                                                                                   \
-        if (wide_out)                                                                                                        \
-            general<TYPE, FORWARD>(static_cast<float*>(out), static_cast<const float*>(from), left, weight, left2, right2,   \
-                                   m, n, k, rank, scale);                                                                    \
-        else                                                                                                                 \
-            general<TYPE, FORWARD>(static_cast<TYPE*>(out), static_cast<const TYPE*>(from), left, weight, left2, right2, m,  \
-                                   n, k, rank, scale);                                                                       \
+#define GENERAL_ENTRY(TYPE, DIRECTION, FORWARD)                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) gemm_general_##DIRECTION##_##TYPE(                           \
+        void* out, const void* in, const TYPE* a, const void* b, const void* absmax, const float* absmax2,             \
+        const float* map, const TYPE* a2, const TYPE* b2, u32 m, u32 n, u32 k, u32 rank, float scale, float offset,    \
+        u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide_out) {                                          \
+        Scales scales = {absmax, absmax2, offset, block_shift, nested_shift};                                          \
+        Weight<TYPE> weight = {b, absmax != nullptr, scales, map, CODE_VALUES[book]};                                  \
+        const void* from = add ? out : in;                                                                             \
+        if (wide_out)                                                                                                  \
+            general<TYPE, FORWARD>(static_cast<float*>(out), static_cast<const float*>(from), a, weight, a2, b2, m, n, \
+                                   k, rank, scale);                                                                    \
+        else                                                                                                           \
+            general<TYPE, FORWARD>(static_cast<TYPE*>(out), static_cast<const TYPE*>(from), a, weight, a2, b2, m, n,   \
+                                   k, rank, scale);                                                                    \
     }
 
 GENERAL_ENTRY(bf16, forward, true)

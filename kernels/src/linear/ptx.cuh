@@ -23,8 +23,9 @@ __device__ __forceinline__ void wait_copies(int pending) {
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. In the plain form lane l
-// gets elements (l / 4, 2 (l % 4)) and the one to the right; in the transposed form (2 (l % 4), l / 4) and the one below.
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. In the plain form lane
+// l gets element (l / 4, 2 (l % 4)) and the one to the right; in the transposed form (2 (l % 4), l / 4) and the one
+// below.
 __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
