@@ -1,7 +1,10 @@
 //! Large products on a GPU: which kernel, which tile, and what the kernels rely on.
 
 use super::{Terms, Weight};
-use crate::quantize::{Absmax, QuantTensor, QuantType};
+use crate::{
+    cuda::entry,
+    quantize::{Absmax, QuantTensor, QuantType},
+};
 use nibble_runtime::{
     DType, Error, Result, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -192,7 +195,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
         .u32(add.into())
         .u32(wide.into());
     if !tiled {
-        let entry = format!("gemm_general_{direction}_{dtype}");
+        let entry = entry(&format!("gemm_general_{direction}"), dtype)?;
         let blocks = blocks(op, m, n, 64, 64)?;
         return gpu.launch(&GEMM_GENERAL, &entry, [blocks, 1, 1], [256, 1, 1], 0, args);
     }
@@ -203,7 +206,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
         (true, DType::BF16) => (&GEMM_QUANT_BF16, "quant"),
         (true, _) => (&GEMM_QUANT_F16, "quant"),
     };
-    let entry = format!("gemm_{kind}_{direction}_{}_{dtype}", plan.tile.rows);
+    let entry = entry(&format!("gemm_{kind}_{direction}_{}", plan.tile.rows), dtype)?;
     let blocks = blocks(op, m, n, plan.tile.rows, TILE_COLUMNS)?;
     let block = [plan.tile.threads, 1, 1];
     gpu.launch(module, &entry, [blocks, 1, 1], block, plan.shared, args.u32(plan.stages))
