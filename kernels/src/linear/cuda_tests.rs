@@ -96,7 +96,8 @@ fn products(case: Case, device: Device) -> Vec<Tensor> {
     let make = |shape: [usize; 2], dtype, salt| moved(&random_as(&shape, dtype, seed ^ salt), device);
     let weight = moved_weight(&weight(kind, [n, k], dtype, seed ^ 1), device);
     let (x, g) = (make([t, k], dtype, 2), make([t, n], dtype, 3));
-    let (left, b, a) = (make([t, rank], dtype, 4), make([n, rank], dtype, 5), make([rank, k], dtype, 6));
+    let r = rank.max(1);
+    let (left, b, a) = (make([t, r], dtype, 4), make([n, r], dtype, 5), make([r, k], dtype, 6));
     let (forward_lora_of, backward_lora_of) = match rank {
         0 => (None, None),
         _ => (Some((&left, &b)), Some((&left, &a))),
