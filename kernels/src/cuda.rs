@@ -15,6 +15,11 @@ pub static MODULES: &[&Module] = &[
     &crate::rms_norm::cuda::MODULE,
     &crate::rotary::cuda::MODULE,
     &crate::swiglu::cuda::MODULE,
+    &crate::linear::GEMM_DENSE_BF16,
+    &crate::linear::GEMM_DENSE_F16,
+    &crate::linear::GEMM_GENERAL,
+    &crate::linear::GEMM_QUANT_BF16,
+    &crate::linear::GEMM_QUANT_F16,
 ];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.

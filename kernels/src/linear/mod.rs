@@ -8,12 +8,21 @@
 //! | [`input_grad`] | `g · W` | `[T, K]` |
 //! | [`weight_grad`] | `gᵀ · x` | `[N, K]` f32 |
 //!
-//! `_add` variants add a scaled product to an existing matrix. Products run in f32 whatever the types of the operands;
-//! the result is rounded once to the type of `x` or `g`. A weight that is not dense f32 is converted panel by panel
-//! ([`PANEL`] elements), never as a whole.
+//! `_add` variants add a scaled product to an existing matrix. `_lora` variants add a low-rank branch in the same sums:
+//! `t · Bᵀ` for `t` `[T, r]` and `B` `[N, r]`, or `u · A` for `u` `[T, r]` and `A` `[r, K]`, whose scale is in `t` or `u`.
+//!
+//! On the CPU products run in f32 whatever the types of the operands; the result is rounded once, to the type of `x` or
+//! `g` or to the one asked for. A weight that is not dense f32 is converted panel by panel ([`PANEL`] elements), never as
+//! a whole. On a GPU 16-bit operands are multiplied by tensor cores with sums in f32 (`gemm.cuh`): a dense weight must
+//! have the type of `x` or `g`, a 4-bit one is rounded to it once on the way.
 
 mod cpu;
+mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 pub(crate) mod matrix;
+
+pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
 use crate::quantize::QuantTensor;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
@@ -72,42 +81,103 @@ fn check(op: &'static str, rows: &Tensor, inner: usize, out: &Tensor, columns: u
     Ok(())
 }
 
+/// What is added to a product.
+#[derive(Clone, Copy, Default)]
+struct Terms<'a> {
+    /// `(t, B)` or `(u, A)`.
+    lora: Option<(&'a Tensor, &'a Tensor)>,
+    /// In the type and shape of the result.
+    residual: Option<&'a Tensor>,
+    /// Whether to add to what the result holds.
+    add: bool,
+}
+
+impl Terms<'_> {
+    /// Checks the low-rank branch of a product with `rows` rows, and that the residual is like `out`. `columns` are those
+    /// of `out`; they are B's rows or A's columns.
+    fn check(&self, op: &'static str, out: &Tensor, transposed: bool) -> Result<()> {
+        let (rows, columns) = out.dims2(op)?;
+        if let Some((left, right)) = self.lora {
+            let ((t, rank), (outer, inner)) = (left.dims2(op)?, right.dims2(op)?);
+            let expected = if transposed { (columns, rank) } else { (rank, columns) };
+            if t != rows || (outer, inner) != expected {
+                let what = format!(
+                    "low-rank branch {:?} and {:?} does not fit a result {:?}",
+                    left.shape(),
+                    right.shape(),
+                    out.shape()
+                );
+                return Err(Error::shape(op, what));
+            }
+        }
+        match self.residual {
+            Some(residual) if (residual.shape(), residual.dtype()) != (out.shape(), out.dtype()) => {
+                let what = format!(
+                    "residual {} {:?} differs from the result {} {:?}",
+                    residual.dtype(),
+                    residual.shape(),
+                    out.dtype(),
+                    out.shape()
+                );
+                Err(Error::shape(op, what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Runs `product(x, out, accumulate)` in f32 and rounds to the type of `out`.
-fn rounded(out: &mut Tensor, add: bool, product: impl FnOnce(&mut [f32], bool) -> Result<()>) -> Result<()> {
+fn rounded(out: &mut Tensor, terms: Terms, product: impl FnOnce(&mut [f32], bool) -> Result<()>) -> Result<()> {
+    let add = terms.add || terms.residual.is_some();
     if out.dtype() == DType::F32 {
+        if let Some(residual) = terms.residual {
+            out.copy_from(0, residual)?;
+        }
         return product(out.as_mut_slice()?, add);
     }
-    let mut wide = if add {
-        out.cast(DType::F32, Tag::Workspace)?
-    } else {
-        Tensor::empty(out.shape(), DType::F32, out.device(), Tag::Workspace)?
+    let mut wide = match terms.residual {
+        Some(residual) => residual.cast(DType::F32, Tag::Workspace)?,
+        None if terms.add => out.cast(DType::F32, Tag::Workspace)?,
+        None => Tensor::empty(out.shape(), DType::F32, out.device(), Tag::Workspace)?,
     };
     product(wide.as_mut_slice()?, add)?;
     *out = wide.cast(out.dtype(), Tag::Workspace)?;
     Ok(())
 }
 
-fn forward_into(x: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor, add: bool) -> Result<()> {
+fn forward_into(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
+    let op = "linear forward";
     let (n, k) = weight.dims()?;
-    check("linear forward", x, k, out, n)?;
+    check(op, x, k, out, n)?;
+    terms.check(op, out, true)?;
     match x.device() {
         Device::Cpu => {
             let x = x.to_f32()?;
-            rounded(out, add, |out, add| cpu::times_transposed(&x, weight, n, k, scale, out, add))
+            rounded(out, terms, |out, add| {
+                cpu::times_transposed(&x, weight, n, k, scale, out, add)?;
+                let Some((t, b)) = terms.lora else { return Ok(()) };
+                cpu::times_transposed(&t.to_f32()?, &Weight::Dense(b.clone()), n, t.shape()[1], scale, out, true)
+            })
         }
-        device => Err(Error::NoKernel { op: "linear forward", device }),
+        Device::Cuda(_) => cuda::forward_into(x, weight, scale, terms, out),
     }
 }
 
-fn input_grad_into(grad: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor, add: bool) -> Result<()> {
+fn input_grad_into(grad: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
+    let op = "linear input gradient";
     let (n, k) = weight.dims()?;
-    check("linear input gradient", grad, n, out, k)?;
+    check(op, grad, n, out, k)?;
+    terms.check(op, out, false)?;
     match grad.device() {
         Device::Cpu => {
             let grad = grad.to_f32()?;
-            rounded(out, add, |out, add| cpu::times(&grad, weight, n, k, scale, out, add))
+            rounded(out, terms, |out, add| {
+                cpu::times(&grad, weight, n, k, scale, out, add)?;
+                let Some((u, a)) = terms.lora else { return Ok(()) };
+                cpu::times(&u.to_f32()?, &Weight::Dense(a.clone()), u.shape()[1], k, scale, out, true)
+            })
         }
-        device => Err(Error::NoKernel { op: "linear input gradient", device }),
+        Device::Cuda(_) => cuda::input_grad_into(grad, weight, scale, terms, out),
     }
 }
 
@@ -123,13 +193,32 @@ pub fn forward(x: &Tensor, weight: &Weight, tag: Tag) -> Result<Tensor> {
 pub fn forward_as(x: &Tensor, weight: &Weight, dtype: DType, tag: Tag) -> Result<Tensor> {
     let (t, n) = (x.dims2("linear forward")?.0, weight.dims()?.0);
     let mut out = Tensor::empty(&[t, n], dtype, x.device(), tag)?;
-    forward_into(x, weight, 1.0, &mut out, false)?;
+    forward_into(x, weight, 1.0, Terms::default(), &mut out)?;
     Ok(out)
+}
+
+/// `x · Wᵀ + t · Bᵀ + residual` as `dtype`, rounded once and counted under `tag`. `lora` is `(t, B)`; the residual `[T, N]`
+/// is of type `dtype`.
+///
+/// # Errors
+/// Shapes do not fit; the residual is of another type.
+pub fn forward_lora(
+    x: &Tensor,
+    weight: &Weight,
+    lora: Option<(&Tensor, &Tensor)>,
+    residual: Option<&Tensor>,
+    dtype: DType,
+    tag: Tag,
+) -> Result<Tensor> {
+    let (t, n) = (x.dims2("linear forward")?.0, weight.dims()?.0);
+    let mut out = Tensor::empty(&[t, n], dtype, x.device(), tag)?;
+    forward_into(x, weight, 1.0, Terms { lora, residual, add: false }, &mut out)?;
+    Ok(out.retag(tag))
 }
 
 /// `out += scale · x · Wᵀ`.
 pub fn forward_add(x: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor) -> Result<()> {
-    forward_into(x, weight, scale, out, true)
+    forward_into(x, weight, scale, Terms { add: true, ..Terms::default() }, out)
 }
 
 /// `scale · g · W` in the type of `g`.
@@ -139,13 +228,43 @@ pub fn forward_add(x: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor) ->
 pub fn input_grad(grad: &Tensor, weight: &Weight, scale: f32) -> Result<Tensor> {
     let (t, k) = (grad.dims2("linear input gradient")?.0, weight.dims()?.1);
     let mut out = Tensor::empty(&[t, k], grad.dtype(), grad.device(), Tag::Workspace)?;
-    input_grad_into(grad, weight, scale, &mut out, false)?;
+    input_grad_into(grad, weight, scale, Terms::default(), &mut out)?;
     Ok(out)
 }
 
 /// `out += scale · g · W`.
 pub fn input_grad_add(grad: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor) -> Result<()> {
-    input_grad_into(grad, weight, scale, out, true)
+    input_grad_into(grad, weight, scale, Terms { add: true, ..Terms::default() }, out)
+}
+
+/// `g · W + u · A` as `dtype`, rounded once and counted under `tag`. `lora` is `(u, A)`.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn input_grad_lora(
+    grad: &Tensor,
+    weight: &Weight,
+    lora: Option<(&Tensor, &Tensor)>,
+    dtype: DType,
+    tag: Tag,
+) -> Result<Tensor> {
+    let (t, k) = (grad.dims2("linear input gradient")?.0, weight.dims()?.1);
+    let mut out = Tensor::empty(&[t, k], dtype, grad.device(), tag)?;
+    input_grad_into(grad, weight, 1.0, Terms { lora, ..Terms::default() }, &mut out)?;
+    Ok(out.retag(tag))
+}
+
+/// `out += g · W + u · A`, with `lora` as [`input_grad_lora`] takes it.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn input_grad_lora_add(
+    grad: &Tensor,
+    weight: &Weight,
+    lora: Option<(&Tensor, &Tensor)>,
+    out: &mut Tensor,
+) -> Result<()> {
+    input_grad_into(grad, weight, 1.0, Terms { lora, add: true, ..Terms::default() }, out)
 }
 
 /// `scale · gᵀ · x` as f32 `[N, K]`, for a trainable weight.

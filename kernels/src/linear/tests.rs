@@ -86,3 +86,28 @@ fn misfits_are_errors() {
     assert!(forward_add(&random(&[2, 6], 1), weight, 1.0, &mut random(&[3, 4], 1)).is_err());
     assert!(weight_grad(&random(&[2, 4], 1), &random(&[3, 6], 1), 1.0).is_err());
 }
+
+#[test]
+fn low_rank_branches_join_the_sum() {
+    let (t, n, k, rank) = (5, 7, 11, 3);
+    let (x, g, left) = (random(&[t, k], 1), random(&[t, n], 2), random(&[t, rank], 3));
+    let (a, b, residual) = (random(&[rank, k], 4), random(&[n, rank], 5), random(&[t, n], 6));
+    let slice = |tensor: &Tensor| tensor.as_slice::<f32>().unwrap().to_vec();
+    for weight in weights(n, k, 7) {
+        let dense = as_f32(&weight);
+        let y = forward_lora(&x, &weight, Some((&left, &b)), Some(&residual), DType::F32, Tag::Activations).unwrap();
+        let main = reference(&slice(&x), &transposed(&dense, n, k), (t, n, k));
+        let branch = reference(&slice(&left), &transposed(&slice(&b), n, rank), (t, n, rank));
+        let expected: Vec<f64> = (0..t * n).map(|i| main[i] + branch[i] + f64::from(slice(&residual)[i])).collect();
+        close(&y, &expected, 2e-6);
+        let main = reference(&slice(&g), &dense, (t, k, n));
+        let branch = reference(&slice(&left), &slice(&a), (t, k, rank));
+        let expected: Vec<f64> = main.iter().zip(branch).map(|(x, y)| x + y).collect();
+        let mut dx = input_grad_lora(&g, &weight, Some((&left, &a)), DType::F32, Tag::Workspace).unwrap();
+        close(&dx, &expected, 2e-6);
+        input_grad_lora_add(&g, &weight, Some((&left, &a)), &mut dx).unwrap();
+        close(&dx, &expected.iter().map(|x| 2.0 * x).collect::<Vec<_>>(), 2e-6);
+        assert!(forward_lora(&x, &weight, Some((&left, &a)), None, DType::F32, Tag::Activations).is_err());
+        assert!(forward_lora(&x, &weight, None, Some(&residual), DType::BF16, Tag::Activations).is_err());
+    }
+}

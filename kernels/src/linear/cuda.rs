@@ -1,0 +1,336 @@
+//! Large products on a GPU: which kernel, which tile, and what the kernels rely on.
+
+use super::{Terms, Weight};
+use crate::{
+    cuda::entry,
+    quantize::{Absmax, QuantTensor, QuantType},
+};
+use nibble_runtime::{
+    DType, Error, Result, Tensor,
+    cuda::{Args, Entry, Gpu, Module},
+};
+use std::sync::LazyLock;
+
+/// Parameters of gemm_general.cu; gemm_entries.cuh has one more, the stages.
+const GENERAL: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4];
+const TILED: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4];
+
+macro_rules! tiled {
+    ($weight:literal, $dtype:literal) => {
+        Module {
+            name: concat!("gemm_", $weight, "_", $dtype),
+            ptx: include_str!(concat!("../../ptx/gemm_", $weight, "_", $dtype, ".ptx")),
+            entries: &[
+                tiled!($weight, "forward", "256", $dtype),
+                tiled!($weight, "forward", "128", $dtype),
+                tiled!($weight, "forward", "64", $dtype),
+                tiled!($weight, "input_grad", "256", $dtype),
+                tiled!($weight, "input_grad", "128", $dtype),
+                tiled!($weight, "input_grad", "64", $dtype),
+            ],
+        }
+    };
+    ($weight:literal, $direction:literal, $rows:literal, $dtype:literal) => {
+        Entry {
+            name: concat!("gemm_", $weight, "_", $direction, "_", $rows, "_", $dtype),
+            floats: false,
+            params: TILED,
+        }
+    };
+}
+
+pub(crate) static GEMM_DENSE_BF16: Module = tiled!("dense", "bf16");
+pub(crate) static GEMM_DENSE_F16: Module = tiled!("dense", "f16");
+pub(crate) static GEMM_QUANT_BF16: Module = tiled!("quant", "bf16");
+pub(crate) static GEMM_QUANT_F16: Module = tiled!("quant", "f16");
+pub(crate) static GEMM_GENERAL: Module = Module {
+    name: "gemm_general",
+    ptx: include_str!("../../ptx/gemm_general.ptx"),
+    entries: &[
+        Entry { name: "gemm_general_forward_bf16", floats: false, params: GENERAL },
+        Entry { name: "gemm_general_forward_f16", floats: false, params: GENERAL },
+        Entry { name: "gemm_general_input_grad_bf16", floats: false, params: GENERAL },
+        Entry { name: "gemm_general_input_grad_f16", floats: false, params: GENERAL },
+    ],
+};
+
+/// `out = scale · (x · Wᵀ + t · Bᵀ) + …` by the terms, whose shapes have been checked.
+pub(super) fn forward_into(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => product(true, x, weight, scale, terms, out),
+        _ => Err(Error::NoKernel { op: "linear forward", device: x.device() }),
+    }
+}
+
+/// `out = scale · (g · W + u · A) + …` by the terms, whose shapes have been checked.
+pub(super) fn input_grad_into(g: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
+    match g.dtype() {
+        DType::F16 | DType::BF16 => product(false, g, weight, scale, terms, out),
+        _ => Err(Error::NoKernel { op: "linear input gradient", device: g.device() }),
+    }
+}
+
+/// What a kernel is told about the scales of a 4-bit weight; nothing of a dense one.
+#[derive(Default)]
+struct Scales<'a> {
+    absmax: Option<&'a Tensor>,
+    nested: Option<&'a Tensor>,
+    map: Option<&'a Tensor>,
+    offset: f32,
+    block_shift: u32,
+    nested_shift: u32,
+    /// Row of `CODE_VALUES`.
+    book: u32,
+}
+
+impl<'a> Scales<'a> {
+    /// The scales of `quantized`, after a check that the kernels stay inside of its parts.
+    fn of(op: &'static str, quantized: &'a QuantTensor) -> Result<Self> {
+        let numel = quantized.numel();
+        let blocks = numel.div_ceil(quantized.block_size.max(1));
+        let part = |name: &str, tensor: &Tensor, dtype: DType, length: usize| {
+            if tensor.dtype() == dtype && tensor.numel() == length {
+                return Ok(());
+            }
+            let (found, shape) = (tensor.dtype(), tensor.shape());
+            let what = format!("{name} is {found} {shape:?}; a quantized {:?} needs {length} {dtype}", quantized.shape);
+            Err(Error::shape(op, what))
+        };
+        if !quantized.block_size.is_power_of_two() || quantized.block_size < 32 {
+            return Err(Error::invalid(op, format!("block size {}", quantized.block_size)));
+        }
+        part("packed", &quantized.packed, DType::U8, numel.div_ceil(2))?;
+        let book = match quantized.quant_type {
+            QuantType::Nf4 => 0,
+            QuantType::Fp4 => 1,
+        };
+        let block_shift = quantized.block_size.trailing_zeros();
+        match &quantized.absmax {
+            Absmax::Single(absmax) => {
+                part("absmax", absmax, DType::F32, blocks)?;
+                Ok(Scales { absmax: Some(absmax), block_shift, book, ..Scales::default() })
+            }
+            Absmax::Double { codes, absmax2, code, offset, block_size } => {
+                if !block_size.is_power_of_two() {
+                    return Err(Error::invalid(op, format!("nested block size {block_size}")));
+                }
+                part("absmax", codes, DType::U8, blocks)?;
+                part("nested absmax", absmax2, DType::F32, blocks.div_ceil(*block_size))?;
+                part("nested map", code, DType::F32, 256)?;
+                let nested_shift = block_size.trailing_zeros();
+                let (absmax, nested, map) = (Some(codes), Some(absmax2), Some(code));
+                Ok(Scales { absmax, nested, map, offset: *offset, block_shift, nested_shift, book })
+            }
+        }
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &'a Tensor> {
+        [self.absmax, self.nested, self.map].into_iter().flatten()
+    }
+}
+
+/// A product of 16-bit rows `a` with a weight or its transpose.
+fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
+    let (op, direction) = if forward { ("linear forward", "forward") } else { ("linear input gradient", "input_grad") };
+    let dtype = a.dtype();
+    let (gpu, (m, k), n) = (Gpu::of(a.device())?, a.dims2(op)?, out.shape()[1]);
+    let (b, scales) = match weight {
+        Weight::Dense(tensor) => (tensor, Scales::default()),
+        Weight::Quantized(quantized) => (&quantized.packed, Scales::of(op, quantized)?),
+    };
+    let quantized = scales.absmax.is_some();
+    let dense = [(!quantized).then_some(b), terms.lora.map(|(left, _)| left), terms.lora.map(|(_, right)| right)];
+    if let Some(other) = dense.into_iter().flatten().find(|tensor| tensor.dtype() != dtype) {
+        return Err(Error::DType { op, expected: dtype.to_string(), found: other.dtype() });
+    }
+    if out.dtype() != dtype && out.dtype() != DType::F32 {
+        return Err(Error::DType { op, expected: format!("{dtype} or f32"), found: out.dtype() });
+    }
+    let lora = terms.lora.map(|(left, right)| [left, right]);
+    let inputs = || [b].into_iter().chain(scales.tensors()).chain(lora.into_iter().flatten()).chain(terms.residual);
+    if let Some(other) = inputs().chain([&*out]).find(|tensor| tensor.device() != a.device()) {
+        return Err(Error::invalid(op, format!("operands on {} and {}", a.device(), other.device())));
+    }
+    let rank = lora.map_or(0, |[left, _]| left.shape()[1]);
+    let sizes = [m, n, k, rank].map(u32::try_from);
+    let [Ok(m), Ok(n), Ok(k), Ok(rank)] = sizes else {
+        return Err(Error::shape(op, format!("product of {m} x {n} x {k} is too large")));
+    };
+    if [m, n, k, rank].into_iter().any(|size| size > i32::MAX as u32) {
+        return Err(Error::shape(op, format!("product of {m} x {n} x {k} is too large")));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+
+    // A row of W: along the contraction forward, along the result's columns backward.
+    let width = if forward { k } else { n };
+    let whole_rows = k > 0 && k % 8 == 0 && width % if quantized { 32 } else { 8 } == 0;
+    let aligned = |tensor: &Tensor| Ok::<_, Error>(tensor.device_pointer()? % 16 == 0);
+    let mut tiled = whole_rows && aligned(a)? && aligned(b)? && aligned(out)?;
+    for tensor in lora.into_iter().flatten().chain(terms.residual) {
+        tiled &= aligned(tensor)?;
+    }
+
+    let (wide, add) = (out.dtype() == DType::F32, terms.add);
+    let args = Args::new()
+        .output(out)
+        .input_opt(terms.residual)
+        .input(a)
+        .input(b)
+        .input_opt(scales.absmax)
+        .input_opt(scales.nested)
+        .input_opt(scales.map)
+        .input_opt(lora.map(|[left, _]| left))
+        .input_opt(lora.map(|[_, right]| right))
+        .u32(m)
+        .u32(n)
+        .u32(k)
+        .u32(rank)
+        .f32(scale)
+        .f32(scales.offset)
+        .u32(scales.block_shift)
+        .u32(scales.nested_shift)
+        .u32(scales.book)
+        .u32(add.into())
+        .u32(wide.into());
+    if !tiled {
+        let entry = entry(&format!("gemm_general_{direction}"), dtype)?;
+        let blocks = blocks(op, m, n, 64, 64)?;
+        return gpu.launch(&GEMM_GENERAL, &entry, [blocks, 1, 1], [256, 1, 1], 0, args);
+    }
+    let plan = Plan::choose(m, n, gpu.sm_count(), gpu.shared_per_block(), quantized);
+    let (module, kind) = match (quantized, dtype) {
+        (false, DType::BF16) => (&GEMM_DENSE_BF16, "dense"),
+        (false, _) => (&GEMM_DENSE_F16, "dense"),
+        (true, DType::BF16) => (&GEMM_QUANT_BF16, "quant"),
+        (true, _) => (&GEMM_QUANT_F16, "quant"),
+    };
+    let entry = entry(&format!("gemm_{kind}_{direction}_{}", plan.tile.rows), dtype)?;
+    let blocks = blocks(op, m, n, plan.tile.rows, TILE_COLUMNS)?;
+    let block = [plan.tile.threads, 1, 1];
+    gpu.launch(module, &entry, [blocks, 1, 1], block, plan.shared, args.u32(plan.stages))
+}
+
+/// Tiles of `rows` × `columns` in a matrix `[m, n]`.
+fn blocks(op: &'static str, m: u32, n: u32, rows: u32, columns: u32) -> Result<u32> {
+    let blocks = u64::from(m.div_ceil(rows)) * u64::from(n.div_ceil(columns));
+    let most = i32::MAX as u32;
+    u32::try_from(blocks)
+        .ok()
+        .filter(|&blocks| blocks <= most)
+        .ok_or_else(|| Error::shape(op, format!("a result of [{m}, {n}] has too many tiles")))
+}
+
+const TILE_COLUMNS: u32 = 128;
+/// Bytes of a row of a stage: 64 elements along the contraction.
+const STAGE_ROW: usize = 128;
+/// The dynamic map and the code book.
+const TABLES: usize = (256 + 16) * size_of::<f32>();
+const MAX_STAGES: u32 = 4;
+
+/// A tile of gemm.cuh.
+#[derive(Debug, PartialEq)]
+struct Tile {
+    rows: u32,
+    threads: u32,
+    /// That an SM has registers for.
+    blocks: u32,
+    /// Relative speed of an SM that has all of its blocks, and of one with a single block.
+    speed: (f64, f64),
+}
+
+static TILES: [Tile; 3] = [
+    Tile { rows: 256, threads: 256, blocks: 1, speed: (1.0, 1.0) },
+    Tile { rows: 128, threads: 128, blocks: 2, speed: (0.95, 0.7) },
+    Tile { rows: 64, threads: 128, blocks: 2, speed: (0.8, 0.5) },
+];
+
+/// `NIBBLE_GEMM_TILE` is 256, 128 or 64: use that tile whatever the shape. For benchmarks.
+static FORCED: LazyLock<Option<&'static Tile>> = LazyLock::new(|| {
+    let rows = std::env::var("NIBBLE_GEMM_TILE").ok()?.parse::<u32>().ok()?;
+    TILES.iter().find(|tile| tile.rows == rows)
+});
+
+fn forced() -> Option<&'static Tile> {
+    #[cfg(test)]
+    if let Some(tile) = tests::TILE.get() {
+        return Some(&TILES[tile]);
+    }
+    *FORCED
+}
+
+/// How a product runs.
+struct Plan {
+    tile: &'static Tile,
+    stages: u32,
+    /// Bytes of shared memory of a block.
+    shared: usize,
+}
+
+impl Plan {
+    /// The plan that takes the least time for a result `[m, n]`, by the number of tiles that the busiest SM gets.
+    fn choose(m: u32, n: u32, sms: u32, shared_per_block: usize, quantized: bool) -> Plan {
+        let cost = |tile: &Tile| {
+            let tiles = u64::from(m.div_ceil(tile.rows)) * u64::from(n.div_ceil(TILE_COLUMNS));
+            let busiest = tiles.div_ceil(sms.max(1).into());
+            let speed = if busiest >= tile.blocks.into() { tile.speed.0 } else { tile.speed.1 };
+            busiest as f64 * f64::from(tile.rows) / speed
+        };
+        let best = TILES.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(&TILES[0]);
+        Plan::of(forced().unwrap_or(best), shared_per_block, quantized)
+    }
+
+    /// As many stages as fit, without keeping a second block off the SM if there can be one.
+    fn of(tile: &'static Tile, shared_per_block: usize, quantized: bool) -> Plan {
+        let bytes = |stages: u32| {
+            let (rings, a) = (stages as usize, tile.rows as usize * STAGE_ROW);
+            let b = TILE_COLUMNS as usize * STAGE_ROW;
+            if quantized { rings * a + 2 * b + TABLES } else { rings * (a + b) }
+        };
+        // An SM has the memory of the largest block and one KiB, and each block takes one KiB more than it asked for.
+        let fits = |stages: u32, blocks: u32| (bytes(stages) + 1024) * blocks as usize <= shared_per_block + 1024;
+        for blocks in (1..=tile.blocks).rev() {
+            if let Some(stages) = (2..=MAX_STAGES).rev().find(|&stages| fits(stages, blocks)) {
+                return Plan { tile, stages, shared: bytes(stages) };
+            }
+        }
+        Plan { tile, stages: 2, shared: bytes(2) }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Which of the tiles this thread's products take, whatever the shape.
+        pub(crate) static TILE: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    #[test]
+    fn every_tile_fits_every_gpu() {
+        // A100, RTX 3090 and 4090, H100.
+        for shared in [163 << 10, 99 << 10, 227 << 10] {
+            for tile in &TILES {
+                for quantized in [false, true] {
+                    let plan = Plan::of(tile, shared, quantized);
+                    assert!(plan.shared <= shared && plan.stages >= 2, "{tile:?} {shared} {quantized}");
+                    let epilogue = tile.threads as usize / 32 * 16 * (64 + 8) * 4;
+                    assert!(plan.shared >= epilogue);
+                }
+            }
+        }
+        assert_eq!(Plan::of(&TILES[0], 227 << 10, false).stages, 4);
+        assert_eq!(Plan::of(&TILES[1], 227 << 10, false).stages, 3);
+        assert_eq!(Plan::of(&TILES[1], 227 << 10, true).stages, 4);
+    }
+
+    #[test]
+    fn large_products_take_the_large_tile_and_small_ones_fill_the_gpu() {
+        let rows = |m, n| Plan::choose(m, n, 132, 227 << 10, true).tile.rows;
+        assert_eq!((rows(8192, 4096), rows(8192, 14336), rows(2048, 4096)), (256, 256, 256));
+        assert!(rows(2048, 1024) < 256 && rows(256, 4096) == 64);
+    }
+}

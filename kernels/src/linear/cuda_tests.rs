@@ -1,0 +1,245 @@
+//! Products on the GPU against those on the CPU, on the same 16-bit operands.
+
+use super::{cuda::tests::TILE, *};
+use crate::{
+    quantize::{Absmax, QuantType, ScaleRounding, dequantize, quantize},
+    testing::{gpu, random, random_as, same},
+};
+use proptest::prelude::*;
+
+const TAG: Tag = Tag::Workspace;
+
+/// `tensor` on `device`.
+fn moved(tensor: &Tensor, device: Device) -> Tensor {
+    tensor.to_device(device, TAG).unwrap()
+}
+
+fn moved_weight(weight: &Weight, device: Device) -> Weight {
+    let quantized = match weight {
+        Weight::Dense(tensor) => return Weight::Dense(moved(tensor, device)),
+        Weight::Quantized(quantized) => quantized,
+    };
+    let absmax = match &quantized.absmax {
+        Absmax::Single(absmax) => Absmax::Single(moved(absmax, device)),
+        Absmax::Double { codes, absmax2, code, offset, block_size } => Absmax::Double {
+            codes: moved(codes, device),
+            absmax2: moved(absmax2, device),
+            code: moved(code, device),
+            offset: *offset,
+            block_size: *block_size,
+        },
+    };
+    Weight::Quantized(QuantTensor { packed: moved(&quantized.packed, device), absmax, ..quantized.clone() })
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Dense,
+    Quantized { quant_type: QuantType, double: bool, block_size: usize },
+}
+
+fn weight(kind: Kind, shape: [usize; 2], dtype: DType, seed: u64) -> Weight {
+    match kind {
+        Kind::Dense => Weight::Dense(random_as(&shape, dtype, seed)),
+        Kind::Quantized { quant_type, double, block_size } => {
+            let dense = random(&shape, seed);
+            Weight::Quantized(
+                quantize(&dense, quant_type, block_size, double.then_some(ScaleRounding::Exact), dtype, TAG).unwrap(),
+            )
+        }
+    }
+}
+
+fn kinds() -> impl Strategy<Value = Kind> {
+    let quantized = (prop_oneof![Just(QuantType::Nf4), Just(QuantType::Fp4)], any::<bool>(), 5u32..13);
+    let quantized = quantized.prop_map(|(quant_type, double, shift)| Kind::Quantized {
+        quant_type,
+        double,
+        block_size: 1 << shift,
+    });
+    prop_oneof![1 => Just(Kind::Dense), 2 => quantized]
+}
+
+/// Whole chunks, which tiles take, and any number, which they may not.
+fn sizes() -> impl Strategy<Value = usize> {
+    prop_oneof![2 => (1usize..11).prop_map(|n| 32 * n), 1 => (1usize..40).prop_map(|n| 8 * n), 1 => 1usize..300]
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    t: usize,
+    n: usize,
+    k: usize,
+    rank: usize,
+    kind: Kind,
+    dtype: DType,
+    out: DType,
+    tile: Option<usize>,
+    seed: u64,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let rank = prop_oneof![1 => Just(0), 1 => Just(16), 1 => 1usize..257];
+    let tile = prop_oneof![Just(None), (0usize..3).prop_map(Some)];
+    let dtype = prop_oneof![Just(DType::BF16), Just(DType::F16)];
+    ((1usize..300, sizes(), sizes()), rank, kinds(), dtype, any::<bool>(), tile, any::<u64>()).prop_map(
+        |((t, n, k), rank, kind, dtype, wide, tile, seed)| {
+            let out = if wide { DType::F32 } else { dtype };
+            Case { t, n, k, rank, kind, dtype, out, tile, seed }
+        },
+    )
+}
+
+/// Every variant of the two products, on the CPU or on a GPU.
+fn products(case: Case, device: Device) -> Vec<Tensor> {
+    let Case { t, n, k, rank, kind, dtype, out, tile, seed } = case;
+    let make = |shape: [usize; 2], dtype, salt| moved(&random_as(&shape, dtype, seed ^ salt), device);
+    let weight = moved_weight(&weight(kind, [n, k], dtype, seed ^ 1), device);
+    let (x, g) = (make([t, k], dtype, 2), make([t, n], dtype, 3));
+    let r = rank.max(1);
+    let (left, b, a) = (make([t, r], dtype, 4), make([n, r], dtype, 5), make([r, k], dtype, 6));
+    let (forward_lora_of, backward_lora_of) = match rank {
+        0 => (None, None),
+        _ => (Some((&left, &b)), Some((&left, &a))),
+    };
+    let residual = make([t, n], out, 7);
+    TILE.set(tile);
+    let mut sum = make([t, n], out, 8);
+    forward_add(&x, &weight, -2.0, &mut sum).unwrap();
+    let mut grad_sum = make([t, k], out, 9);
+    input_grad_lora_add(&g, &weight, backward_lora_of, &mut grad_sum).unwrap();
+    let results = vec![
+        forward(&x, &weight, TAG).unwrap(),
+        sum,
+        forward_lora(&x, &weight, forward_lora_of, None, out, TAG).unwrap(),
+        forward_lora(&x, &weight, forward_lora_of, Some(&residual), out, TAG).unwrap(),
+        input_grad(&g, &weight, 0.5).unwrap(),
+        input_grad_lora(&g, &weight, backward_lora_of, out, TAG).unwrap(),
+        grad_sum,
+    ];
+    TILE.set(None);
+    results
+}
+
+fn check(case: Case, device: Device) {
+    for (found, expected) in products(case, device).iter().zip(&products(case, Device::Cpu)) {
+        same(found, expected, if found.dtype() == DType::F32 { 1e-4 } else { 1e-2 });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn gpu_products_match_the_cpu(case in cases()) {
+        if let Some(device) = gpu() {
+            check(case, device);
+        }
+    }
+}
+
+/// More tiles along the contraction than any ring has, several tiles each way, more than one strip of rows.
+#[test]
+fn gpu_large_products_match_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let nf4 = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (kind, tile) in [(Kind::Dense, 0), (Kind::Dense, 1), (Kind::Dense, 2), (nf4, 0), (nf4, 1), (nf4, 2)] {
+        let (dtype, tile) = (DType::BF16, Some(tile));
+        check(Case { t: 300, n: 544, k: 1120, rank: 16, kind, dtype, out: dtype, tile, seed: 1 }, device);
+        check(Case { t: 4500, n: 288, k: 96, rank: 8, kind, dtype, out: DType::F32, tile, seed: 2 }, device);
+    }
+}
+
+/// A unit matrix picks single weights: they must be those of the dequantized matrix, bit for bit.
+#[test]
+fn gpu_decodes_exactly() {
+    let Some(device) = gpu() else { return };
+    for tile in 0..3 {
+        for (quant_type, double, block_size) in
+            [(QuantType::Nf4, true, 64), (QuantType::Nf4, false, 32), (QuantType::Fp4, true, 128)]
+        {
+            for dtype in [DType::BF16, DType::F16] {
+                let (n, k) = (256, 192);
+                let kind = Kind::Quantized { quant_type, double, block_size };
+                let host = weight(kind, [n, k], dtype, 3);
+                let Weight::Quantized(quantized) = &host else { unreachable!() };
+                let dense = dequantize(quantized, TAG).unwrap();
+                let unit = |size: usize| {
+                    let values: Vec<f32> =
+                        (0..size * size).map(|i| if i / size == i % size { 1.0 } else { 0.0 }).collect();
+                    let unit = Tensor::from_slice(&values, &[size, size], TAG).unwrap();
+                    moved(&unit.into_dtype(dtype, TAG).unwrap(), device)
+                };
+                let weight = moved_weight(&host, device);
+                TILE.set(Some(tile));
+                let rows = input_grad(&unit(n), &weight, 1.0).unwrap(); // [N, K]
+                let columns = forward(&unit(k), &weight, TAG).unwrap(); // [K, N]
+                TILE.set(None);
+                let (rows, columns) = (moved(&rows, Device::Cpu), moved(&columns, Device::Cpu));
+                let (rows, columns, dense) =
+                    (rows.to_f32().unwrap(), columns.to_f32().unwrap(), dense.to_f32().unwrap());
+                assert!(rows == dense, "{kind:?} {dtype}");
+                for (i, &x) in dense.iter().enumerate() {
+                    assert!(columns[i % k * n + i / k] == x, "{kind:?} {dtype}: weight {i}");
+                }
+            }
+        }
+    }
+}
+
+/// Sums of small integers are exact in any order.
+#[test]
+fn gpu_products_of_integers_are_exact() {
+    let Some(device) = gpu() else { return };
+    let integers = |shape: [usize; 2], seed| {
+        let values: Vec<f32> = random(&shape, seed).as_slice::<f32>().unwrap().iter().map(|x| x.round()).collect();
+        Tensor::from_slice(&values, &shape, TAG).unwrap().into_dtype(DType::BF16, TAG).unwrap()
+    };
+    for (tile, (t, n, k, rank)) in [(0, (300, 136, 520, 8)), (1, (131, 264, 72, 5)), (2, (70, 40, 200, 70))] {
+        let run = |device: Device| {
+            let of = |shape, seed| moved(&integers(shape, seed), device);
+            let (x, g, weight) = (of([t, k], 1), of([t, n], 2), Weight::Dense(of([n, k], 3)));
+            let (left, b, a) = (of([t, rank], 4), of([n, rank], 5), of([rank, k], 6));
+            TILE.set(Some(tile));
+            let y = forward_lora(&x, &weight, Some((&left, &b)), None, DType::F32, TAG).unwrap();
+            let dx = input_grad_lora(&g, &weight, Some((&left, &a)), DType::F32, TAG).unwrap();
+            TILE.set(None);
+            [moved(&y, Device::Cpu), moved(&dx, Device::Cpu)]
+        };
+        for (found, expected) in run(device).iter().zip(&run(Device::Cpu)) {
+            assert!(found.to_f32().unwrap() == expected.to_f32().unwrap(), "tile {tile}");
+        }
+    }
+}
+
+/// The same bits each time, and an empty result is no launch.
+#[test]
+fn gpu_products_repeat_and_may_be_empty() {
+    let Some(device) = gpu() else { return };
+    let weight = Weight::Dense(moved(&random_as(&[520, 1032], DType::BF16, 1), device));
+    let x = moved(&random_as(&[700, 1032], DType::BF16, 2), device);
+    let run = || moved(&forward(&x, &weight, TAG).unwrap(), Device::Cpu);
+    let first = run();
+    for _ in 0..5 {
+        assert!(run().bytes().unwrap() == first.bytes().unwrap());
+    }
+    assert_eq!(forward(&x.rows(0, 0).unwrap(), &weight, TAG).unwrap().shape(), [0, 520]);
+}
+
+#[test]
+fn gpu_misfits_are_errors() {
+    let Some(device) = gpu() else { return };
+    let of = |shape: [usize; 2], dtype| moved(&random_as(&shape, dtype, 1), device);
+    let (x, w) = (of([32, 64], DType::BF16), Weight::Dense(of([24, 64], DType::F16)));
+    assert!(forward(&x, &w, TAG).is_err(), "types differ");
+    let host = Weight::Dense(random_as(&[24, 64], DType::BF16, 1));
+    assert!(forward(&x, &host, TAG).is_err(), "devices differ");
+    let Weight::Quantized(mut short) =
+        weight(Kind::Quantized { quant_type: QuantType::Nf4, double: false, block_size: 64 }, [24, 64], DType::BF16, 1)
+    else {
+        unreachable!()
+    };
+    short.packed = short.packed.rows(0, 100).unwrap();
+    let short = moved_weight(&Weight::Quantized(short), device);
+    assert!(forward(&x, &short, TAG).is_err(), "codes are missing");
+}
