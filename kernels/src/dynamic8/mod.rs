@@ -6,7 +6,8 @@
 //! Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561, and Dettmers et al.,
 //! "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; entries and codes as bitsandbytes'.
 
-use std::sync::LazyLock;
+use nibble_runtime::{Device, Result, Tag, Tensor};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// 256 values, ascending.
 pub type Map = [f32; 256];
@@ -21,6 +22,34 @@ pub fn signed_map() -> &'static Map {
 pub fn unsigned_map() -> &'static Map {
     static MAP: LazyLock<Map> = LazyLock::new(|| dynamic_map(false));
     &MAP
+}
+
+/// The signed map on `device`, f32 `[256]`: one tensor, which all that use it share.
+///
+/// # Errors
+/// The device cannot be used or is out of memory.
+pub fn signed_map_on(device: Device) -> Result<Tensor> {
+    shared(device, true)
+}
+
+/// The unsigned map on `device`, f32 `[256]`.
+///
+/// # Errors
+/// As [`signed_map_on`].
+pub fn unsigned_map_on(device: Device) -> Result<Tensor> {
+    shared(device, false)
+}
+
+fn shared(device: Device, signed: bool) -> Result<Tensor> {
+    static MADE: Mutex<Vec<(Device, bool, Tensor)>> = Mutex::new(Vec::new());
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((.., map)) = made.iter().find(|(at, kind, _)| (*at, *kind) == (device, signed)) {
+        return Ok(map.clone());
+    }
+    let map = if signed { signed_map() } else { unsigned_map() };
+    let map = Tensor::from_slice(map, &[256], Tag::Weights)?.into_device(device, Tag::Weights)?;
+    made.push((device, signed, map.clone()));
+    Ok(map)
 }
 
 /// Decades that the map spans.
