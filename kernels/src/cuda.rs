@@ -20,6 +20,8 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::GEMM_GENERAL,
     &crate::linear::GEMM_QUANT_BF16,
     &crate::linear::GEMM_QUANT_F16,
+    &crate::quantize::cuda::DEQUANTIZE,
+    &crate::quantize::cuda::QUANTIZE,
 ];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.

@@ -46,24 +46,32 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Replaces each score by `exp(score - max)` and returns the sum; eight partial sums, so that the order is fixed.
+/// Replaces each score by `exp(score - max)` and returns the sum: eight partial sums in f32 for each [`RUN`] of scores, so
+/// that the order is fixed and long rows lose nothing.
 #[inline(always)]
 pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let (chunks, tail) = scores.as_chunks_mut::<8>();
-    for chunk in chunks {
-        for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-            *score = exp(*score - max);
-            *sum += *score;
+    let mut total = 0.0f64;
+    for run in scores.chunks_mut(RUN) {
+        let mut sums = [0.0f32; 8];
+        let (chunks, tail) = run.as_chunks_mut::<8>();
+        for chunk in chunks {
+            for (score, sum) in chunk.iter_mut().zip(&mut sums) {
+                *score = exp(*score - max);
+                *sum += *score;
+            }
         }
+        let mut sum: f32 = sums.iter().sum();
+        for score in tail {
+            *score = exp(*score - max);
+            sum += *score;
+        }
+        total += f64::from(sum);
     }
-    let mut total: f32 = sums.iter().sum();
-    for score in tail {
-        *score = exp(*score - max);
-        total += *score;
-    }
-    total
+    total as f32
 }
+
+/// Scores that [`exp_sum`] sums in f32.
+const RUN: usize = 2048;
 
 /// Largest element; -∞ for none.
 #[inline(always)]

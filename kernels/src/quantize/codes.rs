@@ -115,6 +115,14 @@ impl QuantType {
         self.values().map(|x| x + 0.0)
     }
 
+    /// Its row in the table of the CUDA kernels (`codes.cuh`).
+    pub(crate) fn index(self) -> u32 {
+        match self {
+            QuantType::Nf4 => 0,
+            QuantType::Fp4 => 1,
+        }
+    }
+
     pub(super) fn pairs(self) -> &'static Pairs {
         match self {
             QuantType::Nf4 => &NF4_PAIRS,

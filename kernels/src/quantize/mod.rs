@@ -12,6 +12,9 @@
 
 mod codes;
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 mod scales;
 mod tensor;
 #[cfg(test)]
@@ -19,7 +22,7 @@ mod tests;
 
 pub use codes::{FP4, FP4_MIDPOINTS, NF4, NF4_MIDPOINTS, QuantType};
 pub use scales::ScaleRounding;
-pub use tensor::{Absmax, QuantTensor};
+pub use tensor::{Absmax, Nested, Parts, QuantTensor};
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
@@ -46,9 +49,12 @@ fn check_float(op: &'static str, dtype: DType) -> Result<()> {
 /// Quantizes a float matrix `x` `[N, K]`. `dtype` is the type that dequantized values will be rounded to, in most
 /// cases that of `x`. `double_quant` is `None` for scales in f32. The result's memory is counted under `tag`.
 ///
+/// A GPU gives the bytes that the CPU gives, and is not waited for. It cannot report a NaN or an infinity: the scale of a
+/// block that holds one is NaN, and so is every value that is dequantized from it (with double quantization, from all).
+///
 /// # Errors
-/// `x` is not a matrix of floats, is empty, or holds a NaN or an infinity; `block_size` is not a power of two from
-/// 32 to 4096; `dtype` is not a float type.
+/// `x` is not a matrix of floats, is empty, or (on the CPU) holds a NaN or an infinity; `block_size` is not a power of
+/// two from 32 to 4096; `dtype` is not a float type.
 pub fn quantize(
     x: &Tensor,
     quant_type: QuantType,
@@ -71,14 +77,15 @@ pub fn quantize(
     let mut scales = Tensor::empty(&[numel.div_ceil(block_size)], DType::F32, device, tag)?;
     match device {
         Device::Cpu => cpu::quantize(x, quant_type, block_size, packed.as_mut_slice()?, scales.as_mut_slice()?)?,
-        device => return Err(Error::NoKernel { op, device }),
+        Device::Cuda(_) => cuda::quantize(x, quant_type, block_size, &mut packed, &mut scales)?,
     }
-    let absmax = match double_quant {
-        None => Absmax::Single(scales),
-        Some(rounding) => {
+    let absmax = match (double_quant, device) {
+        (None, _) => Absmax::Single(scales),
+        (Some(rounding), Device::Cpu) => {
             let scales = scales.as_slice()?;
             scales::quantize_scales(scales, scales::mean(scales), rounding, tag)?
         }
+        (Some(rounding), Device::Cuda(_)) => cuda::quantize_scales(&scales, rounding, tag)?,
     };
     Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype })
 }
@@ -92,7 +99,7 @@ pub fn dequantize(quantized: &QuantTensor, tag: Tag) -> Result<Tensor> {
     let mut out = Tensor::empty(&quantized.shape, quantized.dtype, device, tag)?;
     match device {
         Device::Cpu => cpu::dequantize(quantized, &mut out)?,
-        device => return Err(Error::NoKernel { op: "dequantize", device }),
+        Device::Cuda(_) => cuda::dequantize(quantized, &mut out)?,
     }
     Ok(out)
 }

@@ -2,7 +2,7 @@
 
 use super::{Absmax, SCALE_BLOCK};
 use crate::dynamic8;
-use nibble_runtime::{Result, Tag, Tensor};
+use nibble_runtime::{Device, Result, Tag, Tensor};
 use std::sync::LazyLock;
 
 /// How a scale, centred and divided by the largest magnitude of its block, becomes an 8-bit code. bitsandbytes has two ways,
@@ -41,9 +41,32 @@ fn stepped(steps: &[u8], x: f32) -> u8 {
     steps[step as usize & LAST_STEP]
 }
 
-/// Mean of the scales, accumulated in f64.
+/// Scales summed by a task of [`mean`].
+pub(super) const MEAN_PIECE: usize = 4096;
+
+/// Running sums of a task, added in pairs at its end. The kernel has as many threads.
+const MEAN_LANES: usize = 256;
+
+/// The sum of `count` numbers in a fixed order, which the GPU keeps too: each of 256 lanes adds up every 256th, and the
+/// upper half of the lanes is added to the lower until one is left.
+fn sum(numbers: impl Iterator<Item = f64>) -> f64 {
+    let mut lanes = [0.0; MEAN_LANES];
+    for (i, x) in numbers.enumerate() {
+        lanes[i % MEAN_LANES] += x;
+    }
+    let mut width = MEAN_LANES / 2;
+    while width > 0 {
+        let (lower, upper) = lanes.split_at_mut(width);
+        lower.iter_mut().zip(upper).for_each(|(a, b)| *a += *b);
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Mean of the scales, accumulated in f64: the same bits on every device.
 pub(super) fn mean(scales: &[f32]) -> f32 {
-    (scales.iter().map(|&x| f64::from(x)).sum::<f64>() / scales.len() as f64) as f32
+    let pieces = scales.chunks(MEAN_PIECE).map(|piece| sum(piece.iter().map(|&x| f64::from(x))));
+    (sum(pieces) / scales.len() as f64) as f32
 }
 
 /// Double quantization of `scales` around a given `offset`.
@@ -61,8 +84,8 @@ pub(super) fn quantize_scales(scales: &[f32], offset: f32, rounding: ScaleRoundi
     Ok(Absmax::Double {
         codes: Tensor::from_slice(&codes, &[codes.len()], tag)?,
         absmax2: Tensor::from_slice(&absmax2, &[absmax2.len()], tag)?,
-        code: Tensor::from_slice(map, &[256], tag)?,
-        offset,
+        code: dynamic8::signed_map_on(Device::Cpu)?,
+        offset: Tensor::from_slice(&[offset], &[1], tag)?,
         block_size: SCALE_BLOCK,
     })
 }

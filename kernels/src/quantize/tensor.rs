@@ -1,7 +1,8 @@
 //! The quantized matrix: its parts, their consistency, and access to its values.
 
 use super::{QuantType, check_block_size, check_float, cpu};
-use nibble_runtime::{DType, Device, Error, Result, Tensor};
+use crate::dynamic8;
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
 /// Block-wise scales of a [`QuantTensor`].
 #[derive(Clone, Debug)]
@@ -16,11 +17,44 @@ pub enum Absmax {
         absmax2: Tensor,
         /// The dynamic map, f32 `[256]`.
         code: Tensor,
-        /// Mean of the scales, subtracted before quantization.
-        offset: f32,
+        /// Mean of the scales, subtracted before quantization: f32 `[1]`.
+        offset: Tensor,
         /// 256 unless a file says otherwise.
         block_size: usize,
     },
+}
+
+/// The tensors of a quantized matrix and what it takes to read them, on whatever device they are; their types and
+/// lengths fit together.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// u8 `[ceil(N·K / 2)]`.
+    pub packed: &'a Tensor,
+    /// f32 `[blocks]`, or u8 `[blocks]` where `nested` is there.
+    pub absmax: &'a Tensor,
+    /// What double quantization adds.
+    pub nested: Option<Nested<'a>>,
+    /// Code book.
+    pub quant_type: QuantType,
+    /// Logarithm of the block size.
+    pub block_shift: u32,
+    /// Type that dequantized values are rounded to.
+    pub dtype: DType,
+    /// Number of weights.
+    pub numel: usize,
+}
+
+/// See [`Absmax::Double`].
+#[derive(Clone, Copy, Debug)]
+pub struct Nested<'a> {
+    /// f32 `[ceil(blocks / 2^block_shift)]`.
+    pub absmax2: &'a Tensor,
+    /// f32 `[256]`.
+    pub code: &'a Tensor,
+    /// f32 `[1]`.
+    pub offset: &'a Tensor,
+    /// Logarithm of the block size of the scales.
+    pub block_shift: u32,
 }
 
 /// A matrix quantized to 4 bits.
@@ -40,11 +74,16 @@ pub struct QuantTensor {
     pub dtype: DType,
 }
 
+/// Whether a table is the dynamic map, of which one copy on a device serves all tensors.
+fn is_signed_map(code: &Tensor) -> bool {
+    code.as_slice::<f32>().is_ok_and(|code| code == dynamic8::signed_map())
+}
+
 /// The scales of a quantized matrix, with consistent lengths.
 #[derive(Clone, Copy)]
 pub(super) enum Scales<'a> {
     Single(&'a [f32]),
-    Double { codes: &'a [u8], absmax2: &'a [f32], code: &'a [f32; 256], offset: f32, block_size: usize },
+    Double { codes: &'a [u8], absmax2: &'a [f32], code: &'a [f32; 256], offset: f32, block_shift: u32 },
 }
 
 impl Scales<'_> {
@@ -53,8 +92,8 @@ impl Scales<'_> {
         match *self {
             Scales::Single(absmax) => absmax[block],
             // Two roundings, as the reference: no fused multiply-add.
-            Scales::Double { codes, absmax2, code, offset, block_size } => {
-                code[codes[block] as usize] * absmax2[block / block_size] + offset
+            Scales::Double { codes, absmax2, code, offset, block_shift } => {
+                code[codes[block] as usize] * absmax2[block >> block_shift] + offset
             }
         }
     }
@@ -102,8 +141,12 @@ impl QuantTensor {
         Ok(())
     }
 
-    /// The parts as slices, after the checks that cost no more than a few comparisons.
-    pub(super) fn view(&self) -> Result<View<'_>> {
+    /// The tensors, after checks of their types, lengths and devices, which cost no more than a few comparisons. Their
+    /// values are not read.
+    ///
+    /// # Errors
+    /// As [`QuantTensor::validate`], values apart.
+    pub fn parts(&self) -> Result<Parts<'_>> {
         let op = "quantized tensor";
         let [rows, columns] = self.shape[..] else {
             return Err(Error::shape(op, format!("expected shape [N, K], found {:?}", self.shape)));
@@ -114,47 +157,92 @@ impl QuantTensor {
             .ok_or_else(|| Error::shape(op, format!("shape {:?} is empty or larger than memory", self.shape)))?;
         check_block_size(op, self.block_size)?;
         check_float(op, self.dtype)?;
-        let length = |part: &str, found: usize, expected: usize| {
-            if found == expected {
-                return Ok(());
+        let part = |name: &str, tensor: &Tensor, dtype: DType, expected: usize| {
+            if tensor.dtype() != dtype {
+                return Err(Error::DType { op, expected: dtype.to_string(), found: tensor.dtype() });
             }
-            let what = format!(
-                "{part} has {found} elements; shape {:?} with block size {} needs {expected}",
-                self.shape, self.block_size
-            );
-            Err(Error::shape(op, what))
+            let (found, here, there) = (tensor.numel(), self.packed.device(), tensor.device());
+            if found != expected {
+                let (shape, block) = (&self.shape, self.block_size);
+                let what =
+                    format!("{name} has {found} elements; shape {shape:?} with block size {block} needs {expected}");
+                return Err(Error::shape(op, what));
+            }
+            if here != there {
+                return Err(Error::invalid(op, format!("packed is on {here} and {name} on {there}")));
+            }
+            Ok(())
         };
-        let packed = self.packed.as_slice::<u8>()?;
-        length("packed", packed.len(), numel.div_ceil(2))?;
+        part("packed", &self.packed, DType::U8, numel.div_ceil(2))?;
         let blocks = numel.div_ceil(self.block_size);
-        let scales = match &self.absmax {
+        let (absmax, nested) = match &self.absmax {
             Absmax::Single(absmax) => {
-                let absmax = absmax.as_slice::<f32>()?;
-                length("absmax", absmax.len(), blocks)?;
-                Scales::Single(absmax)
+                part("absmax", absmax, DType::F32, blocks)?;
+                (absmax, None)
             }
             Absmax::Double { codes, absmax2, code, offset, block_size } => {
                 if !block_size.is_power_of_two() {
                     let what = format!("nested block size {block_size}; expected a power of two");
                     return Err(Error::invalid(op, what));
                 }
-                let (codes, absmax2) = (codes.as_slice::<u8>()?, absmax2.as_slice::<f32>()?);
-                length("absmax", codes.len(), blocks)?;
-                length("nested absmax", absmax2.len(), blocks.div_ceil(*block_size))?;
-                let code = code.as_slice::<f32>()?.try_into().map_err(|_| {
-                    Error::shape(op, format!("the nested map has shape {:?}; expected [256]", code.shape()))
-                })?;
-                Scales::Double { codes, absmax2, code, offset: *offset, block_size: *block_size }
+                part("absmax", codes, DType::U8, blocks)?;
+                part("nested absmax", absmax2, DType::F32, blocks.div_ceil(*block_size))?;
+                part("the nested map", code, DType::F32, 256)?;
+                part("the nested offset", offset, DType::F32, 1)?;
+                (codes, Some(Nested { absmax2, code, offset, block_shift: block_size.trailing_zeros() }))
             }
         };
-        Ok(View {
-            packed,
-            scales,
+        Ok(Parts {
+            packed: &self.packed,
+            absmax,
+            nested,
             quant_type: self.quant_type,
             block_shift: self.block_size.trailing_zeros(),
             dtype: self.dtype,
             numel,
         })
+    }
+
+    /// [`QuantTensor::parts`] of a matrix in host memory, as slices.
+    pub(super) fn view(&self) -> Result<View<'_>> {
+        let parts = self.parts()?;
+        let scales = match parts.nested {
+            None => Scales::Single(parts.absmax.as_slice()?),
+            Some(Nested { absmax2, code, offset, block_shift }) => {
+                let shape = || Error::shape("quantized tensor", "the nested map or offset has another length");
+                Scales::Double {
+                    codes: parts.absmax.as_slice()?,
+                    absmax2: absmax2.as_slice()?,
+                    code: code.as_slice()?.try_into().map_err(|_| shape())?,
+                    offset: *offset.as_slice()?.first().ok_or_else(shape)?,
+                    block_shift,
+                }
+            }
+        };
+        let Parts { packed, quant_type, block_shift, dtype, numel, .. } = parts;
+        Ok(View { packed: packed.as_slice()?, scales, quant_type, block_shift, dtype, numel })
+    }
+
+    /// The same matrix on `device`, its tensors counted under `tag`.
+    ///
+    /// # Errors
+    /// The device cannot be used or is out of memory.
+    pub fn to_device(&self, device: Device, tag: Tag) -> Result<Self> {
+        let absmax = match &self.absmax {
+            Absmax::Single(absmax) => Absmax::Single(absmax.to_device(device, tag)?),
+            Absmax::Double { codes, absmax2, code, offset, block_size } => Absmax::Double {
+                codes: codes.to_device(device, tag)?,
+                absmax2: absmax2.to_device(device, tag)?,
+                code: match is_signed_map(code) {
+                    true => dynamic8::signed_map_on(device)?,
+                    false => code.to_device(device, tag)?,
+                },
+                offset: offset.to_device(device, tag)?,
+                block_size: *block_size,
+            },
+        };
+        let packed = self.packed.to_device(device, tag)?;
+        Ok(QuantTensor { packed, absmax, shape: self.shape.clone(), ..*self })
     }
 
     /// Number of weights.
@@ -167,7 +255,9 @@ impl QuantTensor {
         self.packed.size_bytes()
             + match &self.absmax {
                 Absmax::Single(absmax) => absmax.size_bytes(),
-                Absmax::Double { codes, absmax2, .. } => codes.size_bytes() + absmax2.size_bytes() + size_of::<f32>(),
+                Absmax::Double { codes, absmax2, offset, .. } => {
+                    codes.size_bytes() + absmax2.size_bytes() + offset.size_bytes()
+                }
             }
     }
 

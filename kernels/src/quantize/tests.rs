@@ -8,7 +8,7 @@ const TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
 
 /// The file's inputs. Two are out of the ordinary and yet give the reference's bytes: `ties_f32` lies within one unit in
 /// the last place of every NF4 midpoint once scaled, and `denorm_f32` is subnormal throughout, which both take for zeros.
-const CASES: [&str; 11] = [
+pub(super) const CASES: [&str; 11] = [
     "gauss_f32",
     "gauss_f16",
     "gauss_bf16",
@@ -47,7 +47,7 @@ fn double(absmax: &Absmax) -> (&[u8], &[f32]) {
 
 fn offset_of(absmax: &Absmax) -> f32 {
     match absmax {
-        Absmax::Double { offset, .. } => *offset,
+        Absmax::Double { offset, .. } => offset.as_slice().unwrap()[0],
         Absmax::Single(_) => panic!("not double-quantized"),
     }
 }
@@ -165,7 +165,7 @@ fn double_quantization_follows_the_reference() {
             codes: get("absmax_u8"),
             absmax2: get("absmax2"),
             code: get("code"),
-            offset,
+            offset: get("offset").reshape(&[1]).unwrap(),
             block_size: 256,
         };
         let shape = x.shape().to_vec();
@@ -227,7 +227,7 @@ fn bad_input_is_named() {
 fn parts_that_do_not_fit_are_refused() {
     let x = tensor(&[1.0; 300], 3);
     let good = quantize(&x, QuantType::Nf4, 64, Some(ScaleRounding::Exact), DType::F32, Tag::Workspace).unwrap();
-    let spoiled: [fn(&mut QuantTensor); 12] = [
+    let spoiled: [fn(&mut QuantTensor); 13] = [
         |q| q.shape = vec![3, 101],
         |q| q.shape = vec![300],
         |q| q.shape = vec![usize::MAX, 2],
@@ -246,6 +246,11 @@ fn parts_that_do_not_fit_are_refused() {
         |q| {
             if let Absmax::Double { code, .. } = &mut q.absmax {
                 *code = code.rows(0, 255).unwrap();
+            }
+        },
+        |q| {
+            if let Absmax::Double { offset, .. } = &mut q.absmax {
+                *offset = offset.rows(0, 0).unwrap();
             }
         },
     ];

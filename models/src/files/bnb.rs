@@ -95,11 +95,12 @@ pub fn read_quantized(shards: &Shards, name: &str, tag: Tag) -> Result<QuantTens
         if state.nested_dtype.as_deref().is_some_and(|dtype| dtype != "float32") {
             return Err(bad(format!("nested_dtype {:?}; expected float32", state.nested_dtype)));
         }
+        let offset = state.nested_offset.ok_or_else(|| bad("its quant_state lacks nested_offset".into()))?;
         Absmax::Double {
             codes: part("absmax", DType::U8)?,
             absmax2: part("nested_absmax", DType::F32)?,
             code: part("nested_quant_map", DType::F32)?,
-            offset: state.nested_offset.ok_or_else(|| bad("its quant_state lacks nested_offset".into()))? as f32,
+            offset: Tensor::from_slice(&[offset as f32], &[1], tag)?,
             block_size: state.nested_blocksize.ok_or_else(|| bad("its quant_state lacks nested_blocksize".into()))?,
         }
     } else {
@@ -139,7 +140,7 @@ pub fn quantized_parts(name: &str, weight: &QuantTensor) -> Result<Vec<(String, 
             part("absmax", codes.clone());
             part("nested_absmax", absmax2.clone());
             part("nested_quant_map", code.clone());
-            let offset = json!(f64::from(*offset));
+            let offset = offset.to_f32()?.first().copied().map_or(Value::Null, |offset| json!(f64::from(offset)));
             state += &format!(
                 ", \"nested_blocksize\": {block_size}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
             );
