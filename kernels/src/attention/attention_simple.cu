@@ -1,11 +1,11 @@
 // Attention in f32 arithmetic without tensor cores: for f32, and for heads that the 16-bit kernels do not take (not a
 // multiple of 8 elements, or more than 128).
 //
-// The same methods as attention.cu and attention_backward.cu, with tiles in shared memory as f32. 256 threads stand in a
+// The same methods as forward.cuh and backward.cuh, with tiles in shared memory as f32. 256 threads stand in a
 // square: thread (x, y) of 16 x 16 has the scores of rows y, y + 16, … and keys x, x + 16, …, and of an output row four
 // elements in every 64. Rows in shared memory are 4 longer than D, so that 16-byte reads of 8 rows hit all banks.
 // D >= d is 64, 128 or 256. Bound by shared-memory reads.
-#include "common.cuh"
+#include "attention/delta.cuh"
 
 constexpr int THREADS = 256, SIDE = 16, TILE = 128;
 typedef float f32;
@@ -328,6 +328,14 @@ __device__ __forceinline__ void queries_backward(
         const int4* tiles, u32 heads, u32 group, u32 d, u32 total, float scale) {                                      \
         queries_backward<T, D>(q, k, v, grad, lse, delta, dq, tiles, heads, group, d, total, scale);                   \
     }
+#define DELTA(T)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(DELTA_THREADS) attention_delta_##T(                                   \
+        const T* o, const T* grad, float* delta, u32 heads, u32 d, u32 total) {                                        \
+        make_delta<T>(o, grad, delta, heads, d, total);                                                                \
+    }
+DELTA(f32)
+DELTA(f16)
+DELTA(bf16)
 ENTRIES(f32, 64)
 ENTRIES(f32, 128)
 ENTRIES(f32, 256)

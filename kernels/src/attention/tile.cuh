@@ -5,6 +5,12 @@
 #pragma once
 #include "attention/ptx.cuh"
 
+// Threads of a block, query rows of a block, and keys of a tile.
+constexpr int THREADS = 128, QUERIES = 128, KEYS = 64;
+constexpr float LN_2 = 0.69314718055994531f, LOG2_E = 1.4426950408889634f;
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+
 template <int D> struct Rows {
     static constexpr u32 PIECES = D / 8;
     static constexpr u32 BYTES = D * 2;

@@ -2,7 +2,7 @@
 
 use crate::LlamaConfig;
 use nibble_kernels::{
-    attention::{Heads, Segment},
+    attention::{Heads, Layout, Segment},
     dropout::Mask,
     rotary::RotaryTable,
 };
@@ -14,7 +14,7 @@ pub struct Pass {
     /// Position of each token in its sequence, i32 `[T]`.
     pub positions: Tensor,
     /// Which tokens attend to which.
-    pub segments: Vec<Segment>,
+    pub layout: Layout,
     /// Angles of the positions.
     pub rope: RotaryTable,
     /// Head counts.
@@ -57,7 +57,8 @@ impl Pass {
     ) -> Result<Self> {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
-        Ok(Pass { positions, segments, rope, heads, dropout })
+        let layout = Layout::new(segments, positions.device())?;
+        Ok(Pass { positions, layout, rope, heads, dropout })
     }
 
     /// With positions and angles on `device`. Both were made together, so that each position is in the table.

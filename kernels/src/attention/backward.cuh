@@ -10,14 +10,11 @@
 // That is 7 products of a tile where one kernel with atomics does 5. Bound by the tensor cores.
 //
 // Heads of d <= D elements are padded with zeros in shared memory (d a multiple of 8).
+#pragma once
 #include "attention/tile.cuh"
 
-constexpr int THREADS = 128, KEYS = 64, QUERIES = 128;
-constexpr float LOG2_E = 1.4426950408889634f;
 // Rows of a tile on the walk: 32 where the registers are full of accumulators.
 template <int D> constexpr int WALK_ROWS = D > 64 ? 32 : 64;
-
-extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 // tiles: {first key row, keys (up to 128), rows from the first key to the end of the sequence}. A block takes one of two
 // halves of a tile, and one key/value head, which varies fastest. Query rows are those of the keys.
@@ -266,53 +263,3 @@ __device__ __forceinline__ void queries_backward(
     T* to = dq + first_row + (u64)row0 * width;
     R::template store<T, 2>(acc, factors, q_tile + row0 * R::BYTES, to, width, tile.y - row0, d);
 }
-
-// delta [heads, rows] = rowsum(dO ∘ O) of each head. 16 lanes a row; a block takes 16 rows of one head.
-constexpr int DELTA_LANES = 16;
-template <typename T>
-__device__ __forceinline__ void delta_of(const T* o, const T* grad, float* delta, u32 heads, u32 d, u32 total) {
-    const u32 head = blockIdx.x % heads, lane = threadIdx.x % DELTA_LANES;
-    const u64 row = (u64)(blockIdx.x / heads) * (blockDim.x / DELTA_LANES) + threadIdx.x / DELTA_LANES;
-    const u64 first = (row * heads + head) * d;
-    float sum = 0.0f;
-    if (row < total) {
-        if (d % Pack<T>::SIZE == 0) {
-            for (u32 e = lane * Pack<T>::SIZE; e < d; e += DELTA_LANES * Pack<T>::SIZE) {
-                Pack<T> a = load_pack(o + first + e), b = load_pack(grad + first + e);
-#pragma unroll
-                for (int i = 0; i < Pack<T>::SIZE; i++) sum += wide(a.at[i]) * wide(b.at[i]);
-            }
-        } else {
-            for (u32 e = lane; e < d; e += DELTA_LANES) sum += wide(o[first + e]) * wide(grad[first + e]);
-        }
-    }
-#pragma unroll
-    for (int lanes = DELTA_LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (row < total && lane == 0) delta[(u64)head * total + row] = sum;
-}
-
-#define DELTA(T)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256) attention_delta_##T(                                             \
-        const T* o, const T* grad, float* delta, u32 heads, u32 d, u32 total) {                                        \
-        delta_of<T>(o, grad, delta, heads, d, total);                                                                  \
-    }
-typedef float f32;
-DELTA(f32)
-DELTA(f16)
-DELTA(bf16)
-
-#define ENTRIES(T, D)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys_d##D##_##T(                                \
-        const T* q, const T* k, const T* v, const T* grad, const float* lse, const float* delta, T* dk, T* dv,         \
-        const int4* tiles, u32 heads, u32 group, u32 d, u32 total, float scale, float scale_log2) {                    \
-        keys_backward<T, D>(                                                                                           \
-            q, k, v, grad, lse, delta, dk, dv, tiles, heads, group, d, total, scale, scale_log2);                      \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries_d##D##_##T(                             \
-        const T* q, const T* k, const T* v, const T* grad, const float* lse, const float* delta, T* dq,                \
-        const int4* tiles, u32 heads, u32 group, u32 d, u32 total, float scale, float scale_log2) {                    \
-        queries_backward<T, D>(q, k, v, grad, lse, delta, dq, tiles, heads, group, d, total, scale, scale_log2);       \
-    }
-#define TYPE(T) ENTRIES(T, 64) ENTRIES(T, 96) ENTRIES(T, 128)
-TYPE(f16)
-TYPE(bf16)
