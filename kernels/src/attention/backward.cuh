@@ -174,25 +174,24 @@ __device__ __forceinline__ void queries_backward(
     const u32 q_tile = shared_address(dynamic_shared), grad_tile = q_tile + QUERIES * R::BYTES;
     const u32 stages = grad_tile + QUERIES * R::BYTES;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u32 head = blockIdx.x % heads, width = heads * d, kv_width = heads / group * d;
+    const u32 kv_width = heads / group * d;
     int4 tile = tiles[blockIdx.x / heads];
-    const u64 first_row = (u64)tile.x * width + head * d;
-    u64 from = (u64)tile.z * kv_width + head / group * d;
+    u64 from = (u64)tile.z * kv_width + blockIdx.x % heads / group * d;
 
-    const int keys = tile.w + tile.y - 1, count = (keys + WALK - 1) / WALK;
     const int row0 = warp * 32;
-    const int seen = row0 < tile.y ? tile.w + min(row0 + 31, tile.y - 1) : 0;
-    const int first_visible = tile.w + row0;
+    // Keys from the current tile on: all, and those that some row of this warp sees.
+    int left = tile.w + tile.y - 1, seen = row0 < tile.y ? tile.w + min(row0 + 31, tile.y - 1) : 0;
+    u32 stage = 0;
 
-    auto load_keys = [&](int j) {
-        u32 to = stages + j % 2 * STAGE;
-        R::template load<WALK, THREADS>(to, k + from, kv_width, keys - j * WALK, d);
-        R::template load<WALK, THREADS>(to + STAGE / 2, v + from, kv_width, keys - j * WALK, d);
+    auto load_keys = [&](u32 to, int valid) {
+        R::template load<WALK, THREADS>(stages + to, k + from, kv_width, valid, d);
+        R::template load<WALK, THREADS>(stages + to + STAGE / 2, v + from, kv_width, valid, d);
         from += WALK * kv_width;
     };
-    R::template load<QUERIES, THREADS>(q_tile, q + first_row, width, tile.y, d);
-    R::template load<QUERIES, THREADS>(grad_tile, grad + first_row, width, tile.y, d);
-    load_keys(0);
+    auto first_element = [&] { return ((u64)tile.x * heads + blockIdx.x % heads) * d; };
+    R::template load<QUERIES, THREADS>(q_tile, q + first_element(), heads * d, tile.y, d);
+    R::template load<QUERIES, THREADS>(grad_tile, grad + first_element(), heads * d, tile.y, d);
+    load_keys(0, left);
     copy_commit();
 
     const u32 q_lane = q_tile + row0 * R::BYTES + R::lane_a(lane), grad_lane = q_lane + QUERIES * R::BYTES;
@@ -204,20 +203,19 @@ __device__ __forceinline__ void queries_backward(
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = row0 + m * 16 + half * 8 + lane / 4;
-            u64 at = (u64)head * total + tile.x + row;
+            u64 at = (u64)(blockIdx.x % heads) * total + tile.x + row;
             // Rows beyond the tile are zeros and take no part.
             log_sum[m][half] = row < tile.y ? lse[at] * LOG2_E : 0.0f;
             offset[m][half] = row < tile.y ? delta[at] : 0.0f;
         }
     }
 
-    for (int j = 0; j < count; j++) {
+    for (; left > 0; left -= WALK, seen -= WALK, stage = STAGE - stage) {
         copy_wait<0>();
         __syncthreads();
-        if (j + 1 < count) load_keys(j + 1);
+        if (left > WALK) load_keys(STAGE - stage, left - WALK);
         copy_commit();
-        if (j * WALK >= seen) continue;
-        const u32 stage = j % 2 * STAGE;
+        if (seen <= 0) continue;
 
         float s[2][N][4], ds[2][N][4];
         product<T, D>(s, q_lane, k_lane + stage);
@@ -231,8 +229,9 @@ __device__ __forceinline__ void queries_backward(
                 }
             }
         }
-        if ((j + 1) * WALK > first_visible) {
-            int visible = first_visible + (int)(lane / 4) - j * WALK - (int)(lane % 4 * 2);
+        if (seen - 31 < WALK) {
+            int rows = __ldcv(&tiles[blockIdx.x / heads].y) - 1 - row0;
+            int visible = left - rows + (int)(lane / 4) - (int)(lane % 4 * 2);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -258,8 +257,11 @@ __device__ __forceinline__ void queries_backward(
         accumulate<T, D>(acc, p, sum_lane + stage);
     }
 
-    if (seen == 0) return;
+    // Read again rather than kept: the loop above needs every register.
+    tile = __ldcv(&tiles[blockIdx.x / heads]);
+    if (row0 >= tile.y) return;
     float factors[2][2] = {{scale, scale}, {scale, scale}};
-    T* to = dq + first_row + (u64)row0 * width;
+    u32 width = heads * d;
+    T* to = dq + first_element() + row0 * width;
     R::template store<T, 2>(acc, factors, q_tile + row0 * R::BYTES, to, width, tile.y - row0, d);
 }

@@ -28,21 +28,19 @@ __device__ __forceinline__ void forward(
     const u32 kv_width = heads / group * d;
     u64 from = (u64)tile.z * kv_width + blockIdx.x % heads / group * d;
 
-    const int keys = tile.w + tile.y - 1, count = (keys + KEYS - 1) / KEYS;
     const int row0 = warp * 32;
-    // Keys that some row of this warp sees.
-    const int seen = row0 < tile.y ? tile.w + min(row0 + 31, tile.y - 1) : 0;
-    const int first_visible = tile.w + row0;
+    // Keys from the current tile on: all, and those that some row of this warp sees.
+    int left = tile.w + tile.y - 1, seen = row0 < tile.y ? tile.w + min(row0 + 31, tile.y - 1) : 0;
+    u32 stage = 0;
 
-    auto load_keys = [&](int j) {
-        u32 to = stages + j % 2 * STAGE;
-        R::template load<KEYS, THREADS>(to, k + from, kv_width, keys - j * KEYS, d);
-        R::template load<KEYS, THREADS>(to + STAGE / 2, v + from, kv_width, keys - j * KEYS, d);
+    auto load_keys = [&](u32 to, int valid) {
+        R::template load<KEYS, THREADS>(stages + to, k + from, kv_width, valid, d);
+        R::template load<KEYS, THREADS>(stages + to + STAGE / 2, v + from, kv_width, valid, d);
         from += KEYS * kv_width;
     };
     auto first_element = [&] { return ((u64)tile.x * heads + blockIdx.x % heads) * d; };
     R::template load<QUERIES, THREADS>(q_tile, q + first_element(), heads * d, tile.y, d);
-    load_keys(0);
+    load_keys(0, left);
     copy_commit();
 
     const u32 q_lane = q_tile + row0 * R::BYTES + R::lane_a(lane);
@@ -55,19 +53,20 @@ __device__ __forceinline__ void forward(
         sum[m][0] = sum[m][1] = 0.0f;
     }
 
-    for (int j = 0; j < count; j++) {
+    for (; left > 0; left -= KEYS, seen -= KEYS, stage = STAGE - stage) {
         copy_wait<0>();
         __syncthreads();
-        if (j + 1 < count) load_keys(j + 1);
+        if (left > KEYS) load_keys(STAGE - stage, left - KEYS);
         copy_commit();
-        if (j * KEYS >= seen) continue;
-        const u32 stage = j % 2 * STAGE;
+        if (seen <= 0) continue;
 
         float s[2][KEYS / 8][4];
         product<T, D>(s, q_lane, k_lane + stage);
-        if ((j + 1) * KEYS > first_visible) {
-            // Key 8n + 2(lane % 4) + c % 2 of the tile, row 16m + lane / 4 + 8(c / 2) of the warp.
-            int visible = first_visible + (int)(lane / 4) - j * KEYS - (int)(lane % 4 * 2);
+        if (seen - 31 < KEYS) {
+            // Key 8n + 2(lane % 4) + c % 2 of the tile, row 16m + lane / 4 + 8(c / 2) of the warp. A row sees one key more
+            // than the one before, and the tile's last row sees all.
+            int rows = __ldcv(&tiles[blockIdx.x / heads].y) - 1 - row0;
+            int visible = left - rows + (int)(lane / 4) - (int)(lane % 4 * 2);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -129,9 +128,9 @@ __device__ __forceinline__ void forward(
         accumulate<T, D>(acc, p, v_lane + stage);
     }
 
-    if (seen == 0) return;
     // Read again rather than kept: the loop above needs every register.
     tile = __ldcv(&tiles[blockIdx.x / heads]);
+    if (row0 >= tile.y) return;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
