@@ -2,7 +2,7 @@
 //! (16 bits, tensor cores) and in `attention_simple.cu` (f32, and odd sizes of heads).
 
 use super::{Heads, Layout, Saved, Segment};
-use crate::cuda::entry;
+use crate::cuda::{check_dtype, entry, size};
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -123,10 +123,10 @@ fn chunks(segments: &[Segment]) -> (Vec<Row>, Vec<Row>) {
     let row = |values: [usize; 4]| values.map(|value| value as i32);
     let (mut chunks, mut rows): (Vec<Row>, Vec<Row>) = (Vec::new(), Vec::new());
     for s in segments.iter().filter(|s| s.queries > 0) {
-        let size = s.keys.div_ceil(DECODE_CHUNKS).next_multiple_of(KEYS).max(DECODE_KEYS);
-        let (first, count) = (chunks.len() / 2, s.keys.div_ceil(size));
-        for start in (0..s.keys).step_by(size) {
-            chunks.push(row([s.query, s.queries, s.key + start, size.min(s.keys - start)]));
+        let length = s.keys.div_ceil(DECODE_CHUNKS).next_multiple_of(KEYS).max(DECODE_KEYS);
+        let (first, count) = (chunks.len() / 2, s.keys.div_ceil(length));
+        for start in (0..s.keys).step_by(length) {
+            chunks.push(row([s.query, s.queries, s.key + start, length.min(s.keys - start)]));
             chunks.push([(s.keys - s.queries + 1) as i32 - start as i32, 0, 0, 0]);
         }
         rows.extend((0..s.queries).map(|query| row([first, count, query, 0])));
@@ -167,9 +167,7 @@ impl Kernels {
     /// Those for these tensors, which the tensor-core kernels read in pieces of 16 bytes.
     fn choose(tensors: &[&Tensor], dim: usize) -> Result<Self> {
         let dtype = tensors[0].dtype();
-        if let Some(other) = tensors.iter().find(|tensor| tensor.dtype() != dtype) {
-            return Err(Error::DType { op: "attention", expected: dtype.to_string(), found: other.dtype() });
-        }
+        check_dtype("attention", dtype, tensors)?;
         let mut aligned = dim.is_multiple_of(8);
         for tensor in tensors {
             aligned &= tensor.device_pointer()?.is_multiple_of(16);
@@ -206,7 +204,7 @@ impl Kernels {
 
 /// A number that a kernel takes as u32.
 fn small(value: usize) -> Result<u32> {
-    u32::try_from(value).map_err(|_| Error::invalid("attention", format!("{value} is more than a kernel counts")))
+    size("attention", value)
 }
 
 /// The numbers that follow the pointers of most kernels: heads, heads of a group, elements of a head, query rows.

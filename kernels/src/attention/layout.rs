@@ -76,6 +76,14 @@ impl Layout {
         Self::new(Segment::packed(lengths), device)
     }
 
+    /// The same for `device`.
+    ///
+    /// # Errors
+    /// The device cannot be used or is out of memory.
+    pub fn into_device(self, device: Device) -> Result<Self> {
+        if self.device == device { Ok(self) } else { Self::new(self.segments, device) }
+    }
+
     /// The segments, in the order of their queries.
     pub fn segments(&self) -> &[Segment] {
         &self.segments

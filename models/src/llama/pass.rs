@@ -61,13 +61,14 @@ impl Pass {
         Ok(Pass { positions, layout, rope, heads, dropout })
     }
 
-    /// With positions and angles on `device`. Both were made together, so that each position is in the table.
+    /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.
     ///
     /// # Errors
     /// The device is out of memory.
     pub fn to_device(self, device: Device) -> Result<Self> {
         let positions = self.positions.into_device(device, Tag::Workspace)?;
-        Ok(Pass { positions, rope: self.rope.to_device(device)?, ..self })
+        let (rope, layout) = (self.rope.to_device(device)?, self.layout.into_device(device)?);
+        Ok(Pass { positions, rope, layout, ..self })
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.
