@@ -65,7 +65,12 @@ impl Stepper {
             .parameters_mut()
             .into_iter()
             .zip(&mut self.good)
-            .map(|((id, value), previous)| Update { id, decay: value.shape().len() > 1, value, previous: Some(previous) })
+            .map(|((id, value), previous)| Update {
+                id,
+                decay: value.shape().len() > 1,
+                value,
+                previous: Some(previous),
+            })
             .collect();
         self.optimizer.step(&mut updates, &self.grads, lr, &mut clip)?;
         self.grads.clear();

@@ -4,12 +4,12 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nibble_kernels::{
-    attention::{self, Heads, Saved, Segment},
+    attention::{self, Heads, Layout, Saved},
     linear::{Weight, forward, input_grad},
     quantize::{QuantType, ScaleRounding, quantize},
 };
 use nibble_runtime::{
-    DType, Tag, Tensor,
+    DType, Device, Tag, Tensor,
     rng::{Philox, Stream},
 };
 use std::hint::black_box;
@@ -53,21 +53,21 @@ fn attentions(criterion: &mut Criterion) {
     let heads = Heads { query: 9, kv: 3, dim: 64 };
     for (sequences, length) in [(4, 256), (1, 1024), (1, 4096)] {
         let tokens = sequences * length;
-        let segments = Segment::packed(&vec![length; sequences]);
+        let layout = Layout::packed(&vec![length; sequences], Device::Cpu).expect("sequences follow one another");
         let [q, grad] = [1, 2].map(|seed| random(&[tokens, heads.query * heads.dim], seed));
         let [k, v] = [3, 4].map(|seed| random(&[tokens, heads.kv * heads.dim], seed));
-        let (o, lse) = attention::forward(&q, &k, &v, heads, &segments).expect("shapes fit");
+        let (o, lse) = attention::forward(&q, &k, &v, heads, &layout).expect("shapes fit");
         let shape = format!("{sequences}x{length}");
         // Two products over the lower triangle forward, five backward.
         let product = (heads.query * heads.dim * tokens * length) as u64;
         group.throughput(Throughput::Elements(2 * product));
         group.bench_function(BenchmarkId::new("forward", &shape), |bencher| {
-            bencher.iter(|| black_box(attention::forward(&q, &k, &v, heads, &segments)));
+            bencher.iter(|| black_box(attention::forward(&q, &k, &v, heads, &layout)));
         });
         group.throughput(Throughput::Elements(5 * product));
         let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         group.bench_function(BenchmarkId::new("backward", &shape), |bencher| {
-            bencher.iter(|| black_box(attention::backward(&saved, &grad, heads, &segments)));
+            bencher.iter(|| black_box(attention::backward(&saved, &grad, heads, &layout)));
         });
     }
     group.finish();

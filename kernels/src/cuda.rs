@@ -5,6 +5,10 @@ use nibble_runtime::{DType, Error, Result, Tensor, cuda::Module};
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
 pub static MODULES: &[&Module] = &[
     &crate::adamw::cuda::MODULE,
+    &crate::attention::cuda::D128,
+    &crate::attention::cuda::D64,
+    &crate::attention::cuda::D96,
+    &crate::attention::cuda::SIMPLE,
     &crate::cast::cuda::MODULE,
     &crate::cross_entropy::cuda::MODULE,
     &crate::dropout::cuda::MODULE,

@@ -4,6 +4,7 @@
 //! operations a second, and the share of the copy rate; with `NIBBLE_PEAK_TFLOPS` (what the GPU's best matrix product
 //! reaches, measured by you) the share of that too.
 
+mod attention;
 mod linear;
 mod pointwise;
 
@@ -109,7 +110,8 @@ fn main() {
 /// The benchmarks of each operation.
 type Operation = (&'static str, fn(&Bench) -> Result<()>);
 
-const OPERATIONS: &[Operation] = &[("pointwise", pointwise::run), ("linear", linear::run)];
+const OPERATIONS: &[Operation] =
+    &[("pointwise", pointwise::run), ("linear", linear::run), ("attention", attention::run)];
 
 fn run(bench: &Bench) {
     for (name, operation) in OPERATIONS {

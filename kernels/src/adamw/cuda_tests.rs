@@ -73,7 +73,9 @@ proptest! {
 #[test]
 fn gpu_adamw_finds_parameters_that_become_infinite() {
     for device in [Some(Device::Cpu), gpu()].into_iter().flatten() {
-        let make = |values: &[f32]| Tensor::from_slice(values, &[4], Tag::Workspace).unwrap().to_device(device, Tag::Workspace);
+        let make = |values: &[f32]| {
+            Tensor::from_slice(values, &[4], Tag::Workspace).unwrap().to_device(device, Tag::Workspace)
+        };
         let (mut param, grad) = (make(&[f32::MAX, 1.0, 2.0, 3.0]).unwrap(), make(&[-1.0, 1.0, 1.0, 1.0]).unwrap());
         let (mut m, mut v) = (make(&[0.0; 4]).unwrap(), make(&[0.0; 4]).unwrap());
         let mut clip = Clip::new(&[&grad], 1.0, 1.0).unwrap();

@@ -9,34 +9,11 @@
 //! `dV = Pᵀ·dO`, `dS = P ∘ (dO·Vᵀ − D)`, `dQ = scale · dS·K`, `dK = scale · dSᵀ·Q`.
 
 mod cpu;
+pub(crate) mod cuda;
+mod layout;
 
+pub use layout::{Layout, Segment};
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
-
-/// One sequence of a packed batch. Its last query attends to all of its keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// First query row.
-    pub query: usize,
-    /// Number of queries.
-    pub queries: usize,
-    /// First key (and value) row.
-    pub key: usize,
-    /// Number of keys, at least as many as queries.
-    pub keys: usize,
-}
-
-impl Segment {
-    /// Segments of whole sequences of these lengths, packed one after another.
-    pub fn packed(lengths: &[usize]) -> Vec<Segment> {
-        let mut start = 0;
-        let segment = |&length: &usize| {
-            let segment = Segment { query: start, queries: length, key: start, keys: length };
-            start += length;
-            segment
-        };
-        lengths.iter().map(segment).collect()
-    }
-}
 
 /// Head counts and the size of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +33,8 @@ impl Heads {
     }
 }
 
-fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &[Segment]) -> Result<usize> {
+/// Returns the number of query rows.
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, layout: &Layout) -> Result<usize> {
     let op = "attention";
     let ((queries, width), (keys, kv_width)) = (q.dims2(op)?, k.dims2(op)?);
     let fits = heads.kv > 0
@@ -69,17 +47,14 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &[Segment])
         let what = format!("q {:?}, k {:?}, v {:?} do not fit {heads:?}", q.shape(), k.shape(), v.shape());
         return Err(Error::shape(op, what));
     }
-    let mut next = 0;
-    for segment in segments {
-        let inside = segment.key.checked_add(segment.keys).is_some_and(|end| end <= keys);
-        if segment.query != next || !inside || segment.keys < segment.queries {
-            let what = format!("{segment:?} does not continue at query {next} inside of {keys} keys");
-            return Err(Error::shape(op, what));
-        }
-        next += segment.queries;
+    if layout.queries() != queries || layout.keys() > keys {
+        let (rows, reached) = (layout.queries(), layout.keys());
+        let what = format!("segments cover {rows} of {queries} queries and reach {reached} of {keys} keys");
+        return Err(Error::shape(op, what));
     }
-    if next != queries {
-        return Err(Error::shape(op, format!("segments cover {next} of {queries} queries")));
+    if let Some(tensor) = [q, k, v].into_iter().find(|tensor| tensor.device() != layout.device()) {
+        let what = format!("a tensor on {}, a layout made for {}", tensor.device(), layout.device());
+        return Err(Error::invalid(op, what));
     }
     Ok(queries)
 }
@@ -88,18 +63,19 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &[Segment])
 /// `lse` f32 `[heads, Tq]`.
 ///
 /// # Errors
-/// Shapes do not fit, or the segments do not cover the queries in order.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &[Segment]) -> Result<(Tensor, Tensor)> {
-    let rows = check(q, k, v, heads, segments)?;
+/// Shapes do not fit, or tensors and layout are not on one device.
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, layout: &Layout) -> Result<(Tensor, Tensor)> {
+    let rows = check(q, k, v, heads, layout)?;
     match q.device() {
         Device::Cpu => {
             let mut o = Tensor::empty(q.shape(), DType::F32, Device::Cpu, Tag::Activations)?;
             let mut lse = Tensor::empty(&[heads.query, rows], DType::F32, Device::Cpu, Tag::Activations)?;
-            let inputs = cpu::Inputs { q: &q.to_f32()?, k: &k.to_f32()?, v: &v.to_f32()?, heads, segments };
+            let inputs =
+                cpu::Inputs { q: &q.to_f32()?, k: &k.to_f32()?, v: &v.to_f32()?, heads, segments: layout.segments() };
             cpu::forward(&inputs, o.as_mut_slice()?, lse.as_mut_slice()?);
             Ok((o.into_dtype(q.dtype(), Tag::Activations)?, lse))
         }
-        device => Err(Error::NoKernel { op: "attention", device }),
+        Device::Cuda(_) => cuda::forward(q, k, v, heads, layout),
     }
 }
 
@@ -121,30 +97,33 @@ pub struct Saved<'a> {
 ///
 /// # Errors
 /// As [`forward`]; also if a segment has more keys than queries (a KV cache has no gradient).
-pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, segments: &[Segment]) -> Result<(Tensor, Tensor, Tensor)> {
+pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, layout: &Layout) -> Result<(Tensor, Tensor, Tensor)> {
     let Saved { q, k, v, o, lse } = saved;
-    let rows = check(q, k, v, heads, segments)?;
+    let rows = check(q, k, v, heads, layout)?;
     if grad.shape() != q.shape() || o.shape() != q.shape() || lse.shape() != [heads.query, rows] {
         let what = format!("gradient {:?}, output {:?}, lse {:?}", grad.shape(), o.shape(), lse.shape());
         return Err(Error::shape("attention backward", what));
     }
-    if let Some(segment) = segments.iter().find(|s| s.keys != s.queries || s.key != s.query) {
-        let what = format!("{segment:?} attends to keys of another pass, which have no gradient");
+    if !layout.is_whole() {
+        let what = "a sequence attends to keys of another pass, which have no gradient";
         return Err(Error::invalid("attention backward", what));
     }
     match q.device() {
         Device::Cpu => {
             let empty = |like: &Tensor| Tensor::empty(like.shape(), DType::F32, Device::Cpu, Tag::Workspace);
             let (mut dq, mut dk, mut dv) = (empty(q)?, empty(k)?, empty(v)?);
-            let inputs = cpu::Inputs { q: &q.to_f32()?, k: &k.to_f32()?, v: &v.to_f32()?, heads, segments };
+            let inputs =
+                cpu::Inputs { q: &q.to_f32()?, k: &k.to_f32()?, v: &v.to_f32()?, heads, segments: layout.segments() };
             let outputs = cpu::Outputs { o: &o.to_f32()?, lse: lse.as_slice()?, grad: &grad.to_f32()? };
             cpu::backward(&inputs, &outputs, dq.as_mut_slice()?, dk.as_mut_slice()?, dv.as_mut_slice()?);
             let narrow = |tensor: Tensor| tensor.into_dtype(q.dtype(), Tag::Workspace);
             Ok((narrow(dq)?, narrow(dk)?, narrow(dv)?))
         }
-        device => Err(Error::NoKernel { op: "attention backward", device }),
+        Device::Cuda(_) => cuda::backward(saved, grad, heads, layout),
     }
 }
 
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;

@@ -41,7 +41,8 @@ fn gpu_norms_that_are_not_finite_are_seen() {
     for device in [Some(Device::Cpu), gpu()].into_iter().flatten() {
         for bad in [f32::NAN, f32::INFINITY] {
             let grad = Tensor::from_slice(&[1.0, bad, 2.0], &[3], Tag::Workspace).unwrap();
-            let verdict = Clip::new(&[&grad.to_device(device, Tag::Workspace).unwrap()], 1.0, 1.0).unwrap().read().unwrap();
+            let verdict =
+                Clip::new(&[&grad.to_device(device, Tag::Workspace).unwrap()], 1.0, 1.0).unwrap().read().unwrap();
             assert!(!verdict.gradients_finite && verdict.parameters_finite, "{device} {bad}");
         }
     }

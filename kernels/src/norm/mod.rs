@@ -5,7 +5,6 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-
 use nibble_runtime::{Device, Error, Result, Tag, Tensor};
 
 /// The sum of the squares of a float tensor's elements, accumulated in f64. The same bits for any number of threads.

@@ -90,12 +90,12 @@ struct Attend<'a>(&'a Pass);
 impl Function for Attend<'_> {
     type Saved = (Tensor, Tensor);
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Self::Saved)> {
-        let (o, lse) = attention::forward(&inputs[0], &inputs[1], &inputs[2], self.0.heads, &self.0.segments)?;
+        let (o, lse) = attention::forward(&inputs[0], &inputs[1], &inputs[2], self.0.heads, &self.0.layout)?;
         Ok((o.clone(), (o, lse)))
     }
     fn backward(&self, x: &[Tensor], (o, lse): Self::Saved, grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let saved = attention::Saved { q: &x[0], k: &x[1], v: &x[2], o: &o, lse: &lse };
-        let (dq, dk, dv) = attention::backward(&saved, &grad, self.0.heads, &self.0.segments)?;
+        let (dq, dk, dv) = attention::backward(&saved, &grad, self.0.heads, &self.0.layout)?;
         Ok(vec![Some(dq), Some(dk), Some(dv)])
     }
 }

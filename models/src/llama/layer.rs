@@ -104,12 +104,12 @@ impl Layer {
         let (v, t_v) = self.v.forward(&n1, pass, None)?;
         let (q, k) = (turn(q)?, turn(k)?);
         let (o, lse) = match cache {
-            None => attention::forward(&q, &k, &v, pass.heads, &pass.segments)?,
+            None => attention::forward(&q, &k, &v, pass.heads, &pass.layout)?,
             Some(cache) => {
-                let past = pass.segments.first().map_or(0, |segment| segment.keys - segment.queries);
+                let past = pass.layout.segments().first().map_or(0, |segment| segment.keys - segment.queries);
                 append(&mut cache.keys, &k, past)?;
                 append(&mut cache.values, &v, past)?;
-                attention::forward(&q, &cache.keys, &cache.values, pass.heads, &pass.segments)?
+                attention::forward(&q, &cache.keys, &cache.values, pass.heads, &pass.layout)?
             }
         };
         let (h, t_o) = self.o.forward(&o, pass, Some(x))?;
@@ -156,7 +156,7 @@ impl Layer {
         let mut d_o = None;
         self.o.backward(&o, t_o.as_ref(), &dh, pass, Some(&mut d_o), &mut grads)?;
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
-        let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.segments)?;
+        let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout)?;
         drop((d_o, q, k, v, o));
         let turn_back = |grad: Tensor| rotary::apply(grad, &pass.positions, &pass.rope, Direction::Backward);
         let (dq, dk) = (turn_back(dq)?, turn_back(dk)?);

@@ -2,7 +2,7 @@
 
 use crate::LlamaConfig;
 use nibble_kernels::{
-    attention::{Heads, Segment},
+    attention::{Heads, Layout, Segment},
     dropout::Mask,
     rotary::RotaryTable,
 };
@@ -14,7 +14,7 @@ pub struct Pass {
     /// Position of each token in its sequence, i32 `[T]`.
     pub positions: Tensor,
     /// Which tokens attend to which.
-    pub segments: Vec<Segment>,
+    pub layout: Layout,
     /// Angles of the positions.
     pub rope: RotaryTable,
     /// Head counts.
@@ -57,16 +57,18 @@ impl Pass {
     ) -> Result<Self> {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
-        Ok(Pass { positions, segments, rope, heads, dropout })
+        let layout = Layout::new(segments, positions.device())?;
+        Ok(Pass { positions, layout, rope, heads, dropout })
     }
 
-    /// With positions and angles on `device`. Both were made together, so that each position is in the table.
+    /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.
     ///
     /// # Errors
     /// The device is out of memory.
     pub fn to_device(self, device: Device) -> Result<Self> {
         let positions = self.positions.into_device(device, Tag::Workspace)?;
-        Ok(Pass { positions, rope: self.rope.to_device(device)?, ..self })
+        let (rope, layout) = (self.rope.to_device(device)?, self.layout.into_device(device)?);
+        Ok(Pass { positions, rope, layout, ..self })
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

@@ -214,7 +214,7 @@ impl Reference<'_> {
         let heads = self.pass.heads;
         let (dim, group) = (heads.dim, heads.query / heads.kv);
         let mut out = vec![0.0; q.len()];
-        for segment in &self.pass.segments {
+        for segment in self.pass.layout.segments() {
             for (i, head) in (0..segment.queries).flat_map(|i| (0..heads.query).map(move |head| (i, head))) {
                 let at = ((segment.query + i) * heads.query + head) * dim;
                 let key = |j: usize| ((segment.key + j) * heads.kv + head / group) * dim;
