@@ -16,7 +16,7 @@ use nibble_models::{
 };
 use nibble_optim::{AdamW, Gradients, StateBits, Update};
 use nibble_runtime::{
-    DType,
+    DType, Device,
     rng::{Philox, Stream},
 };
 use std::path::Path;
@@ -26,7 +26,7 @@ const NF4: Quantization =
 
 fn load(path: &Path) -> Llama {
     let checkpoint = Checkpoint::open(path).expect("a checkpoint");
-    let options = LoadOptions { quantization: Some(NF4), dtype: DType::F32 };
+    let options = LoadOptions { quantization: Some(NF4), dtype: DType::F32, device: Device::Cpu };
     let (mut llama, _) = Llama::load(&checkpoint, options, |_, _| {}).expect("a Llama");
     let targets = TARGETS.map(String::from).to_vec();
     llama.add_lora(&LoraConfig { rank: 16, alpha: 16.0, dropout: 0.0, rslora: false, targets }, 0).expect("targets");

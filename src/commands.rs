@@ -123,7 +123,7 @@ fn eval_command(args: &EvalArgs) -> Result<i32> {
             100.0 * exact_match
         ),
     })?;
-    eprintln!("{}", report::memory_line());
+    eprintln!("{}", report::memory_line(model.llama.device()));
     Ok(0)
 }
 

@@ -6,7 +6,7 @@ use nibble_models::{
     files::{checkpoint::Checkpoint, peft::read_adapter, safetensors::SafetensorsFile},
     llama::LoadOptions,
 };
-use nibble_runtime::{DType, Tag};
+use nibble_runtime::{DType, Device, Tag};
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
@@ -19,7 +19,7 @@ fn difference(name: &str, layers: usize) -> (f32, f32) {
     let ids = file.tensor("ids", Tag::Workspace).unwrap();
     let ids: Vec<i32> = ids.as_slice::<i64>().unwrap().iter().map(|&id| id as i32).collect();
     let checkpoint = Checkpoint::open(&golden("gqa_llama3rope/model")).unwrap();
-    let options = LoadOptions { quantization: None, dtype: DType::F32 };
+    let options = LoadOptions { quantization: None, dtype: DType::F32, device: Device::Cpu };
     let mut llama = Llama::load(&checkpoint, options, |_, _| {}).unwrap().0;
     let logits = |llama: &Llama| llama.logits(&ids, &[ids.len()]).unwrap().to_f32().unwrap().into_owned();
     let base = logits(&llama);

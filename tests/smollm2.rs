@@ -12,7 +12,7 @@ use nibble_models::{
     llama::{LoadOptions, Packed, Quantization},
     tokenizer::Tokenizer,
 };
-use nibble_runtime::DType;
+use nibble_runtime::{DType, Device, Tag};
 use serde::Deserialize;
 use std::path::PathBuf;
 
@@ -50,8 +50,13 @@ fn checkpoint() -> Option<Checkpoint> {
     Some(Checkpoint::open(&PathBuf::from(path)).unwrap())
 }
 
-fn load(checkpoint: &Checkpoint, quantization: Option<Quantization>) -> Llama {
-    Llama::load(checkpoint, LoadOptions { quantization, dtype: DType::F32 }, |_, _| {}).unwrap().0
+fn load(checkpoint: &Checkpoint, quantization: Option<Quantization>, device: Device) -> Llama {
+    Llama::load(checkpoint, LoadOptions { quantization, dtype: DType::F32, device }, |_, _| {}).unwrap().0
+}
+
+/// The CPU, and a GPU where there is one.
+fn devices() -> impl Iterator<Item = Device> {
+    [Device::Cpu].into_iter().chain(nibble_runtime::cuda::device_for_tests())
 }
 
 /// How far logits and mean NLL may be from the reference.
@@ -63,7 +68,7 @@ const NLL: f64 = 1e-4;
 fn assert_case(llama: &Llama, case: &Case) {
     let ids: Vec<i32> = case.ids.iter().map(|&id| id as i32).collect();
     let lengths = [ids.len()];
-    let logits = llama.logits(&ids, &lengths).unwrap();
+    let logits = llama.logits(&ids, &lengths).unwrap().into_device(Device::Cpu, Tag::Workspace).unwrap();
     let last = &logits.as_slice::<f32>().unwrap()[(ids.len() - 1) * llama.config.vocab_size..];
     let mut order: Vec<usize> = (0..last.len()).collect();
     order.sort_by(|&a, &b| last[b].total_cmp(&last[a]));
@@ -96,14 +101,16 @@ fn token_ids_and_chat_template() {
 fn weights_in_f32() {
     let Some(checkpoint) = checkpoint() else { return };
     let tokenizer = Tokenizer::from_gguf(checkpoint.gguf().unwrap()).unwrap();
-    let llama = load(&checkpoint, None);
     let golden = golden();
     assert_eq!(golden.fp32_from_gguf.len(), 6);
-    for case in &golden.fp32_from_gguf {
-        assert_case(&llama, case);
-        let found = generate(&llama, &case.ids, case.greedy.len(), &[], Sampling::GREEDY, |_| true).unwrap();
-        assert_eq!(tokenizer.decode(&found, false).unwrap(), case.greedy_text);
-        assert_eq!(found, case.greedy, "{:?}", case.text);
+    for device in devices() {
+        let llama = load(&checkpoint, None, device);
+        for case in &golden.fp32_from_gguf {
+            assert_case(&llama, case);
+            let found = generate(&llama, &case.ids, case.greedy.len(), &[], Sampling::GREEDY, |_| true).unwrap();
+            assert_eq!(tokenizer.decode(&found, false).unwrap(), case.greedy_text);
+            assert_eq!(found, case.greedy, "{:?}", case.text);
+        }
     }
 }
 
@@ -112,11 +119,13 @@ fn weights_in_f32() {
 fn weights_in_nf4() {
     let Some(checkpoint) = checkpoint() else { return };
     let stepped = Some(ScaleRounding::Stepped);
-    let llama =
-        load(&checkpoint, Some(Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: stepped }));
+    let nf4 = Quantization { quant_type: QuantType::Nf4, block_size: 64, double_quant: stepped };
     let golden = golden();
     assert_eq!(golden.nf4dq_of_bf16_of_gguf.len(), 6);
-    for case in &golden.nf4dq_of_bf16_of_gguf {
-        assert_case(&llama, case);
+    for device in devices() {
+        let llama = load(&checkpoint, Some(nf4), device);
+        for case in &golden.nf4dq_of_bf16_of_gguf {
+            assert_case(&llama, case);
+        }
     }
 }

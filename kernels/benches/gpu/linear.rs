@@ -3,9 +3,9 @@
 use crate::Bench;
 use nibble_kernels::{
     linear::{Weight, forward_lora, input_grad_lora},
-    quantize::{Absmax, QuantTensor, QuantType, ScaleRounding, quantize},
+    quantize::{QuantType, ScaleRounding, quantize},
 };
-use nibble_runtime::{DType, Device, Result, Tag, Tensor};
+use nibble_runtime::{DType, Result, Tag};
 
 const LAYERS: [(&str, usize, usize); 4] =
     [("q o", 4096, 4096), ("k v", 1024, 4096), ("gate up", 14336, 4096), ("down", 4096, 14336)];
@@ -14,7 +14,8 @@ const RANK: usize = 16;
 pub fn run(bench: &Bench) -> Result<()> {
     for (layer, n, k) in LAYERS {
         let dense = bench.random(&[n, k], DType::BF16, 1)?;
-        let nf4 = quantized(&dense, bench.device())?;
+        let rounding = Some(ScaleRounding::Exact);
+        let nf4 = quantize(&dense, QuantType::Nf4, 64, rounding, DType::BF16, Tag::Workspace)?;
         let weights = [("dense", Weight::Dense(dense)), ("nf4", Weight::Quantized(nf4))];
         let b = bench.random(&[n, RANK], DType::BF16, 2)?;
         let a = bench.random(&[RANK, k], DType::BF16, 3)?;
@@ -40,22 +41,4 @@ pub fn run(bench: &Bench) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// `dense` in NF4 with double quantization, on `device`.
-fn quantized(dense: &Tensor, device: Device) -> Result<QuantTensor> {
-    let host = dense.to_device(Device::Cpu, Tag::Workspace)?;
-    let quantized = quantize(&host, QuantType::Nf4, 64, Some(ScaleRounding::Exact), DType::BF16, Tag::Workspace)?;
-    let move_part = |tensor: &Tensor| tensor.to_device(device, Tag::Workspace);
-    let absmax = match &quantized.absmax {
-        Absmax::Single(absmax) => Absmax::Single(move_part(absmax)?),
-        Absmax::Double { codes, absmax2, code, offset, block_size } => Absmax::Double {
-            codes: move_part(codes)?,
-            absmax2: move_part(absmax2)?,
-            code: move_part(code)?,
-            offset: *offset,
-            block_size: *block_size,
-        },
-    };
-    Ok(QuantTensor { packed: move_part(&quantized.packed)?, absmax, ..quantized })
 }

@@ -12,8 +12,8 @@ use nibble_runtime::{
 use std::sync::LazyLock;
 
 /// Parameters of gemm_general.cu; gemm_entries.cuh has one more, the stages.
-const GENERAL: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4];
-const TILED: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4];
+const GENERAL: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4];
+const TILED: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4];
 
 macro_rules! tiled {
     ($weight:literal, $dtype:literal) => {
@@ -76,7 +76,7 @@ struct Scales<'a> {
     absmax: Option<&'a Tensor>,
     nested: Option<&'a Tensor>,
     map: Option<&'a Tensor>,
-    offset: f32,
+    offset: Option<&'a Tensor>,
     block_shift: u32,
     nested_shift: u32,
     /// Row of `CODE_VALUES`.
@@ -117,15 +117,16 @@ impl<'a> Scales<'a> {
                 part("absmax", codes, DType::U8, blocks)?;
                 part("nested absmax", absmax2, DType::F32, blocks.div_ceil(*block_size))?;
                 part("nested map", code, DType::F32, 256)?;
+                part("nested offset", offset, DType::F32, 1)?;
                 let nested_shift = block_size.trailing_zeros();
                 let (absmax, nested, map) = (Some(codes), Some(absmax2), Some(code));
-                Ok(Scales { absmax, nested, map, offset: *offset, block_shift, nested_shift, book })
+                Ok(Scales { absmax, nested, map, offset: Some(offset), block_shift, nested_shift, book })
             }
         }
     }
 
     fn tensors(&self) -> impl Iterator<Item = &'a Tensor> {
-        [self.absmax, self.nested, self.map].into_iter().flatten()
+        [self.absmax, self.nested, self.map, self.offset].into_iter().flatten()
     }
 }
 
@@ -188,7 +189,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
         .u32(k)
         .u32(rank)
         .f32(scale)
-        .f32(scales.offset)
+        .input_opt(scales.offset)
         .u32(scales.block_shift)
         .u32(scales.nested_shift)
         .u32(scales.book)

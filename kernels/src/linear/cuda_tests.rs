@@ -2,7 +2,7 @@
 
 use super::{cuda::tests::TILE, *};
 use crate::{
-    quantize::{Absmax, QuantType, ScaleRounding, dequantize, quantize},
+    quantize::{QuantType, ScaleRounding, dequantize, quantize},
     testing::{gpu, random, random_as, same},
 };
 use proptest::prelude::*;
@@ -15,21 +15,10 @@ fn moved(tensor: &Tensor, device: Device) -> Tensor {
 }
 
 fn moved_weight(weight: &Weight, device: Device) -> Weight {
-    let quantized = match weight {
-        Weight::Dense(tensor) => return Weight::Dense(moved(tensor, device)),
-        Weight::Quantized(quantized) => quantized,
-    };
-    let absmax = match &quantized.absmax {
-        Absmax::Single(absmax) => Absmax::Single(moved(absmax, device)),
-        Absmax::Double { codes, absmax2, code, offset, block_size } => Absmax::Double {
-            codes: moved(codes, device),
-            absmax2: moved(absmax2, device),
-            code: moved(code, device),
-            offset: *offset,
-            block_size: *block_size,
-        },
-    };
-    Weight::Quantized(QuantTensor { packed: moved(&quantized.packed, device), absmax, ..quantized.clone() })
+    match weight {
+        Weight::Dense(tensor) => Weight::Dense(moved(tensor, device)),
+        Weight::Quantized(quantized) => Weight::Quantized(quantized.to_device(device, Tag::Weights).unwrap()),
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -7,13 +7,13 @@
         gemm_##WEIGHT##_##DIRECTION##_##BM##_##TYPE(                                                                   \
             void* out, const void* in, const void* a, const void* b, const void* absmax, const float* absmax2,         \
             const float* map, const void* a2, const void* b2, u32 m, u32 n, u32 k, u32 rank, float scale,              \
-            float offset, u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide, u32 stages) {                \
+            const float* offset, u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide, u32 stages) {                \
         Problem p;                                                                                                     \
         p.out = out;                                                                                                   \
         p.in = add ? out : in;                                                                                         \
         p.a = a;                                                                                                       \
         p.b = b;                                                                                                       \
-        p.scales = Scales{absmax, absmax2, offset, block_shift, nested_shift};                                         \
+        p.scales = Scales{absmax, absmax2, absmax2 ? *offset : 0.0f, block_shift, nested_shift};                       \
         p.map = map;                                                                                                   \
         p.book = book;                                                                                                 \
         p.a2 = a2;                                                                                                     \

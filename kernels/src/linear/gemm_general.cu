@@ -69,9 +69,9 @@ __device__ void general(O* out, const O* in, const T* a, const Weight<T>& weight
 #define GENERAL_ENTRY(TYPE, DIRECTION, FORWARD)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS) gemm_general_##DIRECTION##_##TYPE(                           \
         void* out, const void* in, const TYPE* a, const void* b, const void* absmax, const float* absmax2,             \
-        const float* map, const TYPE* a2, const TYPE* b2, u32 m, u32 n, u32 k, u32 rank, float scale, float offset,    \
-        u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide_out) {                                          \
-        Scales scales = {absmax, absmax2, offset, block_shift, nested_shift};                                          \
+        const float* map, const TYPE* a2, const TYPE* b2, u32 m, u32 n, u32 k, u32 rank, float scale,                  \
+        const float* offset, u32 block_shift, u32 nested_shift, u32 book, u32 add, u32 wide_out) {                     \
+        Scales scales = {absmax, absmax2, absmax2 ? *offset : 0.0f, block_shift, nested_shift};                        \
         Weight<TYPE> weight = {b, absmax != nullptr, scales, map, CODE_VALUES[book]};                                  \
         const void* from = add ? out : in;                                                                             \
         if (wide_out)                                                                                                  \

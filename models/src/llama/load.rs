@@ -188,8 +188,15 @@ impl Llama {
         progress: impl FnMut(usize, usize),
     ) -> Result<(Llama, Footprint)> {
         let (config, path) = (checkpoint.config().clone(), checkpoint.path());
-        Loader { source: Source::Checkpoint(checkpoint), config, path, options, footprint: Footprint::default(), index: 0 }
-            .model(progress)
+        Loader {
+            source: Source::Checkpoint(checkpoint),
+            config,
+            path,
+            options,
+            footprint: Footprint::default(),
+            index: 0,
+        }
+        .model(progress)
     }
 
     /// A model of this shape with random weights, made on the device; `name` is for messages.
