@@ -10,7 +10,7 @@ use nibble_runtime::{
 use rayon::prelude::*;
 
 /// [`Stream::purpose`] of dropout masks.
-const PURPOSE: u32 = 1;
+pub(crate) const PURPOSE: u32 = 1;
 /// Elements that one task takes (a multiple of 4).
 const CHUNK: usize = 1 << 13;
 
@@ -27,21 +27,37 @@ pub struct Mask {
     pub layer: u32,
 }
 
+impl Mask {
+    /// Elements are dropped where their random word is below this.
+    pub(crate) fn threshold(&self) -> u32 {
+        (f64::from(self.probability) * 4_294_967_296.0) as u32
+    }
+
+    /// What the kept elements are multiplied by.
+    pub(crate) fn scale(&self) -> f32 {
+        1.0 / (1.0 - self.probability)
+    }
+
+    /// # Errors
+    /// The probability is outside of [0, 1).
+    pub(crate) fn check(&self) -> Result<()> {
+        if (0.0..1.0).contains(&self.probability) {
+            return Ok(());
+        }
+        Err(Error::invalid("dropout", format!("probability {} is outside of [0, 1)", self.probability)))
+    }
+}
+
 /// Applies the mask to `x`, any shape. Forward and backward are the same: pass the gradient to get the gradient.
 ///
 /// # Errors
 /// The probability is outside of [0, 1).
 pub fn apply(x: &Tensor, mask: Mask) -> Result<Tensor> {
-    if !(0.0..1.0).contains(&mask.probability) {
-        let what = format!("probability {} is outside of [0, 1)", mask.probability);
-        return Err(Error::invalid("dropout", what));
-    }
+    mask.check()?;
     match x.device() {
         Device::Cpu => {
             let rng = Philox::new(mask.seed, Stream { purpose: PURPOSE, step: mask.step, layer: mask.layer });
-            // Dropped where the random word is below this.
-            let threshold = (f64::from(mask.probability) * 4_294_967_296.0) as u32;
-            let scale = 1.0 / (1.0 - mask.probability);
+            let (threshold, scale) = (mask.threshold(), mask.scale());
             let mut out = Tensor::empty(x.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
             let xs = x.to_f32()?;
             let chunks = out.as_mut_slice::<f32>()?.par_chunks_mut(CHUNK).zip(xs.par_chunks(CHUNK)).enumerate();

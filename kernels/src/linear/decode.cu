@@ -59,41 +59,55 @@ template <typename T> __device__ __forceinline__ void fill_pairs(u32 (&pairs)[25
 // index, all: four groups of 64, lane i of a row 16 codes (8 bytes) of each group. The sum over a group is made of the
 // table's values in T, exact products, and multiplied by the group's scale in f32: the rounding of each weight to the
 // quantized tensor's type, which the CPU does, is left out.
+constexpr int GROUPS = 4, CHUNK = 64 * GROUPS, CODE_WARPS = 8;
+
+// What a warp reads of 256 of the inner index.
+struct Chunk {
+    uint2 codes[GROUPS][2], scale[2];
+
+    __device__ __forceinline__ void load(const u8* w, const Scales& scales, u32 row0, u32 k0, u32 n, u32 k) {
+        const int i = threadIdx.x % 4;
+#pragma unroll
+        for (int u = 0; u < GROUPS; u++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 row = row0 + 8 * h, at = k0 + 64 * u + 16 * i;
+                codes[u][h] = load_once8(w + ((u64)row * k + at) / 2, row < n && at < k);
+            }
+        }
+        // Lane i fetches the scales of group i of its two rows.
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 row = row0 + 8 * h, at = k0 + 64 * i;
+            scale[h] = make_uint2(0, 0);
+            if (row < n && at < k) scale[h] = scales.fetch(((u64)row * k + at) >> scales.block_shift);
+        }
+    }
+};
+
 template <typename T, int NT>
-__device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales scales, const float* map, u32 quant_type, u32 n, u32 k, u32 tokens,
-                                             Finish<T> finish) {
-    constexpr int WARPS = 8, GROUPS = 4;
+__device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales scales, const float* map, u32 quant_type, u32 n, u32 k,
+                                             u32 tokens, Finish<T> finish) {
     __shared__ __align__(16) u32 pairs[256][WARP];
     __shared__ float map_values[256];
-    __shared__ float4 parts[WARPS][NT][WARP];
+    __shared__ float4 parts[CODE_WARPS][NT][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
+    const u32 tiles = (n + 15) / 16;
+    Chunk next;
+    next.load(w, scales, blockIdx.x * 16 + g, warp * CHUNK, n, k);
     fill_pairs<T>(pairs, quant_type);
     if (scales.nested != nullptr) map_values[threadIdx.x] = map[threadIdx.x];
     __syncthreads();
 
-    const u32 tiles = (n + 15) / 16;
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const u32 row0 = tile * 16 + g;
         float sum[NT][4] = {};
 #pragma unroll 1
-        for (u32 k0 = warp * 64 * GROUPS; k0 < k; k0 += WARPS * 64 * GROUPS) {
-            uint2 codes[GROUPS][2], raw[2];
-#pragma unroll
-            for (int u = 0; u < GROUPS; u++) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    u32 row = row0 + 8 * h, at = k0 + 64 * u + 16 * i;
-                    codes[u][h] = load_once8(w + ((u64)row * k + at) / 2, row < n && at < k);
-                }
-            }
-            // Lane i fetches the scales of group i of its two rows.
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 row = row0 + 8 * h, at = k0 + 64 * i;
-                raw[h] = make_uint2(0, 0);
-                if (row < n && at < k) raw[h] = scales.fetch(((u64)row * k + at) >> scales.block_shift);
-            }
-            float scale[2] = {scales.value(raw[0], map_values), scales.value(raw[1], map_values)};
+        for (u32 k0 = warp * CHUNK; k0 < k; k0 += CODE_WARPS * CHUNK) {
+            const Chunk now = next;
+            // The next chunk of these rows, or the first of the next tile's.
+            if (k0 + CODE_WARPS * CHUNK < k) next.load(w, scales, tile * 16 + g, k0 + CODE_WARPS * CHUNK, n, k);
+            else next.load(w, scales, (tile + gridDim.x) * 16 + g, warp * CHUNK, n, k);
+            float scale[2] = {scales.value(now.scale[0], map_values), scales.value(now.scale[1], map_values)};
 #pragma unroll
             for (int u = 0; u < GROUPS; u++) {
                 uint4 b[NT][2];
@@ -108,7 +122,7 @@ __device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales sca
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
-                    u32 top = s < 2 ? codes[u][0].x : codes[u][0].y, low = s < 2 ? codes[u][1].x : codes[u][1].y;
+                    u32 top = s < 2 ? now.codes[u][0].x : now.codes[u][0].y, low = s < 2 ? now.codes[u][1].x : now.codes[u][1].y;
                     int bits = s % 2 * 16;
                     const u32 a[4] = {pairs[top >> bits & 255][lane], pairs[low >> bits & 255][lane],
                                       pairs[top >> (bits + 8) & 255][lane], pairs[low >> (bits + 8) & 255][lane]};
@@ -133,12 +147,14 @@ __device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales sca
         for (int t = 0; t < NT; t++) parts[warp][t][lane] = make_float4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
         __syncthreads();
         // A thread for each element: 16 rows, then tokens.
-        for (u32 e = threadIdx.x; e < 16 * tokens; e += 32 * WARPS) {
+        for (u32 e = threadIdx.x; e < 16 * tokens; e += CODE_WARPS * WARP) {
             u32 row = e % 16, token = e / 16;
             int holder = row % 8 * 4 + token % 8 / 2, part = row / 8 * 2 + token % 2;
             float total = 0.0f;
 #pragma unroll
-            for (int from = 0; from < WARPS; from++) total += reinterpret_cast<const float*>(&parts[from][token / 8][holder])[part];
+            for (int from = 0; from < CODE_WARPS; from++) {
+                total += reinterpret_cast<const float*>(&parts[from][token / 8][holder])[part];
+            }
             if (tile * 16 + row < n) finish.one(tile * 16 + row, token, total);
         }
     }

@@ -13,7 +13,13 @@
 //! ([`PANEL`] elements), never as a whole.
 
 mod cpu;
+pub mod lora;
 pub(crate) mod matrix;
+mod skinny;
+#[cfg(test)]
+mod skinny_tests;
+
+pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
 use crate::quantize::QuantTensor;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
@@ -95,7 +101,7 @@ fn forward_into(x: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor, add: 
             let x = x.to_f32()?;
             rounded(out, add, |out, add| cpu::times_transposed(&x, weight, n, k, scale, out, add))
         }
-        device => Err(Error::NoKernel { op: "linear forward", device }),
+        Device::Cuda(_) => skinny::products(x, weight, scale, out, add, skinny::Direction::Forward),
     }
 }
 
@@ -107,7 +113,7 @@ fn input_grad_into(grad: &Tensor, weight: &Weight, scale: f32, out: &mut Tensor,
             let grad = grad.to_f32()?;
             rounded(out, add, |out, add| cpu::times(&grad, weight, n, k, scale, out, add))
         }
-        device => Err(Error::NoKernel { op: "linear input gradient", device }),
+        Device::Cuda(_) => skinny::products(grad, weight, scale, out, add, skinny::Direction::InputGrad),
     }
 }
 
@@ -156,7 +162,7 @@ pub fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32) -> Result<Tensor> {
             cpu::weight_grad(&grad.to_f32()?, &x.to_f32()?, (t, n, k), scale, out.as_mut_slice()?, false);
             Ok(out)
         }
-        device => Err(Error::NoKernel { op: "weight gradient", device }),
+        Device::Cuda(_) => skinny::weight_grad(grad, x, scale, None),
     }
 }
 
