@@ -60,6 +60,13 @@ template <float (*REDUCE)(float)> __device__ __forceinline__ float block_reduce(
 __device__ __forceinline__ float block_sum(float x) { return block_reduce<warp_sum>(x, 0.0f); }
 __device__ __forceinline__ float block_max(float x) { return block_reduce<warp_max>(x, -INFINITY); }
 
+// One of the ten rounds of philox.
+__device__ __forceinline__ uint4 philox_round(uint4 c, u32 k0, u32 k1) {
+    u32 a_low = 0xD2511F53u * c.x, a_high = __umulhi(0xD2511F53u, c.x);
+    u32 b_low = 0xCD9E8D57u * c.z, b_high = __umulhi(0xCD9E8D57u, c.z);
+    return make_uint4(b_high ^ c.y ^ k0, b_low, a_high ^ c.w ^ k1, a_low);
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011): the block of four random words at `block` of the stream that `step` and
 // `purpose_layer` (purpose << 16 | layer) name under `seed`. The same words as on the CPU.
 __device__ __forceinline__ uint4 philox(u64 seed, u32 step, u32 purpose_layer, u64 block) {
@@ -67,9 +74,7 @@ __device__ __forceinline__ uint4 philox(u64 seed, u32 step, u32 purpose_layer, u
     u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
 #pragma unroll
     for (int round = 0; round < 10; round++) {
-        u32 a_low = 0xD2511F53u * c.x, a_high = __umulhi(0xD2511F53u, c.x);
-        u32 b_low = 0xCD9E8D57u * c.z, b_high = __umulhi(0xCD9E8D57u, c.z);
-        c = make_uint4(b_high ^ c.y ^ k0, b_low, a_high ^ c.w ^ k1, a_low);
+        c = philox_round(c, k0, k1);
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }

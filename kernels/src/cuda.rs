@@ -26,6 +26,10 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::GEMM_QUANT_F16,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::quantize::cuda::QUANTIZE,
+    &crate::linear::DECODE,
+    &crate::linear::LORA,
+    &crate::linear::SIMT,
+    &crate::linear::WEIGHT_GRAD,
 ];
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.

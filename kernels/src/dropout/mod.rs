@@ -14,7 +14,7 @@ use nibble_runtime::{
 use rayon::prelude::*;
 
 /// [`Stream::purpose`] of dropout masks.
-const PURPOSE: u32 = 1;
+pub(crate) const PURPOSE: u32 = 1;
 /// Elements that one task takes (a multiple of 4).
 const CHUNK: usize = 1 << 13;
 
@@ -33,13 +33,22 @@ pub struct Mask {
 
 impl Mask {
     /// Elements are dropped where their random word is below this.
-    fn threshold(&self) -> u32 {
+    pub(crate) fn threshold(&self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0) as u32
     }
 
     /// What the kept elements are multiplied by.
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         1.0 / (1.0 - self.probability)
+    }
+
+    /// # Errors
+    /// The probability is outside of [0, 1).
+    pub(crate) fn check(&self) -> Result<()> {
+        if (0.0..1.0).contains(&self.probability) {
+            return Ok(());
+        }
+        Err(Error::invalid("dropout", format!("probability {} is outside of [0, 1)", self.probability)))
     }
 }
 
@@ -48,10 +57,7 @@ impl Mask {
 /// # Errors
 /// The probability is outside of [0, 1).
 pub fn apply(x: &Tensor, mask: Mask) -> Result<Tensor> {
-    if !(0.0..1.0).contains(&mask.probability) {
-        let what = format!("probability {} is outside of [0, 1)", mask.probability);
-        return Err(Error::invalid("dropout", what));
-    }
+    mask.check()?;
     match x.device() {
         Device::Cpu => {
             let rng = Philox::new(mask.seed, Stream { purpose: PURPOSE, step: mask.step, layer: mask.layer });

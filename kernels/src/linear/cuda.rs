@@ -1,12 +1,13 @@
 //! Large products on a GPU: which kernel, which tile, and what the kernels rely on.
 
-use super::{Terms, Weight};
-use crate::{
-    cuda::entry,
-    quantize::{Absmax, QuantTensor, QuantType},
+use super::{
+    Terms, Weight,
+    codes::Codes,
+    skinny::{self, Branch, Direction},
 };
+use crate::cuda::entry;
 use nibble_runtime::{
-    DType, Error, Result, Tensor,
+    DType, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 use std::sync::LazyLock;
@@ -56,78 +57,48 @@ pub(crate) static GEMM_GENERAL: Module = Module {
 
 /// `out = scale · (x · Wᵀ + t · Bᵀ) + …` by the terms, whose shapes have been checked.
 pub(super) fn forward_into(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
-    match x.dtype() {
-        DType::F16 | DType::BF16 => product(true, x, weight, scale, terms, out),
-        _ => Err(Error::NoKernel { op: "linear forward", device: x.device() }),
+    if !on_tensor_cores(x, weight, out) {
+        return in_f32(x, weight, scale, terms, out, Direction::Forward);
     }
+    if x.shape()[0] <= DECODED && scale == 1.0 && !terms.add && out.dtype() == x.dtype() {
+        let branch = terms.lora.map(|(t, b)| Branch { t, b, scale: 1.0 });
+        if let Some(y) = skinny::decode(x, weight, branch, terms.residual, Tag::Activations)? {
+            *out = y;
+            return Ok(());
+        }
+    }
+    product(true, x, weight, scale, terms, out)
 }
 
 /// `out = scale · (g · W + u · A) + …` by the terms, whose shapes have been checked.
 pub(super) fn input_grad_into(g: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
-    match g.dtype() {
-        DType::F16 | DType::BF16 => product(false, g, weight, scale, terms, out),
-        _ => Err(Error::NoKernel { op: "linear input gradient", device: g.device() }),
+    match on_tensor_cores(g, weight, out) {
+        true => product(false, g, weight, scale, terms, out),
+        false => in_f32(g, weight, scale, terms, out, Direction::InputGrad),
     }
 }
 
-/// What a kernel is told about the scales of a 4-bit weight; nothing of a dense one.
-#[derive(Default)]
-struct Scales<'a> {
-    absmax: Option<&'a Tensor>,
-    nested: Option<&'a Tensor>,
-    map: Option<&'a Tensor>,
-    offset: Option<&'a Tensor>,
-    block_shift: u32,
-    nested_shift: u32,
-    /// Row of `CODE_VALUES`.
-    book: u32,
+/// Rows up to which a product is bound by reading the weight.
+const DECODED: usize = 16;
+
+/// Whether the operands are of one 16-bit type, and the result too or f32.
+fn on_tensor_cores(x: &Tensor, weight: &Weight, out: &Tensor) -> bool {
+    let fits = |dtype: DType| dtype == x.dtype();
+    let weight_fits = match weight {
+        Weight::Dense(tensor) => fits(tensor.dtype()),
+        Weight::Quantized(_) => true,
+    };
+    x.dtype() != DType::F32 && weight_fits && (fits(out.dtype()) || out.dtype() == DType::F32)
 }
 
-impl<'a> Scales<'a> {
-    /// The scales of `quantized`, after a check that the kernels stay inside of its parts.
-    fn of(op: &'static str, quantized: &'a QuantTensor) -> Result<Self> {
-        let numel = quantized.numel();
-        let blocks = numel.div_ceil(quantized.block_size.max(1));
-        let part = |name: &str, tensor: &Tensor, dtype: DType, length: usize| {
-            if tensor.dtype() == dtype && tensor.numel() == length {
-                return Ok(());
-            }
-            let (found, shape) = (tensor.dtype(), tensor.shape());
-            let what = format!("{name} is {found} {shape:?}; a quantized {:?} needs {length} {dtype}", quantized.shape);
-            Err(Error::shape(op, what))
-        };
-        if !quantized.block_size.is_power_of_two() || quantized.block_size < 32 {
-            return Err(Error::invalid(op, format!("block size {}", quantized.block_size)));
-        }
-        part("packed", &quantized.packed, DType::U8, numel.div_ceil(2))?;
-        let book = match quantized.quant_type {
-            QuantType::Nf4 => 0,
-            QuantType::Fp4 => 1,
-        };
-        let block_shift = quantized.block_size.trailing_zeros();
-        match &quantized.absmax {
-            Absmax::Single(absmax) => {
-                part("absmax", absmax, DType::F32, blocks)?;
-                Ok(Scales { absmax: Some(absmax), block_shift, book, ..Scales::default() })
-            }
-            Absmax::Double { codes, absmax2, code, offset, block_size } => {
-                if !block_size.is_power_of_two() {
-                    return Err(Error::invalid(op, format!("nested block size {block_size}")));
-                }
-                part("absmax", codes, DType::U8, blocks)?;
-                part("nested absmax", absmax2, DType::F32, blocks.div_ceil(*block_size))?;
-                part("nested map", code, DType::F32, 256)?;
-                part("nested offset", offset, DType::F32, 1)?;
-                let nested_shift = block_size.trailing_zeros();
-                let (absmax, nested, map) = (Some(codes), Some(absmax2), Some(code));
-                Ok(Scales { absmax, nested, map, offset: Some(offset), block_shift, nested_shift, book })
-            }
-        }
+/// Any float types, in f32 without tensor cores, one term after another.
+fn in_f32(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor, direction: Direction) -> Result<()> {
+    if let Some(residual) = terms.residual {
+        out.copy_from(0, residual)?;
     }
-
-    fn tensors(&self) -> impl Iterator<Item = &'a Tensor> {
-        [self.absmax, self.nested, self.map, self.offset].into_iter().flatten()
-    }
+    skinny::products(x, weight, scale, out, terms.add || terms.residual.is_some(), direction)?;
+    let Some((left, right)) = terms.lora else { return Ok(()) };
+    skinny::products(left, &Weight::Dense(right.clone()), scale, out, true, direction)
 }
 
 /// A product of 16-bit rows `a` with a weight or its transpose.
@@ -136,8 +107,8 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
     let dtype = a.dtype();
     let (gpu, (m, k), n) = (Gpu::of(a.device())?, a.dims2(op)?, out.shape()[1]);
     let (b, scales) = match weight {
-        Weight::Dense(tensor) => (tensor, Scales::default()),
-        Weight::Quantized(quantized) => (&quantized.packed, Scales::of(op, quantized)?),
+        Weight::Dense(tensor) => (tensor, Codes::default()),
+        Weight::Quantized(quantized) => (&quantized.packed, Codes::of(op, quantized)?),
     };
     let quantized = scales.absmax.is_some();
     let dense = [(!quantized).then_some(b), terms.lora.map(|(left, _)| left), terms.lora.map(|(_, right)| right)];
@@ -192,7 +163,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
         .input_opt(scales.offset)
         .u32(scales.block_shift)
         .u32(scales.nested_shift)
-        .u32(scales.book)
+        .u32(scales.quant_type)
         .u32(add.into())
         .u32(wide.into());
     if !tiled {

@@ -16,11 +16,18 @@
 //! a whole. On a GPU 16-bit operands are multiplied by tensor cores with sums in f32 (`gemm.cuh`): a dense weight must
 //! have the type of `x` or `g`, a 4-bit one is rounded to it once on the way.
 
+mod codes;
 mod cpu;
 mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+pub mod lora;
 pub(crate) mod matrix;
+mod skinny;
+#[cfg(test)]
+mod skinny_tests;
+
+pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
@@ -280,7 +287,7 @@ pub fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32) -> Result<Tensor> {
             cpu::weight_grad(&grad.to_f32()?, &x.to_f32()?, (t, n, k), scale, out.as_mut_slice()?, false);
             Ok(out)
         }
-        device => Err(Error::NoKernel { op: "weight gradient", device }),
+        Device::Cuda(_) => skinny::weight_grad(grad, x, scale, None),
     }
 }
 

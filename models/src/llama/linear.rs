@@ -1,14 +1,13 @@
 //! A linear layer: a frozen or trainable weight, and a LoRA adapter beside it.
 //!
-//! With dropout `m` on the adapter's input, `y = x·Wᵀ + s·(m(x)·Aᵀ)·Bᵀ` (Hu et al., "LoRA", arXiv 2106.09685).
-//! Backward, from the gradient `g` of `y`, with `t = m(x)·Aᵀ` saved and `u = s·g·B`:
-//! `dB = s·gᵀ·t`, `dA = uᵀ·m(x)`, `dx = g·W + m(u·A)`, and `dW = gᵀ·x` where the weight trains.
+//! With dropout `m` on the adapter's input and `t = s·m(x)·Aᵀ`, `y = x·Wᵀ + t·Bᵀ` (Hu et al., "LoRA", arXiv 2106.09685).
+//! Backward, from the gradient `g` of `y`, with `u = s·g·B`:
+//! `dB = gᵀ·t`, `dA = uᵀ·m(x)`, `dx = g·W + m(u·A)`, and `dW = gᵀ·x` where the weight trains.
 
 use super::Pass;
 use nibble_kernels::{
     cast::into_dtype,
-    dropout,
-    linear::{Weight, forward, forward_add, input_grad, input_grad_add, weight_grad},
+    linear::{Weight, forward_lora, input_grad_lora, input_grad_lora_add, lora, weight_grad},
 };
 use nibble_runtime::{DType, ParamId, Result, Tag, Tensor};
 use std::collections::BTreeMap;
@@ -56,8 +55,8 @@ pub struct Linear {
 }
 
 /// A parameter in the type of the computation.
-fn cast(param: &Param, dtype: DType) -> Result<Weight> {
-    Ok(Weight::Dense(into_dtype(param.value.clone(), dtype, Tag::Workspace)?))
+fn cast(param: &Param, dtype: DType) -> Result<Tensor> {
+    into_dtype(param.value.clone(), dtype, Tag::Workspace)
 }
 
 impl Linear {
@@ -85,14 +84,6 @@ impl Linear {
         }
     }
 
-    /// `m(x)`: the adapter's input.
-    fn dropped(&self, x: &Tensor, lora: &Lora, pass: &Pass) -> Result<Tensor> {
-        Ok(match pass.mask(lora.dropout, self.index) {
-            Some(mask) => dropout::apply(x, mask)?,
-            None => x.clone(),
-        })
-    }
-
     /// The output `[T, N]`, added to `residual` if there is one, and the adapter's `t` `[T, r]`.
     pub(crate) fn forward(
         &self,
@@ -100,17 +91,14 @@ impl Linear {
         pass: &Pass,
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let mut y = match residual {
-            None => forward(x, &self.weight, Tag::Activations)?,
-            Some(residual) => {
-                let mut y = residual.copy(Tag::Activations)?;
-                forward_add(x, &self.weight, 1.0, &mut y)?;
-                y
-            }
+        let (dtype, tag) = (x.dtype(), Tag::Activations);
+        let weight = self.weight(dtype)?;
+        let Some(lora) = &self.lora else {
+            return Ok((forward_lora(x, &weight, None, residual, dtype, tag)?, None));
         };
-        let Some(lora) = &self.lora else { return Ok((y, None)) };
-        let t = forward(&self.dropped(x, lora, pass)?, &cast(&lora.a, x.dtype())?, Tag::Activations)?;
-        forward_add(&t, &cast(&lora.b, x.dtype())?, lora.scale, &mut y)?;
+        let (a, b) = (cast(&lora.a, dtype)?, cast(&lora.b, dtype)?);
+        let t = lora::down(x, &a, lora.scale, pass.mask(lora.dropout, self.index), tag)?;
+        let y = forward_lora(x, &weight, Some((&t, &b)), residual, dtype, tag)?;
         Ok((y, Some(t)))
     }
 
@@ -125,39 +113,45 @@ impl Linear {
         dx: Option<&mut Option<Tensor>>,
         grads: &mut ParamGrads,
     ) -> Result<()> {
+        let dtype = x.dtype();
         if let Some(id) = self.id {
             grads.insert(id, weight_grad(grad, x, 1.0)?);
         }
-        let mut adapter = None;
+        let mut branch = None;
         if let (Some(lora), Some(t)) = (&self.lora, t) {
-            let u = input_grad(grad, &cast(&lora.b, x.dtype())?, lora.scale)?; // [T, r]
+            let mask = pass.mask(lora.dropout, self.index);
+            let u = lora::grad_down(grad, &cast(&lora.b, dtype)?, lora.scale, Tag::Workspace)?;
             if let Some(id) = lora.b.id {
-                grads.insert(id, weight_grad(grad, t, lora.scale)?);
+                grads.insert(id, lora::weight_grad(grad, t, 1.0, None)?);
             }
             if let Some(id) = lora.a.id {
-                grads.insert(id, weight_grad(&u, &self.dropped(x, lora, pass)?, 1.0)?);
+                grads.insert(id, lora::weight_grad(&u, x, 1.0, mask)?);
             }
-            adapter = Some((lora, u));
+            branch = Some((u, cast(&lora.a, dtype)?, mask));
         }
         let Some(slot) = dx else { return Ok(()) };
+        let weight = self.weight(dtype)?;
+        // Without dropout the branch is part of the product.
+        let inside = branch.as_ref().filter(|(_, _, mask)| mask.is_none()).map(|(u, a, _)| (u, a));
         let mut dx = match slot.take() {
-            None => input_grad(grad, &self.weight, 1.0)?,
+            None => input_grad_lora(grad, &weight, inside, dtype, Tag::Workspace)?,
             Some(mut dx) => {
-                input_grad_add(grad, &self.weight, 1.0, &mut dx)?;
+                input_grad_lora_add(grad, &weight, inside, &mut dx)?;
                 dx
             }
         };
-        if let Some((lora, u)) = adapter {
-            let a = cast(&lora.a, x.dtype())?;
-            match pass.mask(lora.dropout, self.index) {
-                None => input_grad_add(&u, &a, 1.0, &mut dx)?,
-                Some(mask) => {
-                    let through = dropout::apply(&input_grad(&u, &a, 1.0)?, mask)?;
-                    nibble_kernels::elementwise::add_assign(&mut dx, &through)?;
-                }
-            }
+        if let Some((u, a, Some(mask))) = &branch {
+            lora::dropped_add(u, a, Some(*mask), &mut dx)?;
         }
         *slot = Some(dx);
         Ok(())
+    }
+
+    /// The weight as products take it: one that trains, in the type of the computation.
+    fn weight(&self, dtype: DType) -> Result<Weight> {
+        match (&self.weight, self.id) {
+            (Weight::Dense(value), Some(_)) => Ok(Weight::Dense(into_dtype(value.clone(), dtype, Tag::Workspace)?)),
+            (weight, _) => Ok(weight.clone()),
+        }
     }
 }
