@@ -7,6 +7,7 @@
 mod attention;
 mod linear;
 mod pointwise;
+mod quantize;
 
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
@@ -110,8 +111,12 @@ fn main() {
 /// The benchmarks of each operation.
 type Operation = (&'static str, fn(&Bench) -> Result<()>);
 
-const OPERATIONS: &[Operation] =
-    &[("pointwise", pointwise::run), ("linear", linear::run), ("attention", attention::run)];
+const OPERATIONS: &[Operation] = &[
+    ("pointwise", pointwise::run),
+    ("linear", linear::run),
+    ("attention", attention::run),
+    ("quantize", quantize::run),
+];
 
 fn run(bench: &Bench) {
     for (name, operation) in OPERATIONS {
