@@ -39,6 +39,7 @@ pub const PANEL: usize = 128 << 10;
 
 /// A weight matrix `[N, K]`.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has a few hundred, and few of them are dense")]
 pub enum Weight {
     /// As it is: f32, f16 or bf16.
     Dense(Tensor),

@@ -39,6 +39,7 @@ impl fmt::Display for CheckpointKind {
 
 /// A weight as a checkpoint holds it.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one exists at a time, or a few hundred that are written")]
 pub enum CheckpointTensor {
     /// Floating point, in the file's type; f32 from a GGUF.
     Dense(Tensor),
