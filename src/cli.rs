@@ -36,7 +36,7 @@ pub enum Command {
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
     Quantize(QuantizeArgs),
     /// Time warm training steps of a model on random tokens, and say what memory they take
-    BenchStep(BenchStepArgs),
+    BenchStep(Box<BenchStepArgs>),
     /// Say what a checkpoint, GGUF, adapter or data file holds
     Inspect {
         /// Folder or file

@@ -80,7 +80,13 @@ impl DeviceRequest {
     pub fn resolve(self) -> Result<(Device, Option<String>)> {
         match self {
             DeviceRequest::Exactly(Device::Cpu) => Ok((Device::Cpu, None)),
-            DeviceRequest::Exactly(device) => Gpu::of(device).map(|gpu| (gpu.device(), None)),
+            DeviceRequest::Exactly(device) => match Gpu::of(device) {
+                Ok(gpu) => Ok((gpu.device(), None)),
+                Err(Error::Device { requested, reason }) => {
+                    Err(Error::Device { requested, reason: format!("{reason}; --device cpu does without a GPU") })
+                }
+                Err(error) => Err(error),
+            },
             DeviceRequest::Auto => Ok(match Gpu::of(Device::Cuda(0)) {
                 Ok(gpu) => (gpu.device(), None),
                 Err(Error::Device { reason, .. }) => (Device::Cpu, Some(reason)),

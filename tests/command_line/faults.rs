@@ -35,7 +35,7 @@ fn usage() {
         (&["--targets", "lm_head"], &["lm_head", "q_proj"]),
         (&["--rank", "1000000000000"], &["--rank"]),
         (&["--seed", "18446744073709551615"], &["18446744073709551615"]),
-        (&["--device", "cuda"], &["cuda:0", "--device cpu"]),
+        (&["--device", "cuda:99"], &["cuda:99", "--device cpu"]),
         (&["--device", "tpu"], &["tpu", "cuda:N"]),
     ] {
         place.refuses_training(args, words);

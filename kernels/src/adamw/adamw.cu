@@ -129,7 +129,7 @@ adamw_step(const Entry* table, u32 count, float beta1, float one_minus_beta1, fl
            float step_size, float root_scale, float eps, float decay_before, float decay_after, float* clip,
            const float* signed_map, const float* unsigned_map) {
     if (clip[2] == 0.0f) return;
-    const Entry& entry = tensor_of_piece(table, count, blockIdx.x);
+    const Entry entry = tensor_of_piece(table, count, blockIdx.x);
     u64 from = (u64)(blockIdx.x - entry.first_piece) * PIECE, to = min(from + PIECE, entry.numel);
     bool decays = entry.flags & DECAY;
     Coefficients c = {beta1,      one_minus_beta1, beta2,

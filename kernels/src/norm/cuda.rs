@@ -11,7 +11,7 @@ pub(crate) static MODULE: Module = Module {
     ptx: include_str!("../../ptx/norm.ptx"),
     entries: &[
         Entry { name: "norm_pieces", floats: false, params: &[8, 4, 8] },
-        Entry { name: "norm_clip", floats: false, params: &[8, 4, 4, 4, 8] },
+        Entry { name: "norm_clip", floats: false, params: &[8, 4, 8, 4, 8] },
     ],
 };
 
@@ -38,7 +38,7 @@ pub(super) fn clip(grads: &[&Tensor], device: Device, max_norm: f64, loss_scale:
     let table = list.upload(device)?;
     let args = Args::new().input(&table).u32(list.count()).output(&mut partial);
     gpu.launch(&MODULE, "norm_pieces", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)?;
-    let args = Args::new().input(&partial).u32(list.pieces()).f32(max_norm as f32).f32(loss_scale).output(&mut clip);
+    let args = Args::new().input(&partial).u32(list.pieces()).u64(max_norm.to_bits()).f32(loss_scale).output(&mut clip);
     gpu.launch(&MODULE, "norm_clip", [1, 1, 1], [THREADS, 1, 1], 0, args)?;
     Ok(clip)
 }

@@ -33,23 +33,21 @@ template <typename T> __device__ __forceinline__ double sum_of_squares(const T* 
     if (((u64)(values + from) & 15) == 0) {
         for (; at + SIZE <= to; at += THREADS * SIZE) {
             Pack<T> pack = load_pack(values + at);
-            float part = 0.0f;
 #pragma unroll
             for (int i = 0; i < SIZE; i++) {
-                float x = wide(pack.at[i]);
-                part += x * x;
+                double x = wide(pack.at[i]);
+                sum += x * x;
             }
-            sum += part;
         }
     } else {
         for (; at + SIZE <= to; at += THREADS * SIZE)
             for (int i = 0; i < SIZE; i++) {
-                float x = wide(values[at + i]);
+                double x = wide(values[at + i]);
                 sum += x * x;
             }
     }
     for (; at < to; at++) { // fewer than SIZE are left, for one thread
-        float x = wide(values[at]);
+        double x = wide(values[at]);
         sum += x * x;
     }
     return sum;
@@ -69,13 +67,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_pieces(const Entry* t
 
 // clip = {norm, factor, 1 if the norm is finite, 1 for parameters not yet found to be infinite}; one block.
 extern "C" __global__ void __launch_bounds__(THREADS)
-norm_clip(const double* partial, u32 pieces, float max_norm, float loss_scale, float* clip) {
+norm_clip(const double* partial, u32 pieces, double max_norm, float loss_scale, float* clip) {
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < pieces; i += THREADS) sum += partial[i];
     sum = block_sum_double(sum);
     if (threadIdx.x != 0) return;
     double norm = sqrt(sum) / loss_scale;
-    double factor = max_norm > 0.0f && max_norm < INFINITY ? fmin(max_norm / (norm + 1e-6), 1.0) : 1.0;
+    double factor = max_norm > 0.0 && max_norm < INFINITY ? fmin(max_norm / (norm + 1e-6), 1.0) : 1.0;
     float rounded = (float)norm;
     clip[0] = rounded;
     clip[1] = (float)factor / loss_scale;
