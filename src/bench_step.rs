@@ -6,7 +6,7 @@ use crate::{
     default_task,
     model::Model,
     report,
-    settings::Settings,
+    settings::{Settings, TrainArgs},
     step::{Step, Stepper},
     train::{attach, source},
 };
@@ -24,7 +24,9 @@ const PURPOSE: u32 = 0xBE7C;
 
 /// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled.
 pub fn run(args: &BenchStepArgs) -> Result<()> {
-    let settings = Settings::resolve(&args.train, default_task::RECIPE)?;
+    // No file is read: the tokens are random.
+    let train = TrainArgs { data: Some("random tokens".into()), ..args.train.clone() };
+    let settings = Settings::resolve(&train, default_task::RECIPE)?;
     ensure!(args.timed > 0, "--timed must be at least 1");
     let clock = Instant::now();
     let mut model = Model::load(&source(&settings))?;
