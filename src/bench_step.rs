@@ -55,7 +55,8 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let median = seconds[seconds.len() / 2];
     let tokens = batch.ids.len() as f64;
     let flops = flops(&model.llama.config, settings.batch_size, settings.seq_len);
-    println!("{} x {} tokens, {:?}", settings.batch_size, settings.seq_len, model.llama.saving);
+    let recomputed = model.llama.recomputed.min(model.llama.layers.len());
+    println!("{} x {} tokens, {recomputed} layers recomputed", settings.batch_size, settings.seq_len);
     println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
     println!("{}", report::memory_line(device));
     if let Ok(gpu) = Gpu::of(device) {

@@ -116,10 +116,10 @@ pub struct TrainArgs {
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     pub no_shuffle: bool,
-    /// Run each layer's forward pass again in the backward pass: less memory, a third more time
-    #[arg(long)]
-    #[serde(skip_serializing_if = "is_false")]
-    pub recompute: bool,
+    /// Run the forward pass of all layers, or of the first N, again in the backward pass: less memory, a third more time
+    /// [default: none]
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "all")]
+    pub recompute: Option<String>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -200,7 +200,36 @@ pub struct Settings {
     #[serde(with = "as_text")]
     pub device: DeviceRequest,
     pub no_shuffle: bool,
-    pub recompute: bool,
+    #[serde(with = "as_text")]
+    pub recompute: Recompute,
+}
+
+/// How many layers, from the first on, run their forward pass again instead of keeping what it made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recompute(pub usize);
+
+impl std::str::FromStr for Recompute {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "all" => Ok(Recompute(usize::MAX)),
+            "none" => Ok(Recompute(0)),
+            _ => {
+                text.parse().map(Recompute).map_err(|_| format!("expected all, none or a number of layers, not {text}"))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Recompute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            usize::MAX => f.write_str("all"),
+            0 => f.write_str("none"),
+            layers => layers.fmt(f),
+        }
+    }
 }
 
 impl Default for Settings {
@@ -237,7 +266,7 @@ impl Default for Settings {
             dtype: DTypeChoice(None),
             device: DeviceRequest::Auto,
             no_shuffle: false,
-            recompute: false,
+            recompute: Recompute::default(),
         }
     }
 }

@@ -17,7 +17,6 @@ use nibble_models::{
     llama::LoraConfig,
     tokenizer::Tokenizer,
 };
-use nibble_runtime::Saving;
 use serde::Serialize;
 use std::{path::PathBuf, time::Instant};
 
@@ -112,7 +111,7 @@ pub(crate) fn attach(model: &mut Model, settings: &Settings) -> Result<Option<pe
             Some(lora.to_peft(base))
         }
     };
-    model.llama.saving = if settings.recompute { Saving::Recompute } else { Saving::Keep };
+    model.llama.recomputed = settings.recompute.0;
     let parameters = model.llama.parameters();
     let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
     eprintln!("trains   {:.2}M parameters in {} tensors by {}", count as f64 / 1e6, parameters.len(), settings.method);

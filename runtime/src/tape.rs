@@ -14,6 +14,11 @@ pub trait Function {
     /// The output, and what to save for the backward pass.
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Self::Saved)>;
 
+    /// What [`Function::forward`] would save, for a function that can make it without its output.
+    fn saved(&self, inputs: &[Tensor]) -> Result<Self::Saved> {
+        Ok(self.forward(inputs)?.1)
+    }
+
     /// Gradients of the inputs, in their order, from the gradient of the output; `None` where there is none.
     /// Only entries of `wanted` need be computed.
     fn backward(
@@ -128,7 +133,7 @@ impl<'a> Tape<'a> {
             Saving::Recompute => {
                 drop(saved);
                 Box::new(move |grad| {
-                    let (_, saved) = function.forward(&values)?;
+                    let saved = function.saved(&values)?;
                     function.backward(&values, saved, grad, &wanted)
                 })
             }

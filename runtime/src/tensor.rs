@@ -189,6 +189,19 @@ impl Tensor {
         self.device_pointer()
     }
 
+    /// The same elements in pinned host memory that GPU `device` uses in place, across the bus. The tensor counts as on that
+    /// GPU.
+    ///
+    /// # Errors
+    /// The device is none or cannot be used, or the host is out of memory that can be pinned.
+    pub fn to_pinned(&self, device: Device) -> Result<Self> {
+        let buffer = DeviceBuffer::in_host_memory(Gpu::of(device)?, self.size_bytes())?;
+        let storage = Arc::new(Storage::Cuda(buffer));
+        let mut out = Tensor { storage, dtype: self.dtype, shape: self.shape.clone(), offset: 0 };
+        out.copy_from(0, self)?;
+        Ok(out)
+    }
+
     /// The same elements on `device`, counted under `tag`. To a GPU the copy is queued on its compute stream; to the host
     /// the stream is waited for.
     ///

@@ -84,7 +84,8 @@ impl Bench {
         flops: f64,
         mut run: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        if self.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
+        let operation = |filter: &String| OPERATIONS.iter().any(|(name, _)| name == filter);
+        if self.filter.as_ref().is_some_and(|filter| !operation(filter) && !name.contains(filter.as_str())) {
             return Ok(());
         }
         let milliseconds = self.median(&mut run)?;
@@ -119,7 +120,9 @@ const OPERATIONS: &[Operation] = &[
 ];
 
 fn run(bench: &Bench) {
-    for (name, operation) in OPERATIONS {
+    // The name of an operation runs all of its cases, anything else the cases whose names contain it.
+    let one = OPERATIONS.iter().find(|(name, _)| bench.filter.as_deref() == Some(name));
+    for (name, operation) in OPERATIONS.iter().filter(|(name, _)| one.is_none_or(|(one, _)| one == name)) {
         if let Err::<(), Error>(error) = operation(bench) {
             println!("{name}: {error}");
         }

@@ -23,9 +23,9 @@ pub(crate) static MODULE: Module = Module {
 
 const OP: &str = "cross-entropy";
 
-/// Logits held at a time, in f32 and as a gradient: 512 rows of 128 Ki tokens, so that a chunk's products cost several
+/// Logits held at a time, in f32 and as a gradient: 256 rows of 128 Ki tokens, so that a chunk's products cost several
 /// times what reading the head once more does.
-const CHUNK: usize = 64 << 20;
+const CHUNK: usize = 32 << 20;
 
 /// Rows of a chunk: whole tiles of a matrix product where there are that many.
 pub(super) fn chunk_rows(vocab: usize) -> usize {

@@ -6,7 +6,7 @@
 use super::shards::Shards;
 use crate::{Error, Result, config::dtype_name};
 use nibble_kernels::quantize::{Absmax, QuantTensor, QuantType};
-use nibble_runtime::{DType, Tag, Tensor};
+use nibble_runtime::{DType, Device, Tag, Tensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -119,8 +119,9 @@ pub fn read_quantized(shards: &Shards, name: &str, tag: Tag) -> Result<QuantTens
 /// # Errors
 /// The parts of `weight` do not fit together.
 pub fn quantized_parts(name: &str, weight: &QuantTensor) -> Result<Vec<(String, Tensor)>> {
-    weight.validate()?;
     let tag = Tag::Workspace;
+    let weight = &weight.to_device(Device::Cpu, tag)?;
+    weight.validate()?;
     let quant_map = Tensor::from_slice(&weight.quant_type.quant_map(), &[16], tag)?;
     // Spelled as Python's json.dumps does, so that the files are the reference's to the byte.
     let [rows, columns] = weight.shape[..] else {

@@ -97,6 +97,15 @@ impl Layer {
     /// The layer's output for `x` `[T, D]`. With a cache, the new keys and values are written behind those it holds, and
     /// the queries attend to all of them.
     pub(crate) fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<(Tensor, Saved)> {
+        let mut saved = self.up_to_feed_forward(x, pass, cache)?;
+        let Saved { h, gate, up, t: [.., t_down], .. } = &mut saved;
+        let (y, t) = self.down.forward(&swiglu::forward(gate, up)?, pass, Some(h))?;
+        *t_down = t;
+        Ok((y, saved))
+    }
+
+    /// Everything but the last product: what the backward pass needs, up to the `t` of `down`.
+    fn up_to_feed_forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Saved> {
         let turn = |x: Tensor| rotary::apply(x, &pass.positions, &pass.rope, Direction::Forward);
         let (n1, rstd1) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
         let (q, t_q) = self.q.forward(&n1, pass, None)?;
@@ -116,9 +125,8 @@ impl Layer {
         let (n2, rstd2) = rms_norm::forward(&h, &self.post_norm.value, self.eps)?;
         let (gate, t_gate) = self.gate.forward(&n2, pass, None)?;
         let (up, t_up) = self.up.forward(&n2, pass, None)?;
-        let (y, t_down) = self.down.forward(&swiglu::forward(&gate, &up)?, pass, Some(&h))?;
-        let t = [t_q, t_k, t_v, t_o, t_gate, t_up, t_down];
-        Ok((y, Saved { rstd1, q, k, v, o, lse, h, rstd2, gate, up, t }))
+        let t = [t_q, t_k, t_v, t_o, t_gate, t_up, None];
+        Ok(Saved { rstd1, q, k, v, o, lse, h, rstd2, gate, up, t })
     }
 
     /// Gradients of the input (if wanted) and of the parameters, from that of the output.
@@ -217,6 +225,13 @@ impl Function for LayerNode<'_> {
 
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Saved)> {
         self.layer.forward(&inputs[0], self.pass, None)
+    }
+
+    fn saved(&self, inputs: &[Tensor]) -> Result<Saved> {
+        let mut saved = self.layer.up_to_feed_forward(&inputs[0], self.pass, None)?;
+        let Saved { gate, up, t: [.., t_down], .. } = &mut saved;
+        *t_down = self.layer.down.low_rank(&swiglu::forward(gate, up)?, self.pass)?;
+        Ok(saved)
     }
 
     fn backward(&self, inputs: &[Tensor], saved: Saved, grad: Tensor, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {

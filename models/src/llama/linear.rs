@@ -91,15 +91,18 @@ impl Linear {
         pass: &Pass,
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let (dtype, tag) = (x.dtype(), Tag::Activations);
-        let weight = self.weight(dtype)?;
-        let Some(lora) = &self.lora else {
-            return Ok((forward_lora(x, &weight, None, residual, dtype, tag)?, None));
-        };
-        let (a, b) = (cast(&lora.a, dtype)?, cast(&lora.b, dtype)?);
-        let t = lora::down(x, &a, lora.scale, pass.mask(lora.dropout, self.index), tag)?;
-        let y = forward_lora(x, &weight, Some((&t, &b)), residual, dtype, tag)?;
-        Ok((y, Some(t)))
+        let dtype = x.dtype();
+        let t = self.low_rank(x, pass)?;
+        let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
+        let y = forward_lora(x, &self.weight(dtype)?, t.as_ref().zip(b.as_ref()), residual, dtype, Tag::Activations)?;
+        Ok((y, t))
+    }
+
+    /// The adapter's `t` `[T, r]`, where there is one.
+    pub(crate) fn low_rank(&self, x: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
+        let Some(lora) = &self.lora else { return Ok(None) };
+        let mask = pass.mask(lora.dropout, self.index);
+        Ok(Some(lora::down(x, &cast(&lora.a, x.dtype())?, lora.scale, mask, Tag::Activations)?))
     }
 
     /// Puts the parameters' gradients into `grads` and adds that of the input to `dx`, making it if it is not there yet.

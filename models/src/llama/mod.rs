@@ -48,8 +48,9 @@ pub struct Llama {
     pub head: Option<Param>,
     /// Type of activations.
     pub dtype: DType,
-    /// What layers keep between forward and backward.
-    pub saving: Saving,
+    /// The layers before this one keep their input alone and run their forward pass again in the backward pass. (Those
+    /// behind are the first to be done with what they keep.)
+    pub recomputed: usize,
 }
 
 /// Sequences packed one after another, with the token that follows each.
@@ -110,11 +111,12 @@ impl Llama {
             None => Var::constant(self.embedding.value.clone()),
         };
         let mut x = tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table], Saving::Keep)?;
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
+            let saving = if i < self.recomputed { Saving::Recompute } else { Saving::Keep };
             let mut inputs = vec![x];
             layer.visit(&mut |id, _, value| inputs.push(tape.parameter(id, value)));
             let inputs: Vec<&Var> = inputs.iter().collect();
-            x = tape.apply(LayerNode { layer, pass }, &inputs, self.saving)?;
+            x = tape.apply(LayerNode { layer, pass }, &inputs, saving)?;
         }
         let weight = match self.norm.id {
             Some(id) => tape.parameter(id, &self.norm.value),

@@ -1,7 +1,8 @@
 //! Copies between host and device, on the compute stream.
 //!
 //! Host bytes go through pinned staging memory in pieces, so that the caller's memory is free when the call returns and
-//! the device is never waited for unless all pieces are under way.
+//! the device is never waited for unless all pieces are under way. Under unified addressing one call copies from and to
+//! anywhere.
 
 use super::{DeviceBuffer, Event, Gpu, driver::check, gpu::lock};
 use crate::Result;
@@ -84,8 +85,8 @@ pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> 
         let to = target.pointer() + (offset + done) as u64;
         // SAFETY: `room` is pinned memory that stays as it is until the event recorded behind this copy is reached; the
         // target has the bytes (the caller's offset and length are within its tensor).
-        let status = unsafe { sys::cuMemcpyHtoDAsync_v2(to, room.as_ptr().cast(), count, gpu.stream().0) };
-        check("cuMemcpyHtoDAsync", status)?;
+        let status = unsafe { sys::cuMemcpyAsync(to, room.as_ptr().expose_provenance() as u64, count, gpu.stream().0) };
+        check("cuMemcpyAsync", status)?;
         staging.filled = (staging.filled + count).next_multiple_of(ALIGN).min(PIECE);
         done += count;
     }
@@ -100,8 +101,9 @@ pub(crate) fn download(source: &DeviceBuffer, offset: usize, bytes: &mut [u8]) -
         let from = source.pointer() + offset as u64;
         // SAFETY: the source has the bytes (the caller's offset and length are within its tensor), the target is
         // borrowed exclusively, and the stream is waited for before the borrow ends.
-        let status = unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), gpu.stream().0) };
-        check("cuMemcpyDtoHAsync", status)?;
+        let to = bytes.as_mut_ptr().expose_provenance() as u64;
+        let status = unsafe { sys::cuMemcpyAsync(to, from, bytes.len(), gpu.stream().0) };
+        check("cuMemcpyAsync", status)?;
     }
     gpu.synchronize()
 }
@@ -121,5 +123,5 @@ pub(crate) fn copy(
     }
     let (to, from) = (target.pointer() + to as u64, source.pointer() + from as u64);
     // SAFETY: both ranges lie within their tensors (the callers' offsets), and the target is borrowed exclusively.
-    check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, count, gpu.stream().0) })
+    check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, count, gpu.stream().0) })
 }

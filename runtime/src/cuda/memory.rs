@@ -51,9 +51,17 @@ impl Gpu {
 pub(crate) struct DeviceBuffer {
     gpu: &'static Gpu,
     memory: &'static DeviceMemory,
-    /// None if it has no bytes.
-    block: Option<Block>,
+    place: Place,
     bytes: usize,
+}
+
+/// Where a [`DeviceBuffer`] is.
+enum Place {
+    /// It has no bytes.
+    Nowhere,
+    Device(Block),
+    /// Pinned host memory, which the GPU reads and writes across the bus at this address.
+    Host(sys::CUdeviceptr),
 }
 
 impl fmt::Debug for DeviceBuffer {
@@ -66,26 +74,51 @@ impl DeviceBuffer {
     /// `bytes` of memory with unspecified contents.
     pub(crate) fn new(gpu: &'static Gpu, bytes: usize, tag: Tag) -> Result<Self> {
         let memory = gpu.memory()?;
-        let block = if bytes > 0 { Some(memory.allocate(bytes, tag, gpu.stream_id())?) } else { None };
-        let mut buffer = DeviceBuffer { gpu, memory, block, bytes };
+        let place = match bytes {
+            0 => Place::Nowhere,
+            _ => Place::Device(memory.allocate(bytes, tag, gpu.stream_id())?),
+        };
+        let mut buffer = DeviceBuffer { gpu, memory, place, bytes };
         if POISON.load(Ordering::Relaxed) {
             buffer.fill(0xFF)?;
         }
         Ok(buffer)
     }
 
+    /// `bytes` of pinned host memory that the GPU uses in place, with unspecified contents: for what is read little of,
+    /// and would take device memory from what is read often. It is not counted as device memory.
+    pub(crate) fn in_host_memory(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
+        let memory = gpu.memory()?;
+        if bytes == 0 {
+            return Ok(DeviceBuffer { gpu, memory, place: Place::Nowhere, bytes });
+        }
+        gpu.bind()?;
+        let (mut host, mut address) = (std::ptr::null_mut(), 0);
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: the context is current; each call writes the one pointer that it is given.
+        unsafe {
+            check("cuMemHostAlloc", sys::cuMemHostAlloc(&mut host, bytes, flags))?;
+            check("cuMemHostGetDevicePointer", sys::cuMemHostGetDevicePointer_v2(&mut address, host, 0))?;
+        }
+        Ok(DeviceBuffer { gpu, memory, place: Place::Host(address), bytes })
+    }
+
     pub(crate) fn gpu(&self) -> &'static Gpu {
         self.gpu
     }
 
-    /// Address of the first byte; null if there are none.
+    /// Address of the first byte, as the GPU sees it; null if there are none.
     pub(crate) fn pointer(&self) -> u64 {
-        self.block.as_ref().map_or(0, Block::address)
+        match &self.place {
+            Place::Nowhere => 0,
+            Place::Device(block) => block.address(),
+            Place::Host(address) => *address,
+        }
     }
 
     /// Counts the block under another tag from now on.
     pub(crate) fn set_tag(&mut self, tag: Tag) {
-        if let Some(block) = &mut self.block {
+        if let Place::Device(block) = &mut self.place {
             self.memory.lock().set_tag(block, tag);
         }
     }
@@ -104,8 +137,19 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        if let Some(block) = self.block.take() {
-            self.memory.free(block, self.gpu.stream_id());
+        match std::mem::replace(&mut self.place, Place::Nowhere) {
+            Place::Nowhere => {}
+            Place::Device(block) => self.memory.free(block, self.gpu.stream_id()),
+            Place::Host(address) => {
+                let freed = self.gpu.synchronize().and_then(|()| {
+                    // SAFETY: the memory came from `cuMemHostAlloc`, whose address is the same for the host under unified
+                    // addressing (every GPU since 2010 on 64-bit systems); nothing uses it any more.
+                    check("cuMemFreeHost", unsafe {
+                        sys::cuMemFreeHost(std::ptr::with_exposed_provenance_mut(address as usize))
+                    })
+                });
+                self.gpu.record_error(freed);
+            }
         }
     }
 }
