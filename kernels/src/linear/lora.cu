@@ -2,11 +2,11 @@
 // All are bound by the bytes of the one large matrix, which is read once (Hu et al., arXiv 2106.09685, for the formulas;
 // kernels/src/linear/lora.rs for the contracts).
 //
-//   lora_down    t = s·m(x)·Aᵀ and u = s·g·B: narrow.cuh; A and B in the type of x
-//   lora_up      out += m(s·t·Bᵀ), and out += m(s·u·A): reads and writes out once
-//   lora_grad    gᵀ·x where one side is the rank: reads the large side once, sums over slices of the tokens
-//   lora_sum     adds the slices in order
-#include "narrow.cuh"
+//   lora_down           t = s·m(x)·Aᵀ and u = s·g·B: narrow.cuh; A and B in the type of x
+//   lora_dropped_add    dx += m(u·A): reads and writes dx once
+//   lora_grad           gᵀ·m(x) where one side is the rank: reads the large side once, sums over slices of the tokens
+//   lora_sum            adds the slices in order
+#include "linear/narrow.cuh"
 
 template <typename T> struct StoreRow {
     static constexpr bool DOWNWARDS = false;
@@ -39,15 +39,15 @@ template <typename T> struct StoreRow {
 DOWNS(f16, f16)
 DOWNS(bf16, bf16)
 
-template <typename T> __device__ __forceinline__ u32 plus(u32 old, float a, float b) {
-    return pair<T>(low<T>(old) + a, high<T>(old) + b);
+template <typename T> __device__ __forceinline__ u32 plus(u32 a, u32 b) {
+    return pair<T>(low<T>(a) + low<T>(b), high<T>(a) + high<T>(b));
 }
 
-// out [rows, cols] += m(scale · t [rows, rank] · w), w [cols, rank], or [rank, cols] if ROWS. A warp makes 32 rows by 32
-// columns; column 8i + 2j + e is column 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out.
-// Without dropout the sum is rounded once; with it the product, the dropped product and the sum are, as on the CPU.
-template <typename T, bool ROWS, bool DROP>
-__device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32 cols, u32 rank, float scale, Mask mask) {
+// out [rows, cols] += m(u [rows, rank] · a [rank, cols]). A warp makes 32 rows by 32 columns; column 8i + 2j + e is column
+// 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out. The product, what dropout leaves of it
+// and the sum are each rounded, as on the CPU.
+template <typename T>
+__device__ __forceinline__ void dropped_add(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, Mask mask) {
     constexpr int MT = 2;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
     const u32 col0 = (blockIdx.x * 8 + warp) * 32, at = col0 + 8 * i, row0 = blockIdx.y * 16 * MT + g;
@@ -67,37 +67,24 @@ __device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32
 #pragma unroll 1
     for (u32 k = 0; k < rank; k += 16) {
         u32 b[4][2];
-        if (ROWS) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 row = k + 8 * h + g;
-                uint4 v = load_cached(w + (u64)row * cols + at, row < rank && at < cols);
-                b[0][h] = transpose8(v.x), b[1][h] = transpose8(v.y), b[2][h] = transpose8(v.z), b[3][h] = transpose8(v.w);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 col = col0 + 8 * (g / 2) + 2 * j + g % 2;
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    u32 r = k + 8 * h + 2 * i;
-                    b[j][h] = load_cached4(w + (u64)col * rank + r, col < cols && r < rank);
-                }
-            }
+        for (int h = 0; h < 2; h++) {
+            u32 row = k + 8 * h + g;
+            uint4 v = load_cached(a + (u64)row * cols + at, row < rank && at < cols);
+            b[0][h] = transpose8(v.x), b[1][h] = transpose8(v.y), b[2][h] = transpose8(v.z), b[3][h] = transpose8(v.w);
         }
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            u32 a[4];
+            u32 left[4];
 #pragma unroll
             for (int q = 0; q < 4; q++) {
                 u32 row = row0 + 16 * m + 8 * (q % 2), r = k + 8 * (q / 2) + 2 * i;
-                a[q] = load_cached4(t + (u64)row * rank + r, row < rows && r < rank);
+                left[q] = load_cached4(u + (u64)row * rank + r, row < rows && r < rank);
             }
 #pragma unroll
-            for (int j = 0; j < 4; j++) mma<T>(sum[m][j], a, b[j][0], b[j][1]);
+            for (int j = 0; j < 4; j++) multiply<T>(sum[m][j], left, b[j][0], b[j][1]);
         }
     }
-
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -105,31 +92,23 @@ __device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32
             u32 row = row0 + 16 * m + 8 * h;
             if (row >= rows || at >= cols) continue;
             const float(*s)[4] = sum[m];
+            uint4 p = make_uint4(pair<T>(s[0][2 * h], s[0][2 * h + 1]), pair<T>(s[1][2 * h], s[1][2 * h + 1]),
+                                 pair<T>(s[2][2 * h], s[2][2 * h + 1]), pair<T>(s[3][2 * h], s[3][2 * h + 1]));
+            p = mask.eight<T>(p, (u64)row * cols + at);
             uint4 v = old[m][h];
-            if (DROP) {
-                uint4 p = make_uint4(pair<T>(s[0][2 * h] * scale, s[0][2 * h + 1] * scale), pair<T>(s[1][2 * h] * scale, s[1][2 * h + 1] * scale),
-                                     pair<T>(s[2][2 * h] * scale, s[2][2 * h + 1] * scale), pair<T>(s[3][2 * h] * scale, s[3][2 * h + 1] * scale));
-                p = mask.eight<T>(p, (u64)row * cols + at);
-                v = make_uint4(plus<T>(v.x, low<T>(p.x), high<T>(p.x)), plus<T>(v.y, low<T>(p.y), high<T>(p.y)),
-                               plus<T>(v.z, low<T>(p.z), high<T>(p.z)), plus<T>(v.w, low<T>(p.w), high<T>(p.w)));
-            } else {
-                v = make_uint4(plus<T>(v.x, s[0][2 * h] * scale, s[0][2 * h + 1] * scale), plus<T>(v.y, s[1][2 * h] * scale, s[1][2 * h + 1] * scale),
-                               plus<T>(v.z, s[2][2 * h] * scale, s[2][2 * h + 1] * scale), plus<T>(v.w, s[3][2 * h] * scale, s[3][2 * h + 1] * scale));
-            }
-            *reinterpret_cast<uint4*>(out + (u64)row * cols + at) = v;
+            *reinterpret_cast<uint4*>(out + (u64)row * cols + at) =
+                make_uint4(plus<T>(v.x, p.x), plus<T>(v.y, p.y), plus<T>(v.z, p.z), plus<T>(v.w, p.w));
         }
     }
 }
-#define UP(NAME, T, ROWS, DROP)                                                                                            \
+#define DROPPED_ADD(T, S)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* t, const T* w, T* out, u32 rows, u32 cols, u32 rank, float scale, u64 seed, u32 step, u32 stream,    \
-             u32 threshold, float keep) {                                                                                  \
-        up<T, ROWS, DROP>(t, w, out, rows, cols, rank, scale, Mask{seed, step, stream, threshold, keep});                  \
+        lora_dropped_add_##S(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, u64 seed, u32 step, u32 stream, \
+                             u32 threshold, float keep) {                                                                  \
+        dropped_add<T>(u, a, out, rows, cols, rank, Mask{seed, step, stream, threshold, keep});                            \
     }
-#define UPS(T, S)                                                                                                          \
-    UP(lora_up_##S, T, false, false) UP(lora_up_rows_##S, T, true, false) UP(lora_up_rows_drop_##S, T, true, true)
-UPS(f16, f16)
-UPS(bf16, bf16)
+DROPPED_ADD(f16, f16)
+DROPPED_ADD(bf16, bf16)
 
 // partial [slice, few, many] = sᵀ·m(x) over the slice's tokens, s [tokens, few], x [tokens, many], few <= 16·MT in a block
 // row. A warp makes 64 columns: of 16 tokens at a time it reads 128 bytes a row, each lane eight neighbours of the
@@ -172,7 +151,7 @@ __device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32
             const u32 order = j % 2 == 0 ? 0x5410 : 0x7632; // the low or the high halves of two registers
             u32 b0 = __byte_perm(r[0], r[1], order), b1 = __byte_perm(r[2], r[3], order);
 #pragma unroll
-            for (int m = 0; m < MT; m++) mma<T>(sum[m][j], a[m], b0, b1);
+            for (int m = 0; m < MT; m++) multiply<T>(sum[m][j], a[m], b0, b1);
         }
     }
 

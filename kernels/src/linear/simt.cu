@@ -140,7 +140,7 @@ template <int SIDE> struct Corner {
         for (int i = 0; i < 64; i++) sum[i / 8][i % 8] = 0.0f;
     }
     __device__ __forceinline__ void add(const float (&a_tile)[DEPTH][SIDE + 4], const float (&b_tile)[DEPTH][SIDE + 4]) {
-#pragma unroll 4
+#pragma unroll 2
         for (int depth = 0; depth < DEPTH; depth++) {
             float a[8], b[8];
             *reinterpret_cast<float4*>(a) = *reinterpret_cast<const float4*>(&a_tile[depth][ty]);

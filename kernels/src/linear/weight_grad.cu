@@ -5,7 +5,7 @@
 // the way into fragments (ldmatrix.trans). A row of 256 bytes in shared memory holds its sixteen 16-byte pieces in the
 // order piece ^ (token % 8), so that the eight rows of a matrix lie in different banks. Where there are few blocks, grid
 // z cuts the tokens into slices, whose sums go to `partial` [slices, n, k] and are added by lora_sum.
-#include "eight.cuh"
+#include "linear/ptx.cuh"
 
 constexpr int TILE = 128, STEP = 32, STAGES = 3, PIECES = TILE / 8;
 
@@ -20,7 +20,7 @@ __device__ __forceinline__ void stage(uint4 (&to)[STEP][PIECES], const T* from, 
         int index = part * 256 + threadIdx.x, row = index / PIECES, piece = index % PIECES;
         u32 token = first + row, at = column + 8 * piece;
         bool valid = token < end && at < width;
-        copy_async(&to[row][piece ^ row % 8], valid ? from + (u64)token * width + at : from, valid);
+        copy16(shared_address(&to[row][piece ^ row % 8]), valid ? from + (u64)token * width + at : from, valid);
     }
 }
 
@@ -38,16 +38,16 @@ __device__ __forceinline__ void weight_grad(const T* g, const T* x, float* out, 
     for (int s = 0; s < STAGES - 1; s++) {
         stage(steps[s].g, g, n, begin + s * STEP, row0, end);
         stage(steps[s].x, x, k, begin + s * STEP, col0, end);
-        copy_commit();
+        commit_copies();
     }
     for (u32 step = 0; step < count; step++) {
-        copy_wait<STAGES - 2>();
+        wait_copies(STAGES - 2);
         __syncthreads();
         // Into the buffer that all have left behind.
         Step<T>& next = steps[(step + STAGES - 1) % STAGES];
         stage(next.g, g, n, begin + (step + STAGES - 1) * STEP, row0, end);
         stage(next.x, x, k, begin + (step + STAGES - 1) * STEP, col0, end);
-        copy_commit();
+        commit_copies();
         const Step<T>& now = steps[step % STAGES];
 #pragma unroll
         for (int t = 0; t < STEP; t += 16) {
@@ -58,20 +58,20 @@ __device__ __forceinline__ void weight_grad(const T* g, const T* x, float* out, 
             for (int j = 0; j < 4; j += 2) {
                 int token = t + row + 8 * (matrix % 2), piece = (n0 + 8 * j) / 8 + matrix / 2;
                 u32 r[4];
-                load_transposed(r, &now.x[token][piece ^ token % 8]);
+                load_matrices_transposed(r, shared_address(&now.x[token][piece ^ token % 8]));
                 b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
             }
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 int token = t + row + 8 * (matrix / 2), piece = (m0 + 16 * m) / 8 + matrix % 2;
                 u32 a[4];
-                load_transposed(a, &now.g[token][piece ^ token % 8]);
+                load_matrices_transposed(a, shared_address(&now.g[token][piece ^ token % 8]));
 #pragma unroll
-                for (int j = 0; j < 4; j++) mma<T>(sum[m][j], a, b[j][0], b[j][1]);
+                for (int j = 0; j < 4; j++) multiply<T>(sum[m][j], a, b[j][0], b[j][1]);
             }
         }
     }
-    copy_wait<0>();
+    wait_copies(0);
 
     out += (u64)blockIdx.z * n * k;
 #pragma unroll
