@@ -2,9 +2,9 @@
 #pragma once
 #include "common.cuh"
 
-// 16, 8 or 4 bytes of memory that the kernel does not write, zeros if not `valid`; predicated, so that loads in a row stay
-// in a row. load_once: past the first-level cache, for what no other warp reads;
-// volatile, because the compiler would otherwise put each load just before its use.
+// 16, 8 or 4 bytes of memory that the kernel does not write, zeros if not `valid`; predicated, so that loads in a row
+// stay in a row. load_once: past the first-level cache, for what no other warp reads; volatile, because the compiler
+// would otherwise put each load just before its use.
 __device__ __forceinline__ uint4 load_once(const void* p, bool valid) {
     uint4 v;
     asm volatile("{.reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
@@ -31,7 +31,9 @@ __device__ __forceinline__ uint4 load_cached(const void* p, bool valid) {
 }
 __device__ __forceinline__ u32 load_cached4(const void* p, bool valid) {
     u32 v;
-    asm("{.reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.u32 %0, [%1];}" : "=&r"(v) : "l"(p), "r"((u32)valid));
+    asm("{.reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.u32 %0, [%1];}"
+        : "=&r"(v)
+        : "l"(p), "r"((u32)valid));
     return v;
 }
 

@@ -1,6 +1,6 @@
-// The products of LoRA adapters, whose one dimension is a rank r of 1 to 256 and the others are thousands; 16-bit types.
-// All are bound by the bytes of the one large matrix, which is read once (Hu et al., arXiv 2106.09685, for the formulas;
-// kernels/src/linear/lora.rs for the contracts).
+// The products of LoRA adapters, whose one dimension is a rank r of 1 to 256 and the others are thousands; 16-bit
+// types. All are bound by the bytes of the one large matrix, which is read once (Hu et al., arXiv 2106.09685, for the
+// formulas; kernels/src/linear/lora.rs for the contracts).
 //
 //   lora_down           t = s·m(x)·Aᵀ and u = s·g·B: narrow.cuh; A and B in the type of x
 //   lora_dropped_add    dx += m(u·A): reads and writes dx once
@@ -18,23 +18,24 @@ template <typename T> struct StoreRow {
     }
 };
 
-#define DOWN(NAME, T, NT, MT, WT, COLUMNS, DROP)                                                                           \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* x, const T* w, T* out, u32 rows, u32 cols, u32 inner, float scale, u64 seed, u32 step, u32 stream,   \
-             u32 threshold, float keep) {                                                                                  \
-        narrow_product<T, NT, MT, WT, COLUMNS, DROP>(x, w, rows, cols, inner, Mask{seed, step, stream, threshold, keep},   \
-                                                     StoreRow<T>{out, cols, scale});                                       \
+#define DOWN(NAME, T, NT, MT, WT, COLUMNS, DROP)                                                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        NAME(const T* x, const T* w, T* out, u32 rows, u32 cols, u32 inner, float scale, u64 seed, u32 step,           \
+             u32 stream, u32 threshold, float keep) {                                                                  \
+        Mask mask{seed, step, stream, threshold, keep};                                                                \
+        narrow_product<T, NT, MT, WT, COLUMNS, DROP>(x, w, rows, cols, inner, mask,                                    \
+                                                     StoreRow<T>{out, cols, scale});                                   \
     }
 // Columns at a time, and whether blocks take 64 rows (many tokens) or 16 (few, so that all processors have a block).
-#define DOWNS(T, S)                                                                                                        \
-    DOWN(lora_down_16_##S, T, 2, 4, 1, false, false)                                                                       \
-    DOWN(lora_down_64_##S, T, 8, 1, 4, false, false)                                                                       \
-    DOWN(lora_down_few_16_##S, T, 2, 1, 1, false, false)                                                                   \
-    DOWN(lora_down_drop_16_##S, T, 2, 4, 1, false, true)                                                                   \
-    DOWN(lora_down_drop_64_##S, T, 8, 1, 4, false, true)                                                                   \
-    DOWN(lora_down_drop_few_16_##S, T, 2, 1, 1, false, true)                                                               \
-    DOWN(lora_down_columns_16_##S, T, 2, 4, 1, true, false)                                                                \
-    DOWN(lora_down_columns_64_##S, T, 8, 1, 4, true, false)                                                                \
+#define DOWNS(T, S)                                                                                                    \
+    DOWN(lora_down_16_##S, T, 2, 4, 1, false, false)                                                                   \
+    DOWN(lora_down_64_##S, T, 8, 1, 4, false, false)                                                                   \
+    DOWN(lora_down_few_16_##S, T, 2, 1, 1, false, false)                                                               \
+    DOWN(lora_down_drop_16_##S, T, 2, 4, 1, false, true)                                                               \
+    DOWN(lora_down_drop_64_##S, T, 8, 1, 4, false, true)                                                               \
+    DOWN(lora_down_drop_few_16_##S, T, 2, 1, 1, false, true)                                                           \
+    DOWN(lora_down_columns_16_##S, T, 2, 4, 1, true, false)                                                            \
+    DOWN(lora_down_columns_64_##S, T, 8, 1, 4, true, false)                                                            \
     DOWN(lora_down_columns_few_16_##S, T, 2, 1, 1, true, false)
 DOWNS(f16, f16)
 DOWNS(bf16, bf16)
@@ -43,9 +44,9 @@ template <typename T> __device__ __forceinline__ u32 plus(u32 a, u32 b) {
     return pair<T>(low<T>(a) + low<T>(b), high<T>(a) + high<T>(b));
 }
 
-// out [rows, cols] += m(u [rows, rank] · a [rank, cols]). A warp makes 32 rows by 32 columns; column 8i + 2j + e is column
-// 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out. The product, what dropout leaves of it
-// and the sum are each rounded, as on the CPU.
+// out [rows, cols] += m(u [rows, rank] · a [rank, cols]). A warp makes 32 rows by 32 columns; column 8i + 2j + e is
+// column 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out. The product, what dropout
+// leaves of it and the sum are each rounded, as on the CPU.
 template <typename T>
 __device__ __forceinline__ void dropped_add(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, Mask mask) {
     constexpr int MT = 2;
@@ -101,21 +102,22 @@ __device__ __forceinline__ void dropped_add(const T* u, const T* a, T* out, u32 
         }
     }
 }
-#define DROPPED_ADD(T, S)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        lora_dropped_add_##S(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, u64 seed, u32 step, u32 stream, \
-                             u32 threshold, float keep) {                                                                  \
-        dropped_add<T>(u, a, out, rows, cols, rank, Mask{seed, step, stream, threshold, keep});                            \
+#define DROPPED_ADD(T, S)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        lora_dropped_add_##S(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, u64 seed, u32 step,         \
+                             u32 stream, u32 threshold, float keep) {                                                  \
+        dropped_add<T>(u, a, out, rows, cols, rank, Mask{seed, step, stream, threshold, keep});                        \
     }
 DROPPED_ADD(f16, f16)
 DROPPED_ADD(bf16, bf16)
 
-// partial [slice, few, many] = sᵀ·m(x) over the slice's tokens, s [tokens, few], x [tokens, many], few <= 16·MT in a block
-// row. A warp makes 64 columns: of 16 tokens at a time it reads 128 bytes a row, each lane eight neighbours of the
-// four tokens 2i, 2i + 1, 2i + 8, 2i + 9 of its fragment of b; column 8g + j is column g of its mma tile j. Of 8 warps four are side by
-// side and two share the tokens.
+// partial [slice, few, many] = sᵀ·m(x) over the slice's tokens, s [tokens, few], x [tokens, many], few <= 16·MT in a
+// block row. A warp makes 64 columns: of 16 tokens at a time it reads 128 bytes a row, each lane eight neighbours of
+// the four tokens 2i, 2i + 1, 2i + 8, 2i + 9 of its fragment of b; column 8g + j is column g of its mma tile j. Of 8
+// warps four are side by side and two share the tokens.
 template <typename T, int MT, bool DROP>
-__device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, Mask mask) {
+__device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice,
+                                     Mask mask) {
     constexpr int ACROSS = 4, SHARE = 2, STEP = 16;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
     const u32 at = (blockIdx.x * ACROSS + warp % ACROSS) * 64 + 8 * g, few0 = blockIdx.z * 16 * MT;
@@ -192,14 +194,14 @@ __device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32
         }
     }
 }
-#define GRAD(NAME, T, MT, DROP)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, u64 seed, u32 step,         \
-             u32 stream, u32 threshold, float keep) {                                                                      \
-        grad<T, MT, DROP>(s, x, partial, tokens, few, many, slice, Mask{seed, step, stream, threshold, keep});             \
+#define GRAD(NAME, T, MT, DROP)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        NAME(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, u64 seed, u32 step,     \
+             u32 stream, u32 threshold, float keep) {                                                                  \
+        grad<T, MT, DROP>(s, x, partial, tokens, few, many, slice, Mask{seed, step, stream, threshold, keep});         \
     }
-#define GRADS(T, S)                                                                                                        \
-    GRAD(lora_grad_16_##S, T, 1, false) GRAD(lora_grad_32_##S, T, 2, false)                                                \
+#define GRADS(T, S)                                                                                                    \
+    GRAD(lora_grad_16_##S, T, 1, false) GRAD(lora_grad_32_##S, T, 2, false)                                            \
     GRAD(lora_grad_drop_16_##S, T, 1, true) GRAD(lora_grad_drop_32_##S, T, 2, true)
 GRADS(f16, f16)
 GRADS(bf16, bf16)

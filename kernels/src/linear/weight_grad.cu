@@ -3,8 +3,8 @@
 // Bound by the tensor cores. A block makes 128 × 128 of the result from 32 tokens at a time, three such steps in shared
 // memory (48 KiB); 8 warps as 2 × 4, each 64 × 32. Both operands lie with the tokens as rows, so both are transposed on
 // the way into fragments (ldmatrix.trans). A row of 256 bytes in shared memory holds its sixteen 16-byte pieces in the
-// order piece ^ (token % 8), so that the eight rows of a matrix lie in different banks. Where there are few blocks, grid
-// z cuts the tokens into slices, whose sums go to `partial` [slices, n, k] and are added by lora_sum.
+// order piece ^ (token % 8), so that the eight rows of a matrix lie in different banks. Where there are few blocks,
+// grid z cuts the tokens into slices, whose sums go to `partial` [slices, n, k] and are added by lora_sum.
 #include "linear/ptx.cuh"
 
 constexpr int TILE = 128, STEP = 32, STAGES = 3, PIECES = TILE / 8;
@@ -14,7 +14,8 @@ template <typename T> struct Step {
 };
 
 template <typename T>
-__device__ __forceinline__ void stage(uint4 (&to)[STEP][PIECES], const T* from, u32 width, u32 first, u32 column, u32 end) {
+__device__ __forceinline__ void stage(uint4 (&to)[STEP][PIECES], const T* from, u32 width, u32 first, u32 column,
+                                      u32 end) {
 #pragma unroll
     for (int part = 0; part < STEP * PIECES / 256; part++) {
         int index = part * 256 + threadIdx.x, row = index / PIECES, piece = index % PIECES;
@@ -25,7 +26,8 @@ __device__ __forceinline__ void stage(uint4 (&to)[STEP][PIECES], const T* from, 
 }
 
 template <typename T>
-__device__ __forceinline__ void weight_grad(const T* g, const T* x, float* out, u32 tokens, u32 n, u32 k, u32 slice, float scale) {
+__device__ __forceinline__ void weight_grad(const T* g, const T* x, float* out, u32 tokens, u32 n, u32 k, u32 slice,
+                                            float scale) {
     __shared__ Step<T> steps[STAGES];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 row0 = blockIdx.y * TILE, col0 = blockIdx.x * TILE;
@@ -90,10 +92,10 @@ __device__ __forceinline__ void weight_grad(const T* g, const T* x, float* out, 
 }
 
 // n and k are multiples of 8, slice of 32.
-#define WEIGHT_GRAD(T, S)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                                                   \
-        weight_grad_##S(const T* g, const T* x, float* out, u32 tokens, u32 n, u32 k, u32 slice, float scale) {            \
-        weight_grad<T>(g, x, out, tokens, n, k, slice, scale);                                                             \
+#define WEIGHT_GRAD(T, S)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
+        weight_grad_##S(const T* g, const T* x, float* out, u32 tokens, u32 n, u32 k, u32 slice, float scale) {        \
+        weight_grad<T>(g, x, out, tokens, n, k, slice, scale);                                                         \
     }
 WEIGHT_GRAD(f16, f16)
 WEIGHT_GRAD(bf16, bf16)
