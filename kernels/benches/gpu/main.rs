@@ -8,6 +8,7 @@ mod attention;
 mod linear;
 mod pointwise;
 mod quantize;
+mod skinny;
 
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
@@ -117,6 +118,7 @@ const OPERATIONS: &[Operation] = &[
     ("linear", linear::run),
     ("attention", attention::run),
     ("quantize", quantize::run),
+    ("skinny", skinny::run),
 ];
 
 fn run(bench: &Bench) {

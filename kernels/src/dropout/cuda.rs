@@ -1,6 +1,6 @@
 //! Launch of dropout.
 
-use super::{Mask, PURPOSE};
+use super::Mask;
 use crate::cuda::{entry, size};
 use nibble_runtime::{
     Result, Tag, Tensor,
@@ -20,10 +20,8 @@ pub(super) fn apply(x: &Tensor, mask: Mask) -> Result<Tensor> {
     let name = entry("dropout_apply", x.dtype())?;
     let mut out = Tensor::empty(x.shape(), x.dtype(), x.device(), Tag::Workspace)?;
     let (grid, n) = (size("dropout", x.size_bytes().div_ceil(BLOCK))?, x.numel() as u64);
-    // The fourth counter word, as `Philox::block` packs it.
-    let purpose_layer = PURPOSE << 16 | mask.layer & 0xFFFF;
     let args = Args::new().input(x).output(&mut out).u64(n);
-    let args = args.u64(mask.seed).u32(mask.step).u32(purpose_layer).u32(mask.threshold()).f32(mask.scale());
+    let args = args.u64(mask.seed).u32(mask.step).u32(mask.purpose_layer()).u32(mask.threshold()).f32(mask.scale());
     Gpu::of(x.device())?.launch(&MODULE, &name, [grid, 1, 1], [256, 1, 1], 0, args)?;
     Ok(out)
 }

@@ -14,7 +14,7 @@ use nibble_runtime::{
 use rayon::prelude::*;
 
 /// [`Stream::purpose`] of dropout masks.
-pub(crate) const PURPOSE: u32 = 1;
+const PURPOSE: u32 = 1;
 /// Elements that one task takes (a multiple of 4).
 const CHUNK: usize = 1 << 13;
 
@@ -40,6 +40,11 @@ impl Mask {
     /// What the kept elements are multiplied by.
     pub(crate) fn scale(&self) -> f32 {
         1.0 / (1.0 - self.probability)
+    }
+
+    /// The fourth counter word, as `Philox::block` packs it.
+    pub(crate) fn purpose_layer(&self) -> u32 {
+        PURPOSE << 16 | self.layer & 0xFFFF
     }
 
     /// # Errors

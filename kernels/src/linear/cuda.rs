@@ -3,11 +3,11 @@
 use super::{
     Terms, Weight,
     codes::Codes,
-    skinny::{self, Branch, Direction},
+    skinny::{self, Direction},
 };
 use crate::cuda::entry;
 use nibble_runtime::{
-    DType, Error, Result, Tag, Tensor,
+    DType, Error, Result, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 use std::sync::LazyLock;
@@ -57,48 +57,34 @@ pub(crate) static GEMM_GENERAL: Module = Module {
 
 /// `out = scale · (x · Wᵀ + t · Bᵀ) + …` by the terms, whose shapes have been checked.
 pub(super) fn forward_into(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
-    if !on_tensor_cores(x, weight, out) {
-        return in_f32(x, weight, scale, terms, out, Direction::Forward);
+    if !on_tensor_cores(x, weight, terms, out) {
+        return skinny::products(Direction::Forward, x, weight, scale, terms, out);
     }
-    if x.shape()[0] <= DECODED && scale == 1.0 && !terms.add && out.dtype() == x.dtype() {
-        let branch = terms.lora.map(|(t, b)| Branch { t, b, scale: 1.0 });
-        if let Some(y) = skinny::decode(x, weight, branch, terms.residual, Tag::Activations)? {
-            *out = y;
-            return Ok(());
-        }
+    // A tile that is asked for is one of the large product's.
+    if forced().is_none() && skinny::decode(x, weight, scale, terms, out)? {
+        return Ok(());
     }
     product(true, x, weight, scale, terms, out)
 }
 
 /// `out = scale · (g · W + u · A) + …` by the terms, whose shapes have been checked.
 pub(super) fn input_grad_into(g: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<()> {
-    match on_tensor_cores(g, weight, out) {
+    match on_tensor_cores(g, weight, terms, out) {
         true => product(false, g, weight, scale, terms, out),
-        false => in_f32(g, weight, scale, terms, out, Direction::InputGrad),
+        false => skinny::products(Direction::InputGrad, g, weight, scale, terms, out),
     }
 }
-
-/// Rows up to which a product is bound by reading the weight.
-const DECODED: usize = 16;
 
 /// Whether the operands are of one 16-bit type, and the result too or f32.
-fn on_tensor_cores(x: &Tensor, weight: &Weight, out: &Tensor) -> bool {
-    let fits = |dtype: DType| dtype == x.dtype();
+fn on_tensor_cores(x: &Tensor, weight: &Weight, terms: Terms, out: &Tensor) -> bool {
+    let fits = |tensor: &Tensor| tensor.dtype() == x.dtype();
     let weight_fits = match weight {
-        Weight::Dense(tensor) => fits(tensor.dtype()),
+        Weight::Dense(tensor) => fits(tensor),
         Weight::Quantized(_) => true,
     };
-    x.dtype() != DType::F32 && weight_fits && (fits(out.dtype()) || out.dtype() == DType::F32)
-}
-
-/// Any float types, in f32 without tensor cores, one term after another.
-fn in_f32(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor, direction: Direction) -> Result<()> {
-    if let Some(residual) = terms.residual {
-        out.copy_from(0, residual)?;
-    }
-    skinny::products(x, weight, scale, out, terms.add || terms.residual.is_some(), direction)?;
-    let Some((left, right)) = terms.lora else { return Ok(()) };
-    skinny::products(left, &Weight::Dense(right.clone()), scale, out, true, direction)
+    let branch_fits = terms.lora.is_none_or(|(left, right)| fits(left) && fits(right));
+    let out_fits = fits(out) || out.dtype() == DType::F32;
+    x.dtype() != DType::F32 && weight_fits && branch_fits && out_fits
 }
 
 /// A product of 16-bit rows `a` with a weight or its transpose.

@@ -112,7 +112,9 @@ fn products(case: Case, device: Device) -> Vec<Tensor> {
 
 fn check(case: Case, device: Device) {
     for (found, expected) in products(case, device).iter().zip(&products(case, Device::Cpu)) {
-        same(found, expected, if found.dtype() == DType::F32 { 1e-4 } else { 1e-2 });
+        // A few rows go to the decoding kernels, which do not round 4-bit weights to a type.
+        let decoded = case.t <= 16 && case.tile.is_none();
+        same(found, expected, if found.dtype() == DType::F32 && !decoded { 1e-4 } else { 1e-2 });
     }
 }
 

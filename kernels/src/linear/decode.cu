@@ -1,30 +1,36 @@
-// y [tokens, n] = x · Wᵀ (+ s·t·Bᵀ) (+ residual) for 1 to 16 tokens: what generating text takes, bound by the bytes of W.
+// y [tokens, n] = scale · (x · Wᵀ + t · Bᵀ) + residual for 1 to 16 tokens: what generating text takes, bound by the
+// bytes of W.
 //
 // The weight is the large operand: its rows are rows of mma fragments, the tokens the columns, padded to 8 or 16. W is
 // read once, straight into registers, its inner index shared out over the 8 warps of a block and summed in a fixed
 // order. Dense: narrow.cuh. Codes: below.
 #include "codes.cuh"
-#include "narrow.cuh"
+#include "linear/narrow.cuh"
 
-// What is added to a sum, and where it goes; y is [tokens, n].
+// What is added to a sum, and where it goes; y is [tokens, n], of f32 if `full`.
 template <typename T> struct Finish {
     static constexpr bool DOWNWARDS = true;
-    T* y;
-    const T *t, *b, *residual; // t [tokens, rank], b [n, rank]; null where there is none
+    void* y;
+    const T *t, *b;       // [tokens, rank], [n, rank]; null where there is none
+    const void* residual; // like y; y itself where the product is added to what it holds; null where there is none
     u32 n, tokens, rank;
     float scale;
+    u32 full;
 
     __device__ __forceinline__ void one(u32 row, u32 token, float sum) const {
         if (b != nullptr) {
             const T *u = t + (u64)token * rank, *v = b + (u64)row * rank;
             float branch = 0.0f;
-            #pragma unroll 4
+#pragma unroll 4
             for (u32 r = 0; r < rank; r++) branch = fmaf(wide(u[r]), wide(v[r]), branch);
-            sum = fmaf(scale, branch, sum);
+            sum += branch;
         }
         u64 at = (u64)token * n + row;
-        if (residual != nullptr) sum += wide(residual[at]);
-        y[at] = narrow<T>(sum);
+        float old = 0.0f;
+        if (residual != nullptr) old = full ? ((const float*)residual)[at] : wide(((const T*)residual)[at]);
+        sum = fmaf(scale, sum, old);
+        if (full) ((float*)y)[at] = sum;
+        else ((T*)y)[at] = narrow<T>(sum);
     }
     __device__ __forceinline__ void operator()(u32 row, u32 token, float a, float c) const {
         one(row, token, a);
@@ -33,12 +39,13 @@ template <typename T> struct Finish {
 };
 
 // W dense [n, k], k a multiple of 8; NT tiles of 8 tokens, MT of 16 rows of W.
-#define DENSE(NAME, T, NT, MT)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* x, const T* w, T* y, const T* t, const T* b, const T* residual, u32 n, u32 k, u32 tokens, u32 rank,  \
-             float scale) {                                                                                                \
-        narrow_product<T, NT, MT, 1, false, false>(w, x, n, tokens, k, Mask{},                                             \
-                                                   Finish<T>{y, t, b, residual, n, tokens, rank, scale});                  \
+#define DENSE(NAME, T, NT, MT)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        NAME(const T* x, const T* w, void* y, const T* t, const T* b, const void* residual, u32 n, u32 k, u32 tokens,  \
+             u32 rank, float scale, u32 add, u32 full) {                                                               \
+        Finish<T> finish{y, t, b, add ? y : residual, n, tokens, rank, scale, full};                                   \
+        narrow_product<T, NT, MT, 1, false, false>(w, x, n, tokens, k, Mask{},                                         \
+                                                   finish);                                                            \
     }
 
 // The two values of each byte of codes, as T in one register, 32 times over: lane l reads bank l, whatever its byte.
@@ -86,8 +93,8 @@ struct Chunk {
 };
 
 template <typename T, int NT>
-__device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales scales, const float* map, u32 quant_type, u32 n, u32 k,
-                                             u32 tokens, Finish<T> finish) {
+__device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales scales, const float* map, u32 quant_type,
+                                             u32 n, u32 k, u32 tokens, Finish<T> finish) {
     __shared__ __align__(16) u32 pairs[256][WARP];
     __shared__ float map_values[256];
     __shared__ float4 parts[CODE_WARPS][NT][WARP];
@@ -122,17 +129,19 @@ __device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales sca
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
-                    u32 top = s < 2 ? now.codes[u][0].x : now.codes[u][0].y, low = s < 2 ? now.codes[u][1].x : now.codes[u][1].y;
+                    u32 top = s < 2 ? now.codes[u][0].x : now.codes[u][0].y;
+                    u32 low = s < 2 ? now.codes[u][1].x : now.codes[u][1].y;
                     int bits = s % 2 * 16;
                     const u32 a[4] = {pairs[top >> bits & 255][lane], pairs[low >> bits & 255][lane],
                                       pairs[top >> (bits + 8) & 255][lane], pairs[low >> (bits + 8) & 255][lane]};
 #pragma unroll
                     for (int t = 0; t < NT; t++) {
                         const uint4& v = b[t][s / 2];
-                        mma<T>(group[t], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
+                        multiply<T>(group[t], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
                     }
                 }
-                float top_scale = __shfl_sync(~0u, scale[0], lane - i + u), low_scale = __shfl_sync(~0u, scale[1], lane - i + u);
+                float top_scale = __shfl_sync(~0u, scale[0], lane - i + u);
+                float low_scale = __shfl_sync(~0u, scale[1], lane - i + u);
 #pragma unroll
                 for (int t = 0; t < NT; t++) {
                     sum[t][0] = fmaf(top_scale, group[t][0], sum[t][0]);
@@ -159,18 +168,18 @@ __device__ __forceinline__ void decode_codes(const T* x, const u8* w, Scales sca
         }
     }
 }
-#define CODED(NAME, T, NT)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 4 - NT)                                                                 \
-        NAME(const T* x, const u8* w, T* y, const T* t, const T* b, const T* residual, const void* absmax,                 \
-             const float* nested, const float* map, u32 n, u32 k, u32 tokens, u32 rank, float scale, u32 quant_type,       \
-             u32 block_shift, u32 nested_shift, const float* offset) {                                                     \
-        Scales scales = {absmax, nested, nested ? *offset : 0.0f, block_shift, nested_shift};                                \
-        decode_codes<T, NT>(x, w, scales, map, quant_type, n, k, tokens,                                                   \
-                            Finish<T>{y, t, b, residual, n, tokens, rank, scale});                                         \
+#define CODED(NAME, T, NT)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, 4 - NT)                                                          \
+        NAME(const T* x, const u8* w, void* y, const T* t, const T* b, const void* residual, const void* absmax,       \
+             const float* nested, const float* map, u32 n, u32 k, u32 tokens, u32 rank, float scale, u32 add,          \
+             u32 full, u32 quant_type, u32 block_shift, u32 nested_shift, const float* offset) {                       \
+        Scales scales{absmax, nested, nested ? *offset : 0.0f, block_shift, nested_shift};                             \
+        decode_codes<T, NT>(x, w, scales, map, quant_type, n, k, tokens,                                               \
+                            Finish<T>{y, t, b, add ? y : residual, n, tokens, rank, scale, full});                     \
     }
-#define DECODES(T, S)                                                                                                      \
-    DENSE(decode_dense_8_##S, T, 1, 4) DENSE(decode_dense_16_##S, T, 2, 4)                                                 \
-    DENSE(decode_dense_few_8_##S, T, 1, 1) DENSE(decode_dense_few_16_##S, T, 2, 1)                                         \
+#define DECODES(T, S)                                                                                                  \
+    DENSE(decode_dense_8_##S, T, 1, 4) DENSE(decode_dense_16_##S, T, 2, 4)                                             \
+    DENSE(decode_dense_few_8_##S, T, 1, 1) DENSE(decode_dense_few_16_##S, T, 2, 1)                                     \
     CODED(decode_codes_8_##S, T, 1) CODED(decode_codes_16_##S, T, 2)
 DECODES(f16, f16)
 DECODES(bf16, bf16)

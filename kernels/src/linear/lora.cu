@@ -1,12 +1,12 @@
-// The products of LoRA adapters, whose one dimension is a rank r of 1 to 256 and the others are thousands; 16-bit types.
-// All are bound by the bytes of the one large matrix, which is read once (Hu et al., arXiv 2106.09685, for the formulas;
-// kernels/src/linear/lora.rs for the contracts).
+// The products of LoRA adapters, whose one dimension is a rank r of 1 to 256 and the others are thousands; 16-bit
+// types. All are bound by the bytes of the one large matrix, which is read once (Hu et al., arXiv 2106.09685, for the
+// formulas; kernels/src/linear/lora.rs for the contracts).
 //
-//   lora_down    t = s·m(x)·Aᵀ and u = s·g·B: narrow.cuh; A and B in the type of x
-//   lora_up      out += m(s·t·Bᵀ), and out += m(s·u·A): reads and writes out once
-//   lora_grad    gᵀ·x where one side is the rank: reads the large side once, sums over slices of the tokens
-//   lora_sum     adds the slices in order
-#include "narrow.cuh"
+//   lora_down           t = s·m(x)·Aᵀ and u = s·g·B: narrow.cuh; A and B in the type of x
+//   lora_dropped_add    dx += m(u·A): reads and writes dx once
+//   lora_grad           gᵀ·m(x) where one side is the rank: reads the large side once, sums over slices of the tokens
+//   lora_sum            adds the slices in order
+#include "linear/narrow.cuh"
 
 template <typename T> struct StoreRow {
     static constexpr bool DOWNWARDS = false;
@@ -18,36 +18,37 @@ template <typename T> struct StoreRow {
     }
 };
 
-#define DOWN(NAME, T, NT, MT, WT, COLUMNS, DROP)                                                                           \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* x, const T* w, T* out, u32 rows, u32 cols, u32 inner, float scale, u64 seed, u32 step, u32 stream,   \
-             u32 threshold, float keep) {                                                                                  \
-        narrow_product<T, NT, MT, WT, COLUMNS, DROP>(x, w, rows, cols, inner, Mask{seed, step, stream, threshold, keep},   \
-                                                     StoreRow<T>{out, cols, scale});                                       \
+#define DOWN(NAME, T, NT, MT, WT, COLUMNS, DROP)                                                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        NAME(const T* x, const T* w, T* out, u32 rows, u32 cols, u32 inner, float scale, u64 seed, u32 step,           \
+             u32 stream, u32 threshold, float keep) {                                                                  \
+        Mask mask{seed, step, stream, threshold, keep};                                                                \
+        narrow_product<T, NT, MT, WT, COLUMNS, DROP>(x, w, rows, cols, inner, mask,                                    \
+                                                     StoreRow<T>{out, cols, scale});                                   \
     }
 // Columns at a time, and whether blocks take 64 rows (many tokens) or 16 (few, so that all processors have a block).
-#define DOWNS(T, S)                                                                                                        \
-    DOWN(lora_down_16_##S, T, 2, 4, 1, false, false)                                                                       \
-    DOWN(lora_down_64_##S, T, 8, 1, 4, false, false)                                                                       \
-    DOWN(lora_down_few_16_##S, T, 2, 1, 1, false, false)                                                                   \
-    DOWN(lora_down_drop_16_##S, T, 2, 4, 1, false, true)                                                                   \
-    DOWN(lora_down_drop_64_##S, T, 8, 1, 4, false, true)                                                                   \
-    DOWN(lora_down_drop_few_16_##S, T, 2, 1, 1, false, true)                                                               \
-    DOWN(lora_down_columns_16_##S, T, 2, 4, 1, true, false)                                                                \
-    DOWN(lora_down_columns_64_##S, T, 8, 1, 4, true, false)                                                                \
+#define DOWNS(T, S)                                                                                                    \
+    DOWN(lora_down_16_##S, T, 2, 4, 1, false, false)                                                                   \
+    DOWN(lora_down_64_##S, T, 8, 1, 4, false, false)                                                                   \
+    DOWN(lora_down_few_16_##S, T, 2, 1, 1, false, false)                                                               \
+    DOWN(lora_down_drop_16_##S, T, 2, 4, 1, false, true)                                                               \
+    DOWN(lora_down_drop_64_##S, T, 8, 1, 4, false, true)                                                               \
+    DOWN(lora_down_drop_few_16_##S, T, 2, 1, 1, false, true)                                                           \
+    DOWN(lora_down_columns_16_##S, T, 2, 4, 1, true, false)                                                            \
+    DOWN(lora_down_columns_64_##S, T, 8, 1, 4, true, false)                                                            \
     DOWN(lora_down_columns_few_16_##S, T, 2, 1, 1, true, false)
 DOWNS(f16, f16)
 DOWNS(bf16, bf16)
 
-template <typename T> __device__ __forceinline__ u32 plus(u32 old, float a, float b) {
-    return pair<T>(low<T>(old) + a, high<T>(old) + b);
+template <typename T> __device__ __forceinline__ u32 plus(u32 a, u32 b) {
+    return pair<T>(low<T>(a) + low<T>(b), high<T>(a) + high<T>(b));
 }
 
-// out [rows, cols] += m(scale · t [rows, rank] · w), w [cols, rank], or [rank, cols] if ROWS. A warp makes 32 rows by 32
-// columns; column 8i + 2j + e is column 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out.
-// Without dropout the sum is rounded once; with it the product, the dropped product and the sum are, as on the CPU.
-template <typename T, bool ROWS, bool DROP>
-__device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32 cols, u32 rank, float scale, Mask mask) {
+// out [rows, cols] += m(u [rows, rank] · a [rank, cols]). A warp makes 32 rows by 32 columns; column 8i + 2j + e is
+// column 2i + e of its mma tile j, so that a lane has eight neighbours of a row of out. The product, what dropout
+// leaves of it and the sum are each rounded, as on the CPU.
+template <typename T>
+__device__ __forceinline__ void dropped_add(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, Mask mask) {
     constexpr int MT = 2;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
     const u32 col0 = (blockIdx.x * 8 + warp) * 32, at = col0 + 8 * i, row0 = blockIdx.y * 16 * MT + g;
@@ -67,37 +68,24 @@ __device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32
 #pragma unroll 1
     for (u32 k = 0; k < rank; k += 16) {
         u32 b[4][2];
-        if (ROWS) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 row = k + 8 * h + g;
-                uint4 v = load_cached(w + (u64)row * cols + at, row < rank && at < cols);
-                b[0][h] = transpose8(v.x), b[1][h] = transpose8(v.y), b[2][h] = transpose8(v.z), b[3][h] = transpose8(v.w);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 col = col0 + 8 * (g / 2) + 2 * j + g % 2;
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    u32 r = k + 8 * h + 2 * i;
-                    b[j][h] = load_cached4(w + (u64)col * rank + r, col < cols && r < rank);
-                }
-            }
+        for (int h = 0; h < 2; h++) {
+            u32 row = k + 8 * h + g;
+            uint4 v = load_cached(a + (u64)row * cols + at, row < rank && at < cols);
+            b[0][h] = transpose8(v.x), b[1][h] = transpose8(v.y), b[2][h] = transpose8(v.z), b[3][h] = transpose8(v.w);
         }
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            u32 a[4];
+            u32 left[4];
 #pragma unroll
             for (int q = 0; q < 4; q++) {
                 u32 row = row0 + 16 * m + 8 * (q % 2), r = k + 8 * (q / 2) + 2 * i;
-                a[q] = load_cached4(t + (u64)row * rank + r, row < rows && r < rank);
+                left[q] = load_cached4(u + (u64)row * rank + r, row < rows && r < rank);
             }
 #pragma unroll
-            for (int j = 0; j < 4; j++) mma<T>(sum[m][j], a, b[j][0], b[j][1]);
+            for (int j = 0; j < 4; j++) multiply<T>(sum[m][j], left, b[j][0], b[j][1]);
         }
     }
-
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -105,38 +93,31 @@ __device__ __forceinline__ void up(const T* t, const T* w, T* out, u32 rows, u32
             u32 row = row0 + 16 * m + 8 * h;
             if (row >= rows || at >= cols) continue;
             const float(*s)[4] = sum[m];
+            uint4 p = make_uint4(pair<T>(s[0][2 * h], s[0][2 * h + 1]), pair<T>(s[1][2 * h], s[1][2 * h + 1]),
+                                 pair<T>(s[2][2 * h], s[2][2 * h + 1]), pair<T>(s[3][2 * h], s[3][2 * h + 1]));
+            p = mask.eight<T>(p, (u64)row * cols + at);
             uint4 v = old[m][h];
-            if (DROP) {
-                uint4 p = make_uint4(pair<T>(s[0][2 * h] * scale, s[0][2 * h + 1] * scale), pair<T>(s[1][2 * h] * scale, s[1][2 * h + 1] * scale),
-                                     pair<T>(s[2][2 * h] * scale, s[2][2 * h + 1] * scale), pair<T>(s[3][2 * h] * scale, s[3][2 * h + 1] * scale));
-                p = mask.eight<T>(p, (u64)row * cols + at);
-                v = make_uint4(plus<T>(v.x, low<T>(p.x), high<T>(p.x)), plus<T>(v.y, low<T>(p.y), high<T>(p.y)),
-                               plus<T>(v.z, low<T>(p.z), high<T>(p.z)), plus<T>(v.w, low<T>(p.w), high<T>(p.w)));
-            } else {
-                v = make_uint4(plus<T>(v.x, s[0][2 * h] * scale, s[0][2 * h + 1] * scale), plus<T>(v.y, s[1][2 * h] * scale, s[1][2 * h + 1] * scale),
-                               plus<T>(v.z, s[2][2 * h] * scale, s[2][2 * h + 1] * scale), plus<T>(v.w, s[3][2 * h] * scale, s[3][2 * h + 1] * scale));
-            }
-            *reinterpret_cast<uint4*>(out + (u64)row * cols + at) = v;
+            *reinterpret_cast<uint4*>(out + (u64)row * cols + at) =
+                make_uint4(plus<T>(v.x, p.x), plus<T>(v.y, p.y), plus<T>(v.z, p.z), plus<T>(v.w, p.w));
         }
     }
 }
-#define UP(NAME, T, ROWS, DROP)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* t, const T* w, T* out, u32 rows, u32 cols, u32 rank, float scale, u64 seed, u32 step, u32 stream,    \
-             u32 threshold, float keep) {                                                                                  \
-        up<T, ROWS, DROP>(t, w, out, rows, cols, rank, scale, Mask{seed, step, stream, threshold, keep});                  \
+#define DROPPED_ADD(T, S)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        lora_dropped_add_##S(const T* u, const T* a, T* out, u32 rows, u32 cols, u32 rank, u64 seed, u32 step,         \
+                             u32 stream, u32 threshold, float keep) {                                                  \
+        dropped_add<T>(u, a, out, rows, cols, rank, Mask{seed, step, stream, threshold, keep});                        \
     }
-#define UPS(T, S)                                                                                                          \
-    UP(lora_up_##S, T, false, false) UP(lora_up_rows_##S, T, true, false) UP(lora_up_rows_drop_##S, T, true, true)
-UPS(f16, f16)
-UPS(bf16, bf16)
+DROPPED_ADD(f16, f16)
+DROPPED_ADD(bf16, bf16)
 
-// partial [slice, few, many] = sᵀ·m(x) over the slice's tokens, s [tokens, few], x [tokens, many], few <= 16·MT in a block
-// row. A warp makes 64 columns: of 16 tokens at a time it reads 128 bytes a row, each lane eight neighbours of the
-// four tokens 2i, 2i + 1, 2i + 8, 2i + 9 of its fragment of b; column 8g + j is column g of its mma tile j. Of 8 warps four are side by
-// side and two share the tokens.
+// partial [slice, few, many] = sᵀ·m(x) over the slice's tokens, s [tokens, few], x [tokens, many], few <= 16·MT in a
+// block row. A warp makes 64 columns: of 16 tokens at a time it reads 128 bytes a row, each lane eight neighbours of
+// the four tokens 2i, 2i + 1, 2i + 8, 2i + 9 of its fragment of b; column 8g + j is column g of its mma tile j. Of 8
+// warps four are side by side and two share the tokens.
 template <typename T, int MT, bool DROP>
-__device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, Mask mask) {
+__device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice,
+                                     Mask mask) {
     constexpr int ACROSS = 4, SHARE = 2, STEP = 16;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
     const u32 at = (blockIdx.x * ACROSS + warp % ACROSS) * 64 + 8 * g, few0 = blockIdx.z * 16 * MT;
@@ -172,7 +153,7 @@ __device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32
             const u32 order = j % 2 == 0 ? 0x5410 : 0x7632; // the low or the high halves of two registers
             u32 b0 = __byte_perm(r[0], r[1], order), b1 = __byte_perm(r[2], r[3], order);
 #pragma unroll
-            for (int m = 0; m < MT; m++) mma<T>(sum[m][j], a[m], b0, b1);
+            for (int m = 0; m < MT; m++) multiply<T>(sum[m][j], a[m], b0, b1);
         }
     }
 
@@ -213,14 +194,14 @@ __device__ __forceinline__ void grad(const T* s, const T* x, float* partial, u32
         }
     }
 }
-#define GRAD(NAME, T, MT, DROP)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        NAME(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, u64 seed, u32 step,         \
-             u32 stream, u32 threshold, float keep) {                                                                      \
-        grad<T, MT, DROP>(s, x, partial, tokens, few, many, slice, Mask{seed, step, stream, threshold, keep});             \
+#define GRAD(NAME, T, MT, DROP)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        NAME(const T* s, const T* x, float* partial, u32 tokens, u32 few, u32 many, u32 slice, u64 seed, u32 step,     \
+             u32 stream, u32 threshold, float keep) {                                                                  \
+        grad<T, MT, DROP>(s, x, partial, tokens, few, many, slice, Mask{seed, step, stream, threshold, keep});         \
     }
-#define GRADS(T, S)                                                                                                        \
-    GRAD(lora_grad_16_##S, T, 1, false) GRAD(lora_grad_32_##S, T, 2, false)                                                \
+#define GRADS(T, S)                                                                                                    \
+    GRAD(lora_grad_16_##S, T, 1, false) GRAD(lora_grad_32_##S, T, 2, false)                                            \
     GRAD(lora_grad_drop_16_##S, T, 1, true) GRAD(lora_grad_drop_32_##S, T, 2, true)
 GRADS(f16, f16)
 GRADS(bf16, bf16)

@@ -13,8 +13,9 @@
 //!
 //! On the CPU products run in f32 whatever the types of the operands; the result is rounded once, to the type of `x` or
 //! `g` or to the one asked for. A weight that is not dense f32 is converted panel by panel ([`PANEL`] elements), never as
-//! a whole. On a GPU 16-bit operands are multiplied by tensor cores with sums in f32 (`gemm.cuh`): a dense weight must
-//! have the type of `x` or `g`, a 4-bit one is rounded to it once on the way.
+//! a whole. On a GPU operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit
+//! weights rounded to that type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most
+//! 16 rows reads the weight once and does not round 4-bit ones (`decode.cu`).
 
 mod codes;
 mod cpu;

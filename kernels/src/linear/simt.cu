@@ -5,13 +5,13 @@
 //   simt_input_grad   a [m, inner], b [inner, n]     g · W
 //   simt_weight_grad  a [inner, m], b [inner, n]     gᵀ · x
 //
-// Bound by the f32 units. A block makes 128 × 128 of the result with 256 threads, or 64 × 64 with 64 where there would be
-// few blocks; a thread makes 8 × 8, as four 4 × 4 corners, so that its reads of shared memory are 16 bytes wide and
+// Bound by the f32 units. A block makes 128 × 128 of the result with 256 threads, or 64 × 64 with 64 where there would
+// be few blocks; a thread makes 8 × 8, as four 4 × 4 corners, so that its reads of shared memory are 16 bytes wide and
 // without conflict. Of the inner index 16 steps at a time lie in shared memory, twice: while one is used, the next is
 // read into registers as it is and widened on its way into the other. That is for an f32 `a`, and a `b` of f32, of 16
-// bits or of codes, all with rows of whole fours; `_any` kernels take everything else, element by element. A 4-bit weight is
-// decoded on its way: table, times scale, rounded to its type, as the CPU does. Where there are few blocks still, or the
-// result is not f32, grid z cuts the inner index into slices, whose sums simt_sum adds in order.
+// bits or of codes, all with rows of whole fours; `_any` kernels take everything else, element by element. A 4-bit
+// weight is decoded on its way: table, times scale, rounded to its type, as the CPU does. Where there are few blocks
+// still, or the result is not f32, grid z cuts the inner index into slices, whose sums simt_sum adds in order.
 #include "codes.cuh"
 
 enum Type : u32 { F32, F16, BF16, CODES };
@@ -36,6 +36,10 @@ struct Tables {
     }
 };
 
+template <typename T> __device__ __forceinline__ float4 rounded(float4 v) {
+    return make_float4(wide(narrow<T>(v.x)), wide(narrow<T>(v.y)), wide(narrow<T>(v.z)), wide(narrow<T>(v.w)));
+}
+
 // Four neighbours of a row as they were read, and widened. FULL, HALF, QUARTER: 32, 16 and 4 bits an element.
 enum Kind { FULL, HALF, QUARTER };
 template <Kind KIND> struct Four;
@@ -44,7 +48,9 @@ template <> struct Four<FULL> {
     __device__ __forceinline__ void fetch(const Operand& m, u64 index, bool valid) {
         raw = valid ? __ldg((const uint4*)m.data + index / 4) : make_uint4(0, 0, 0, 0);
     }
-    __device__ __forceinline__ float4 widen(const Operand& m, const Tables& tables) const { return *reinterpret_cast<const float4*>(&raw); }
+    __device__ __forceinline__ float4 widen(const Operand& m, const Tables& tables) const {
+        return *reinterpret_cast<const float4*>(&raw);
+    }
 };
 template <> struct Four<HALF> {
     uint2 raw;
@@ -53,8 +59,8 @@ template <> struct Four<HALF> {
     }
     __device__ __forceinline__ float4 widen(const Operand& m, const Tables& tables) const {
         if (m.type == BF16) {
-            return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xFFFF0000u), __uint_as_float(raw.y << 16),
-                               __uint_as_float(raw.y & 0xFFFF0000u));
+            return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xFFFF0000u),
+                               __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xFFFF0000u));
         }
         const f16* h = reinterpret_cast<const f16*>(&raw);
         return make_float4(wide(h[0]), wide(h[1]), wide(h[2]), wide(h[3]));
@@ -73,12 +79,10 @@ template <> struct Four<QUARTER> {
         if (codes == 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float s = m.scales.value(scale, tables.map);
         const float* values = tables.values;
-        float4 v = make_float4(values[codes >> 4 & 15] * s, values[codes & 15] * s, values[codes >> 12 & 15] * s, values[codes >> 8 & 15] * s);
-        if (m.type == BF16) {
-            v = make_float4(wide(narrow<bf16>(v.x)), wide(narrow<bf16>(v.y)), wide(narrow<bf16>(v.z)), wide(narrow<bf16>(v.w)));
-        } else if (m.type == F16) {
-            v = make_float4(wide(narrow<f16>(v.x)), wide(narrow<f16>(v.y)), wide(narrow<f16>(v.z)), wide(narrow<f16>(v.w)));
-        }
+        float4 v = make_float4(values[codes >> 4 & 15] * s, values[codes & 15] * s, values[codes >> 12 & 15] * s,
+                               values[codes >> 8 & 15] * s);
+        if (m.type == BF16) v = rounded<bf16>(v);
+        else if (m.type == F16) v = rounded<f16>(v);
         return v;
     }
 };
@@ -99,8 +103,8 @@ __device__ __forceinline__ float element(const Operand& m, bool codes, u32 row, 
 
 constexpr int DEPTH = 16;
 
-// A strip of an operand, SIDE wide and DEPTH of the inner index deep, on its way to shared memory, where the inner index
-// is the outer one. INNER: the operand's rows run along the inner index, else across it.
+// A strip of an operand, SIDE wide and DEPTH of the inner index deep, on its way to shared memory, where the inner
+// index is the outer one. INNER: the operand's rows run along the inner index, else across it.
 template <Kind KIND, int SIDE, bool INNER> struct Strip {
     static constexpr int THREADS = SIDE * SIDE / 64, FOURS = SIDE * DEPTH / 4 / THREADS;
     Four<KIND> fours[FOURS];
@@ -139,8 +143,9 @@ template <int SIDE> struct Corner {
 #pragma unroll
         for (int i = 0; i < 64; i++) sum[i / 8][i % 8] = 0.0f;
     }
-    __device__ __forceinline__ void add(const float (&a_tile)[DEPTH][SIDE + 4], const float (&b_tile)[DEPTH][SIDE + 4]) {
-#pragma unroll 4
+    __device__ __forceinline__ void add(const float (&a_tile)[DEPTH][SIDE + 4],
+                                        const float (&b_tile)[DEPTH][SIDE + 4]) {
+#pragma unroll 2
         for (int depth = 0; depth < DEPTH; depth++) {
             float a[8], b[8];
             *reinterpret_cast<float4*>(a) = *reinterpret_cast<const float4*>(&a_tile[depth][ty]);
@@ -169,7 +174,8 @@ template <int SIDE> struct Corner {
                     float4* to = reinterpret_cast<float4*>(line + col);
                     float4 old = add ? *to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                     const float* s = &sum[i][j];
-                    *to = make_float4(fmaf(scale, s[0], old.x), fmaf(scale, s[1], old.y), fmaf(scale, s[2], old.z), fmaf(scale, s[3], old.w));
+                    *to = make_float4(fmaf(scale, s[0], old.x), fmaf(scale, s[1], old.y), fmaf(scale, s[2], old.z),
+                                      fmaf(scale, s[3], old.w));
                 } else {
                     line[col] = fmaf(scale, sum[i][j], add ? line[col] : 0.0f);
                 }
@@ -179,8 +185,8 @@ template <int SIDE> struct Corner {
 };
 
 template <int SIDE, Kind KIND, bool A_INNER, bool B_INNER>
-__device__ __forceinline__ void product(const Operand& a, const Operand& b, u32 quant_type, const float* map, float* out, u32 m, u32 n, u32 inner,
-                                        u32 slice, float scale, u32 add) {
+__device__ __forceinline__ void product(const Operand& a, const Operand& b, u32 quant_type, const float* map,
+                                        float* out, u32 m, u32 n, u32 inner, u32 slice, float scale, u32 add) {
     __shared__ __align__(16) float a_tile[2][DEPTH][SIDE + 4], b_tile[2][DEPTH][SIDE + 4];
     __shared__ Tables tables;
     if (KIND == QUARTER) {
@@ -216,8 +222,9 @@ __device__ __forceinline__ void product(const Operand& a, const Operand& b, u32 
 }
 
 template <bool A_INNER, bool B_INNER>
-__device__ __forceinline__ void product_of_any(const Operand& a, const Operand& b, bool codes, u32 quant_type, const float* map, float* out, u32 m,
-                                               u32 n, u32 inner, u32 slice, float scale, u32 add) {
+__device__ __forceinline__ void product_of_any(const Operand& a, const Operand& b, bool codes, u32 quant_type,
+                                               const float* map, float* out, u32 m, u32 n, u32 inner, u32 slice,
+                                               float scale, u32 add) {
     constexpr int SIDE = 64;
     __shared__ __align__(16) float a_tile[DEPTH][SIDE + 4], b_tile[DEPTH][SIDE + 4];
     __shared__ Tables tables;
@@ -246,23 +253,24 @@ __device__ __forceinline__ void product_of_any(const Operand& a, const Operand& 
 
 // The parameters from absmax on describe a b of codes. Block z sums `slice` (a multiple of 16) of the inner index and
 // writes to out [slices, m, n].
-#define PARAMS                                                                                                             \
-    const void *a, const void *b, float *out, const void *absmax, const float *nested, const float *map, u32 m, u32 n,     \
-        u32 inner, u32 slice, float scale, u32 add, u32 a_type, u32 b_type, u32 codes, u32 quant_type, u32 block_shift,    \
-        u32 nested_shift, const float *offset
-#define OPERANDS(A_INNER, B_INNER)                                                                                         \
-    Operand left{a, A_INNER ? m : inner, A_INNER ? inner : m, a_type, Scales{}};                                           \
-    Operand right{b, B_INNER ? n : inner, B_INNER ? inner : n, b_type,                                                     \
+#define PARAMS                                                                                                         \
+    const void *a, const void *b, float *out, const void *absmax, const float *nested, const float *map, u32 m, u32 n, \
+        u32 inner, u32 slice, float scale, u32 add, u32 a_type, u32 b_type, u32 codes, u32 quant_type,                 \
+        u32 block_shift, u32 nested_shift, const float *offset
+#define OPERANDS(A_INNER, B_INNER)                                                                                     \
+    Operand left{a, A_INNER ? m : inner, A_INNER ? inner : m, a_type, Scales{}};                                       \
+    Operand right{b, B_INNER ? n : inner, B_INNER ? inner : n, b_type,                                                 \
                   Scales{absmax, nested, nested ? *offset : 0.0f, block_shift, nested_shift}};
-#define SIMT(NAME, SIDE, KIND, A_INNER, B_INNER, BLOCKS)                                                                   \
-    extern "C" __global__ void __launch_bounds__(SIDE * SIDE / 64, BLOCKS) NAME(PARAMS) {                                  \
-        OPERANDS(A_INNER, B_INNER)                                                                                         \
-        product<SIDE, KIND, A_INNER, B_INNER>(left, right, quant_type, map, out, m, n, inner, slice, scale, add);          \
+#define SIMT(NAME, SIDE, KIND, A_INNER, B_INNER, BLOCKS)                                                               \
+    extern "C" __global__ void __launch_bounds__(SIDE * SIDE / 64, BLOCKS) NAME(PARAMS) {                              \
+        OPERANDS(A_INNER, B_INNER)                                                                                     \
+        product<SIDE, KIND, A_INNER, B_INNER>(left, right, quant_type, map, out, m, n, inner, slice, scale, add);      \
     }
-#define SIMT_ANY(NAME, A_INNER, B_INNER)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(64) NAME(PARAMS) {                                                        \
-        OPERANDS(A_INNER, B_INNER)                                                                                         \
-        product_of_any<A_INNER, B_INNER>(left, right, codes != 0, quant_type, map, out, m, n, inner, slice, scale, add);   \
+#define SIMT_ANY(NAME, A_INNER, B_INNER)                                                                               \
+    extern "C" __global__ void __launch_bounds__(64) NAME(PARAMS) {                                                    \
+        OPERANDS(A_INNER, B_INNER)                                                                                     \
+        product_of_any<A_INNER, B_INNER>(left, right, codes != 0, quant_type, map, out, m, n, inner, slice, scale,     \
+                                         add);                                                                         \
     }
 SIMT(simt_forward_full_128, 128, FULL, true, true, 2)
 SIMT(simt_forward_half_128, 128, HALF, true, true, 2)
@@ -291,10 +299,10 @@ __device__ __forceinline__ void sum_slices(const float* partial, T* out, u64 num
     out[index] = narrow<T>(fmaf(scale, sum, add ? wide(out[index]) : 0.0f));
 }
 // out = scale · Σ over slices of partial [slices, numel] (+ out).
-#define SUM(T, S)                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        simt_sum_##S(const float* partial, T* out, u64 numel, u32 slices, float scale, u32 add) {                          \
-        sum_slices(partial, out, numel, slices, scale, add);                                                               \
+#define SUM(T, S)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        simt_sum_##S(const float* partial, T* out, u64 numel, u32 slices, float scale, u32 add) {                      \
+        sum_slices(partial, out, numel, slices, scale, add);                                                           \
     }
 SUM(float, f32)
 SUM(f16, f16)

@@ -5,9 +5,9 @@
 //! (odd widths, mixed types, views that begin in between) goes to `simt.cu`, which takes everything and is slower. Slices
 //! of a sum are as many as the shape and the GPU say, so that results are the same from run to run.
 
-use super::{Weight, codes::Codes};
+use super::{Terms, Weight, codes::Codes};
 use crate::{
-    cuda::entry,
+    cuda::{entry, size},
     dropout::{self, Mask},
     elementwise,
     quantize::QuantTensor,
@@ -19,11 +19,13 @@ use nibble_runtime::{
 
 const SIMT_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8];
 const SUM_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4];
-/// Of lora_down and lora_up: three matrices, three sizes, the scale, the mask.
+/// Three matrices, three sizes, the scale, the mask.
 const LORA_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4];
+/// Three matrices, three sizes, the slice, the mask.
 const LORA_GRAD_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4];
-const DENSE_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
-const CODES_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8];
+const DROPPED_ADD_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4, 8, 4, 4, 4, 4];
+const DENSE_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4];
+const CODES_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8];
 
 const fn one(name: &'static str, params: &'static [usize]) -> Entry {
     Entry { name, floats: false, params }
@@ -76,12 +78,8 @@ pub(crate) static LORA: Module = Module {
         one("lora_down_columns_64_bf16", LORA_PARAMS),
         one("lora_down_columns_few_16_f16", LORA_PARAMS),
         one("lora_down_columns_few_16_bf16", LORA_PARAMS),
-        one("lora_up_f16", LORA_PARAMS),
-        one("lora_up_bf16", LORA_PARAMS),
-        one("lora_up_rows_f16", LORA_PARAMS),
-        one("lora_up_rows_bf16", LORA_PARAMS),
-        one("lora_up_rows_drop_f16", LORA_PARAMS),
-        one("lora_up_rows_drop_bf16", LORA_PARAMS),
+        one("lora_dropped_add_f16", DROPPED_ADD_PARAMS),
+        one("lora_dropped_add_bf16", DROPPED_ADD_PARAMS),
         one("lora_grad_16_f16", LORA_GRAD_PARAMS),
         one("lora_grad_16_bf16", LORA_GRAD_PARAMS),
         one("lora_grad_32_f16", LORA_GRAD_PARAMS),
@@ -131,15 +129,6 @@ pub(super) enum Direction {
     InputGrad,
     /// `gᵀ · x`.
     WeightGrad,
-}
-
-/// A size as kernels take it.
-fn size(op: &'static str, value: usize) -> Result<u32> {
-    // Kernels add up to a tile to a size.
-    u32::try_from(value)
-        .ok()
-        .filter(|&value| value <= i32::MAX as u32)
-        .ok_or_else(|| Error::shape(op, format!("a side of {value} is too long for a kernel")))
 }
 
 /// Blocks along y or z of a grid.
@@ -260,31 +249,37 @@ fn simt(
     gpu.launch(&SIMT, &kernel, [blocks, 1, 1], [256, 1, 1], 0, args)
 }
 
-/// `out = scale · x · Wᵀ (+ out)` or `scale · g · W (+ out)` in f32 arithmetic, for any float types of `x`, `weight` and
-/// `out`, any shape, and codes. A weight of codes is rounded to its own type on the way, as on the CPU.
+/// `out = scale · (x · Wᵀ + t · Bᵀ) + …` or `scale · (g · W + u · A) + …` by the terms in f32 arithmetic, for any float
+/// types and any shape. A weight of codes is rounded to its own type on the way, as on the CPU. Where the result has 16
+/// bits it is rounded after each of the two products.
 pub(super) fn products(
+    direction: Direction,
     x: &Tensor,
     weight: &Weight,
     scale: f32,
+    terms: Terms,
     out: &mut Tensor,
-    add: bool,
-    direction: Direction,
 ) -> Result<()> {
     let (t, (n, k)) = (x.shape()[0], weight.dims()?);
-    let sizes = if direction == Direction::Forward { (t, n, k) } else { (t, k, n) };
+    let (inner, columns) = if direction == Direction::Forward { (k, n) } else { (n, k) };
     let right = match weight {
         Weight::Dense(tensor) => Right::Dense(tensor),
         Weight::Quantized(quantized) => Right::Codes(quantized),
     };
-    simt(direction, x, right, sizes, scale, out, add)
+    if let Some(residual) = terms.residual {
+        out.copy_from(0, residual)?;
+    }
+    let add = terms.add || terms.residual.is_some();
+    simt(direction, x, right, (t, columns, inner), scale, out, add)?;
+    let Some((left, right)) = terms.lora else { return Ok(()) };
+    let sizes = (t, columns, left.shape()[1]);
+    simt(direction, left, Right::Dense(right), sizes, scale, out, true)
 }
 
 /// Dropout as kernels take it: seed, step, purpose and layer, threshold, scale of what is kept.
 fn mask_args(args: Args, mask: Option<Mask>) -> Args {
     let Some(mask) = mask else { return args.u64(0).u32(0).u32(0).u32(0).f32(1.0) };
-    // The fourth counter word, as `Philox::block` packs it.
-    let stream = dropout::PURPOSE << 16 | mask.layer & 0xFFFF;
-    args.u64(mask.seed).u32(mask.step).u32(stream).u32(mask.threshold()).f32(mask.scale())
+    args.u64(mask.seed).u32(mask.step).u32(mask.purpose_layer()).u32(mask.threshold()).f32(mask.scale())
 }
 
 /// `x` or `m(x)`.
@@ -303,16 +298,14 @@ fn down(x: &Tensor, w: &Tensor, columns: bool, scale: f32, mask: Option<Mask>, t
     }
     if !(k > 0 && k.is_multiple_of(8) && r.is_multiple_of(2) && sixteen_bits(x, &[w])?) {
         let direction = if columns { Direction::InputGrad } else { Direction::Forward };
-        products(&dropped(x, mask)?, &Weight::Dense(w.clone()), scale, &mut out, false, direction)?;
+        simt(direction, &dropped(x, mask)?, Right::Dense(w), (t, r, k), scale, &mut out, false)?;
         return Ok(out.retag(tag));
     }
     let [rows, cols, inner] = [size(op, t)?, size(op, r)?, size(op, k)?];
-    let kind = if mask.is_some() {
-        "drop_"
-    } else if columns {
-        "columns_"
-    } else {
-        ""
+    let kind = match (columns, mask) {
+        (true, _) => "columns_",
+        (false, Some(_)) => "drop_",
+        (false, None) => "",
     };
     // Sixteen rows a block where 64 would leave most processors without one.
     let few = rows.div_ceil(64) < gpu.sm_count() / 2;
@@ -338,47 +331,23 @@ pub(super) fn lora_grad_down(grad: &Tensor, b: &Tensor, scale: f32, tag: Tag) ->
     down(grad, b, true, scale, None, tag)
 }
 
-/// Whether `lora_up` took it: `out += m(scale · t · w)`, w `[C, r]`, or `[r, C]` if `rows`.
-fn up(t: &Tensor, w: &Tensor, rows: bool, scale: f32, mask: Option<Mask>, out: &mut Tensor) -> Result<bool> {
-    let op = "LoRA up";
-    let (gpu, (tokens, rank), (_, c)) = (Gpu::of(t.device())?, t.dims2(op)?, out.dims2(op)?);
-    if tokens == 0 || c == 0 || rank == 0 {
-        return Ok(true);
-    }
-    if !(c.is_multiple_of(8) && rank.is_multiple_of(2) && sixteen_bits(out, &[t, w])?) {
-        return Ok(false);
-    }
-    let [tokens, cols, rank] = [size(op, tokens)?, size(op, c)?, size(op, rank)?];
-    let kind = match (rows, mask) {
-        (true, Some(_)) => "_rows_drop",
-        (true, None) => "_rows",
-        _ => "",
-    };
-    let kernel = entry(&format!("lora_up{kind}"), out.dtype())?;
-    let args = Args::new().input(t).input(w).output(out).u32(tokens).u32(cols).u32(rank).f32(scale);
-    let grid = [cols.div_ceil(256), across(op, tokens.div_ceil(32))?, 1];
-    gpu.launch(&LORA, &kernel, grid, [256, 1, 1], 0, mask_args(args, mask))?;
-    Ok(true)
-}
-
-/// `out += scale · t · Bᵀ`.
-pub(super) fn lora_up_add(t: &Tensor, b: &Tensor, scale: f32, out: &mut Tensor) -> Result<()> {
-    if up(t, b, false, scale, None, out)? {
+/// `dx += m(u · A)`; the product is rounded before it is dropped, and after, as on the CPU.
+pub(super) fn lora_dropped_add(u: &Tensor, a: &Tensor, mask: Mask, dx: &mut Tensor) -> Result<()> {
+    let op = "LoRA input gradient";
+    let (gpu, (t, r), (_, k)) = (Gpu::of(u.device())?, u.dims2(op)?, dx.dims2(op)?);
+    if t == 0 || k == 0 || r == 0 {
         return Ok(());
     }
-    products(t, &Weight::Dense(b.clone()), scale, out, true, Direction::Forward)
-}
-
-/// `dx += m(u · A)`; with a mask the product is rounded before it is dropped, and after, as on the CPU.
-pub(super) fn lora_dropped_add(u: &Tensor, a: &Tensor, mask: Option<Mask>, dx: &mut Tensor) -> Result<()> {
-    if up(u, a, true, 1.0, mask, dx)? {
-        return Ok(());
+    if !(k.is_multiple_of(8) && r.is_multiple_of(2) && sixteen_bits(dx, &[u, a])?) {
+        let mut through = Tensor::empty(dx.shape(), u.dtype(), u.device(), Tag::Workspace)?;
+        simt(Direction::InputGrad, u, Right::Dense(a), (t, k, r), 1.0, &mut through, false)?;
+        return elementwise::add_assign(dx, &dropout::apply(&through, mask)?);
     }
-    let a = Weight::Dense(a.clone());
-    let Some(mask) = mask else { return products(u, &a, 1.0, dx, true, Direction::InputGrad) };
-    let mut through = Tensor::empty(dx.shape(), u.dtype(), u.device(), Tag::Workspace)?;
-    products(u, &a, 1.0, &mut through, false, Direction::InputGrad)?;
-    elementwise::add_assign(dx, &dropout::apply(&through, mask)?)
+    let [rows, cols, rank] = [size(op, t)?, size(op, k)?, size(op, r)?];
+    let kernel = entry("lora_dropped_add", dx.dtype())?;
+    let args = Args::new().input(u).input(a).output(dx).u32(rows).u32(cols).u32(rank);
+    let grid = [cols.div_ceil(256), across(op, rows.div_ceil(32))?, 1];
+    gpu.launch(&LORA, &kernel, grid, [256, 1, 1], 0, mask_args(args, Some(mask)))
 }
 
 /// Slices of `tokens`, and their number, so that about `blocks` blocks run where `tiles` would. At least `least` tokens each.
@@ -453,67 +422,51 @@ fn sum(
     gpu.launch(&LORA, "lora_sum", [many.div_ceil(256), across("weight gradient", few)?, 1], [256, 1, 1], 0, args)
 }
 
-/// The low-rank branch of [`decode`]: `scale · t · Bᵀ`.
-#[derive(Clone, Copy, Debug)]
-pub struct Branch<'a> {
-    /// `[T, r]`.
-    pub t: &'a Tensor,
-    /// `[N, r]`.
-    pub b: &'a Tensor,
-    /// Factor.
-    pub scale: f32,
-}
-
-/// `x · Wᵀ + scale · t · Bᵀ + residual` for at most [`DECODE_TOKENS`] rows of `x`, if a kernel takes the weight; rounded
-/// once, a weight of codes not at all.
-pub(super) fn decode(
-    x: &Tensor,
-    weight: &Weight,
-    branch: Option<Branch>,
-    residual: Option<&Tensor>,
-    tag: Tag,
-) -> Result<Option<Tensor>> {
+/// `out = scale · (x · Wᵀ + t · Bᵀ) + …` by the terms for at most [`DECODE_TOKENS`] rows of `x`; `false` where no kernel
+/// takes them. Rounded once; a weight of codes is not rounded to a type.
+pub(super) fn decode(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut Tensor) -> Result<bool> {
     let op = "decoding product";
     let (gpu, (t, k), (n, _)) = (Gpu::of(x.device())?, x.dims2(op)?, weight.dims()?);
-    let terms = [branch.map(|branch| branch.t), branch.map(|branch| branch.b), residual];
-    let same = terms.iter().flatten().all(|term| term.dtype() == x.dtype());
+    let (left, right) = (terms.lora.map(|(left, _)| left), terms.lora.map(|(_, right)| right));
+    let types_fit = [left, right].iter().flatten().all(|part| part.dtype() == x.dtype())
+        && (out.dtype() == x.dtype() || out.dtype() == DType::F32);
     let rows_fit = match weight {
         Weight::Dense(w) => k.is_multiple_of(8) && sixteen_bits(x, &[w])?,
         Weight::Quantized(q) => {
             k.is_multiple_of(64) && q.block_size >= 64 && sixteen_bits(x, &[])? && aligned(&q.packed, 8)?
         }
     };
-    if !(same && rows_fit && (1..=DECODE_TOKENS).contains(&t) && n > 0 && k > 0) {
-        return Ok(None);
+    if !(types_fit && rows_fit && (1..=DECODE_TOKENS).contains(&t) && n > 0 && k > 0) {
+        return Ok(false);
     }
     let [tokens, rows, inner] = [size(op, t)?, size(op, n)?, size(op, k)?];
-    let rank = size(op, branch.map_or(0, |branch| branch.t.shape()[1]))?;
-    let scale = branch.map_or(0.0, |branch| branch.scale);
-    let mut y = Tensor::empty(&[t, n], x.dtype(), x.device(), tag)?;
-    let width = if t <= 8 { 8 } else { 16 };
-    let [left, right, residual] = terms;
-    let args = |args: Args| args.input_opt(left).input_opt(right).input_opt(residual);
+    let rank = size(op, left.map_or(0, |left| left.shape()[1]))?;
+    let (width, full) = (if t <= 8 { 8 } else { 16 }, out.dtype() == DType::F32);
+    let add = terms.add;
+    let terms =
+        |args: Args, out: &mut Tensor| args.output(out).input_opt(left).input_opt(right).input_opt(terms.residual);
+    let sizes =
+        |args: Args| args.u32(rows).u32(inner).u32(tokens).u32(rank).f32(scale).u32(add.into()).u32(full.into());
     match weight {
         Weight::Dense(w) => {
             // Sixteen rows a block where 64 would leave most processors without one.
             let (few, block_rows) = if rows.div_ceil(64) < 2 * gpu.sm_count() { ("few_", 16) } else { ("", 64) };
             let kernel = entry(&format!("decode_dense_{few}{width}"), x.dtype())?;
-            let args = args(Args::new().input(x).input(w).output(&mut y));
-            let args = args.u32(rows).u32(inner).u32(tokens).u32(rank).f32(scale);
+            let args = sizes(terms(Args::new().input(x).input(w), out));
             gpu.launch(&DECODE, &kernel, [rows.div_ceil(block_rows), 1, 1], [256, 1, 1], 0, args)?;
         }
         Weight::Quantized(quantized) => {
             let codes = Codes::of(op, quantized)?;
             let kernel = entry(&format!("decode_codes_{width}"), x.dtype())?;
-            let args = args(Args::new().input(x).input(&quantized.packed).output(&mut y));
+            let args = terms(Args::new().input(x).input(&quantized.packed), out);
             let args = args.input_opt(codes.absmax).input_opt(codes.nested).input_opt(codes.map);
-            let args = args.u32(rows).u32(inner).u32(tokens).u32(rank).f32(scale).u32(codes.quant_type);
-            let args = args.u32(codes.block_shift).u32(codes.nested_shift).input_opt(codes.offset);
+            let args = sizes(args).u32(codes.quant_type).u32(codes.block_shift).u32(codes.nested_shift);
+            let args = args.input_opt(codes.offset);
             // A block makes its table once; many rows take turns in the blocks that run at once.
             let tiles = rows.div_ceil(16);
             let blocks = if tiles <= 8 * gpu.sm_count() { tiles } else { 3 * gpu.sm_count() };
             gpu.launch(&DECODE, &kernel, [blocks, 1, 1], [256, 1, 1], 0, args)?;
         }
     }
-    Ok(Some(y))
+    Ok(true)
 }

@@ -144,7 +144,7 @@ impl Linear {
             }
         };
         if let Some((u, a, Some(mask))) = &branch {
-            lora::dropped_add(u, a, Some(*mask), &mut dx)?;
+            lora::dropped_add(u, a, *mask, &mut dx)?;
         }
         *slot = Some(dx);
         Ok(())

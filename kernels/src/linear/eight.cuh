@@ -1,11 +1,8 @@
 // Pairs of 16-bit elements in a register, eights of them in four, and dropout on eights.
 #pragma once
-#include "warp_matrix.cuh"
+#include "linear/loads.cuh"
+#include "linear/ptx.cuh"
 
-template <typename T> __device__ __forceinline__ u32 pair(float low, float high) {
-    T a = narrow<T>(low), b = narrow<T>(high);
-    return (u32)*reinterpret_cast<unsigned short*>(&a) | (u32)*reinterpret_cast<unsigned short*>(&b) << 16;
-}
 template <typename T> __device__ __forceinline__ float low(u32 pair) {
     unsigned short bits = (unsigned short)pair;
     return wide(*reinterpret_cast<T*>(&bits));

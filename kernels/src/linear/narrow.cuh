@@ -4,17 +4,19 @@
 // so a lane takes eight neighbours of a row (16 bytes) as its share of two mma steps and reads them straight into
 // fragments; the four lanes of a row together read 64 bytes. A warp holds MT tiles of 16 rows by NT tiles of 8 columns.
 // A block of 8 warps: WT of them side by side over rows, the others share the inner index and are summed at the end in
-// a fixed order. U steps of 32 are loaded at once, so that each lane has 8 loads of 16 bytes under way.
+// a fixed order. U steps of 32 are loaded at once, so that each lane has 8 loads of 16 bytes under way. In names: g =
+// lane / 4 and i = lane % 4, as ptx.cuh's fragments.
 #pragma once
-#include "eight.cuh"
+#include "linear/eight.cuh"
 
 constexpr int NARROW_WARPS = 8;
 
-// inner is a multiple of 8. COLUMNS: w is [inner, cols], cols even, rather than [cols, inner]. `store(row, col, a, b)` gets the sums of
-// columns col and col + 1, the second of which may lie beyond the last; neighbouring threads bring neighbouring rows if STORE::DOWNWARDS, else
-// columns.
+// inner is a multiple of 8. COLUMNS: w is [inner, cols], cols even, rather than [cols, inner]. `store(row, col, a, b)`
+// gets the sums of columns col and col + 1, the second of which may lie beyond the last; neighbouring threads bring
+// neighbouring rows if STORE::DOWNWARDS, else columns.
 template <typename T, int NT, int MT, int WT, bool COLUMNS, bool DROP, typename STORE>
-__device__ __forceinline__ void narrow_product(const T* x, const T* w, u32 rows, u32 cols, u32 inner, Mask mask, STORE store) {
+__device__ __forceinline__ void narrow_product(const T* x, const T* w, u32 rows, u32 cols, u32 inner, Mask mask,
+                                               STORE store) {
     constexpr int WK = NARROW_WARPS / WT, U = 4 / MT;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
     const int group = warp / WT;
@@ -71,8 +73,8 @@ __device__ __forceinline__ void narrow_product(const T* x, const T* w, u32 rows,
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
                     const uint4 &top = a[u][m][0], &low = a[u][m][1];
-                    mma<T>(sum[m][n], {top.x, low.x, top.y, low.y}, b.x, b.y);
-                    mma<T>(sum[m][n], {top.z, low.z, top.w, low.w}, b.z, b.w);
+                    multiply<T>(sum[m][n], {top.x, low.x, top.y, low.y}, b.x, b.y);
+                    multiply<T>(sum[m][n], {top.z, low.z, top.w, low.w}, b.z, b.w);
                 }
             }
         }
