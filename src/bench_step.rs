@@ -11,13 +11,19 @@ use crate::{
     train::{attach, source},
 };
 use anyhow::{Result, ensure};
-use nibble_models::LlamaConfig;
+use nibble_models::{
+    LlamaConfig,
+    generate::{Sampling, generate},
+};
 use nibble_runtime::{
     cuda::Gpu,
     memory,
     rng::{Philox, Stream},
 };
 use std::time::Instant;
+
+/// Tokens of the prompt of a generation.
+const PROMPT: usize = 128;
 
 /// [`Stream::purpose`] of the random tokens.
 const PURPOSE: u32 = 0xBE7C;
@@ -59,6 +65,18 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     println!("{} x {} tokens, {recomputed} layers recomputed", settings.batch_size, settings.seq_len);
     println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
     println!("{}", report::memory_line(device));
+    if args.decode > 0 {
+        let prompt: Vec<u32> = batch.ids.iter().cycle().take(PROMPT).map(|&id| id.unsigned_abs()).collect();
+        let decode = |count| generate(&model.llama, &prompt, count, &[], Sampling::GREEDY, |_| true).map(drop);
+        decode(2)?;
+        let clock = Instant::now();
+        decode(1)?;
+        let first = clock.elapsed().as_secs_f64();
+        let clock = Instant::now();
+        decode(args.decode + 1)?;
+        let rest = clock.elapsed().as_secs_f64() - first;
+        println!("decoding: {:.1} tok/s after a prompt of {PROMPT} in {first:.4} s", args.decode as f64 / rest);
+    }
     if let Ok(gpu) = Gpu::of(device) {
         println!("driver: {} in use on the whole GPU", report::bytes(gpu.total_memory() - gpu.free_memory()?));
     }

@@ -56,6 +56,9 @@ pub struct BenchStepArgs {
     /// Timed steps
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub timed: u32,
+    /// Also time the generation of N tokens after a prompt of 128
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub decode: usize,
 }
 
 /// The model to run, and how to hold it.
