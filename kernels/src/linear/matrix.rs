@@ -76,11 +76,10 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
-    /// Its columns, `width` at a time.
+    /// Its columns, `width` at a time. No element is in two strips.
     pub(crate) fn strips(self, width: usize) -> Vec<MatrixMut<'a>> {
         let strip = |first: usize| MatrixMut {
-            // SAFETY: within the matrix. Strips hold different columns, so that no element is in two of them.
-            data: unsafe { self.data.add(first) },
+            data: self.data.wrapping_add(first),
             first_column: self.first_column + first,
             columns: width.min(self.columns - first),
             ..self
