@@ -47,18 +47,19 @@ pub struct StepLog {
     total: u32,
     smoothed: Option<f64>,
     last_line: Instant,
+    device: Device,
 }
 
 /// Without a terminal, a line is printed this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 impl StepLog {
-    /// Starts `metrics.jsonl` in `dir`.
-    pub fn create(dir: &Path, total: u32) -> Result<Self> {
+    /// Starts `metrics.jsonl` in `dir`, for a model on `device`.
+    pub fn create(dir: &Path, total: u32, device: Device) -> Result<Self> {
         let path = dir.join("metrics.jsonl");
         let file = File::create_new(&path).with_context(|| format!("creating {}", path.display()))?;
         let bar = bar("train", total as usize);
-        Ok(StepLog { bar, file, steps: Vec::new(), total, smoothed: None, last_line: Instant::now() })
+        Ok(StepLog { bar, file, steps: Vec::new(), total, smoothed: None, last_line: Instant::now(), device })
     }
 
     /// Records a step.
@@ -67,7 +68,7 @@ impl StepLog {
         writeln!(self.file, "{line}").context("writing metrics.jsonl")?;
         let smoothed = self.smoothed.map_or(metrics.loss, |old| 0.9 * old + 0.1 * metrics.loss);
         self.smoothed = Some(smoothed);
-        let held = bytes(memory::usage().total);
+        let held = bytes(memory::usage_of(self.device).total);
         let text = format!("loss {smoothed:.4}  {:.0} tok/s  mem {held}", metrics.tok_s);
         self.bar.set_position(u64::from(metrics.step));
         self.bar.set_message(text.clone());

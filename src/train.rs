@@ -179,7 +179,7 @@ fn optimize(
         None => u32::try_from((epochs * sampler.steps_per_epoch()).div_ceil(window)).context("too many steps")?,
     };
     let mut stepper = Stepper::new(&model.llama, settings)?;
-    let mut log = StepLog::create(run.path(), total)?;
+    let mut log = StepLog::create(run.path(), total, model.llama.device())?;
     for step in 0..total {
         if interrupt::requested() {
             return Ok((log.finish(), true));

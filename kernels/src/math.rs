@@ -52,19 +52,17 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
     let mut total = 0.0f64;
     for run in scores.chunks_mut(RUN) {
+        // Two loops: with the sums in the first one the compiler makes no vector code of it.
+        run.iter_mut().for_each(|score| *score = exp(*score - max));
         let mut sums = [0.0f32; 8];
-        let (chunks, tail) = run.as_chunks_mut::<8>();
+        let (chunks, tail) = run.as_chunks::<8>();
         for chunk in chunks {
-            for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-                *score = exp(*score - max);
-                *sum += *score;
+            for (sum, score) in sums.iter_mut().zip(chunk) {
+                *sum += score;
             }
         }
         let mut sum: f32 = sums.iter().sum();
-        for score in tail {
-            *score = exp(*score - max);
-            sum += *score;
-        }
+        tail.iter().for_each(|score| sum += score);
         total += f64::from(sum);
     }
     total as f32

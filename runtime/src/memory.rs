@@ -220,8 +220,9 @@ impl Buffer {
         pool.usage.hold(tag, bytes);
         let block = if bytes >= REUSED_FROM { pool.take(lines) } else { None };
         let block = block.unwrap_or_else(|| {
-            // Nothing kept fits: a fresh block, and what is kept must stay small against what is in use.
-            let keep = pool.usage.total / 8;
+            // Nothing kept fits: a fresh block. What is kept takes up no more than once was in use besides: a training
+            // step finds all of the last one's blocks, and the process does not grow beyond its peak.
+            let keep = pool.usage.total_peak - pool.usage.total;
             pool.trim(keep);
             drop(pool);
             bytemuck::allocation::zeroed_vec(lines)

@@ -1,6 +1,7 @@
 //! Strided f32 matrices over slices, and their product by the `gemm` crate.
 
 use gemm::Parallelism;
+use std::marker::PhantomData;
 
 /// A matrix read from a slice: element (i, j) at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
@@ -34,6 +35,10 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
     fn in_bounds(&self) -> bool {
         self.rows == 0
             || self.columns == 0
@@ -41,23 +46,63 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A row-major matrix to write, rows `row_stride` elements apart.
+/// A row-major matrix to write, or a strip of one's columns: element (i, j) at `i · row_stride + j` from `data`.
 pub(crate) struct MatrixMut<'a> {
-    data: &'a mut [f32],
+    data: *mut f32,
     rows: usize,
+    first_column: usize,
     columns: usize,
     row_stride: usize,
+    borrowed: PhantomData<&'a mut [f32]>,
 }
 
+// SAFETY: a matrix owns the exclusive borrow of its elements, as a `&mut [f32]` would.
+unsafe impl Send for MatrixMut<'_> {}
+
 impl<'a> MatrixMut<'a> {
-    /// With rows `row_stride` elements apart.
-    pub(crate) fn strided(data: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        MatrixMut { data, rows, columns, row_stride }
+    /// Contiguous.
+    ///
+    /// # Panics
+    /// The slice is too short.
+    pub(crate) fn new(data: &'a mut [f32], rows: usize, columns: usize) -> Self {
+        assert!(rows * columns <= data.len(), "{rows}x{columns} matrix in {} elements", data.len());
+        MatrixMut {
+            data: data.as_mut_ptr(),
+            rows,
+            first_column: 0,
+            columns,
+            row_stride: columns,
+            borrowed: PhantomData,
+        }
     }
 
-    /// Contiguous.
-    pub(crate) fn new(data: &'a mut [f32], rows: usize, columns: usize) -> Self {
-        Self::strided(data, rows, columns, columns)
+    /// Its columns, `width` at a time. No element is in two strips.
+    pub(crate) fn strips(self, width: usize) -> Vec<MatrixMut<'a>> {
+        let strip = |first: usize| MatrixMut {
+            data: self.data.wrapping_add(first),
+            first_column: self.first_column + first,
+            columns: width.min(self.columns - first),
+            ..self
+        };
+        (0..self.columns).step_by(width).map(strip).collect()
+    }
+
+    /// The matrix, borrowed for less long.
+    pub(crate) fn reborrow(&mut self) -> MatrixMut<'_> {
+        MatrixMut { ..*self }
+    }
+
+    /// Number of the first column within the matrix that this is a strip of.
+    pub(crate) fn first_column(&self) -> usize {
+        self.first_column
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
     }
 }
 
@@ -71,21 +116,20 @@ const PARALLEL_FROM: usize = 1 << 19;
 pub(crate) fn product(a: Matrix, b: Matrix, scale: f32, out: MatrixMut, add: bool, threads: bool) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert!(b.rows == k && out.rows == m && out.columns == n, "product of {m}x{k} and {}x{n}", b.rows);
-    let last = Matrix::strided(out.data, m, n, out.row_stride);
-    assert!(a.in_bounds() && b.in_bounds() && last.in_bounds() && out.row_stride >= n, "matrix outside of its slice");
+    assert!(a.in_bounds() && b.in_bounds(), "matrix outside of its slice");
     if m == 0 || n == 0 {
         return;
     }
     let parallelism = if threads && m * n * k >= PARALLEL_FROM { Parallelism::Rayon(0) } else { Parallelism::None };
-    // SAFETY: the pointers and strides describe elements inside of the three slices (asserted above); `out` is borrowed
-    // exclusively and its rows do not overlap (`row_stride >= n`); the destination is read only if `add`, and a f32
-    // slice is always initialized.
+    // SAFETY: the pointers and strides describe elements inside of the slices (asserted above and by `MatrixMut`); `out`
+    // is borrowed exclusively and its rows do not overlap; the destination is read only if `add`, and a f32 slice is
+    // always initialized.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.data.as_mut_ptr(),
+            out.data,
             1,
             out.row_stride as isize,
             add,

@@ -12,10 +12,10 @@
 //! `t · Bᵀ` for `t` `[T, r]` and `B` `[N, r]`, or `u · A` for `u` `[T, r]` and `A` `[r, K]`, whose scale is in `t` or `u`.
 //!
 //! On the CPU products run in f32 whatever the types of the operands; the result is rounded once, to the type of `x` or
-//! `g` or to the one asked for. A weight that is not dense f32 is converted panel by panel ([`PANEL`] elements), never as
-//! a whole. On a GPU operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit
-//! weights rounded to that type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most
-//! 16 rows reads the weight once and does not round 4-bit ones (`decode.cu`).
+//! `g` or to the one asked for. A weight that is not dense f32 is converted panel by panel, never as a whole. On a GPU
+//! operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit weights rounded to that
+//! type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most 16 rows reads the weight
+//! once and does not round 4-bit ones (`decode.cu`).
 
 mod codes;
 mod cpu;
@@ -34,9 +34,6 @@ pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_
 
 use crate::quantize::QuantTensor;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
-
-/// Elements of a weight that are held in f32 at a time: half a megabyte, which stays in a core's second-level cache.
-pub const PANEL: usize = 128 << 10;
 
 /// A weight matrix `[N, K]`.
 #[derive(Clone, Debug)]
@@ -160,14 +157,7 @@ fn forward_into(x: &Tensor, weight: &Weight, scale: f32, terms: Terms, out: &mut
     check(op, x, k, out, n)?;
     terms.check(op, out, true)?;
     match x.device() {
-        Device::Cpu => {
-            let x = x.to_f32()?;
-            rounded(out, terms, |out, add| {
-                cpu::times_transposed(&x, weight, n, k, scale, out, add)?;
-                let Some((t, b)) = terms.lora else { return Ok(()) };
-                cpu::times_transposed(&t.to_f32()?, &Weight::Dense(b.clone()), n, t.shape()[1], scale, out, true)
-            })
-        }
+        Device::Cpu => cpu::times(cpu::Side::Forward, x, weight, scale, terms, out),
         Device::Cuda(_) => cuda::forward_into(x, weight, scale, terms, out),
     }
 }
@@ -178,14 +168,7 @@ fn input_grad_into(grad: &Tensor, weight: &Weight, scale: f32, terms: Terms, out
     check(op, grad, n, out, k)?;
     terms.check(op, out, false)?;
     match grad.device() {
-        Device::Cpu => {
-            let grad = grad.to_f32()?;
-            rounded(out, terms, |out, add| {
-                cpu::times(&grad, weight, n, k, scale, out, add)?;
-                let Some((u, a)) = terms.lora else { return Ok(()) };
-                cpu::times(&u.to_f32()?, &Weight::Dense(a.clone()), u.shape()[1], k, scale, out, true)
-            })
-        }
+        Device::Cpu => cpu::times(cpu::Side::Backward, grad, weight, scale, terms, out),
         Device::Cuda(_) => cuda::input_grad_into(grad, weight, scale, terms, out),
     }
 }

@@ -56,8 +56,7 @@ proptest! {
 
 #[test]
 fn panels_join_without_a_seam() {
-    let (t, n, k) = (33, 517, 1030); // more than one panel, the last one odd
-    assert!(n * k > 4 * PANEL);
+    let (t, n, k) = (3, 2 * cpu::DEPTH + 7, cpu::DEPTH + cpu::STRIP + 5); // the last panel odd both ways
     let (x, g) = (random(&[t, k], 1), random(&[t, n], 2));
     for weight in weights(n, k, 3) {
         let dense = as_f32(&weight);
@@ -109,5 +108,22 @@ fn low_rank_branches_join_the_sum() {
         close(&dx, &expected.iter().map(|x| 2.0 * x).collect::<Vec<_>>(), 2e-6);
         assert!(forward_lora(&x, &weight, Some((&left, &a)), None, DType::F32, Tag::Activations).is_err());
         assert!(forward_lora(&x, &weight, None, Some(&residual), DType::BF16, Tag::Activations).is_err());
+    }
+}
+
+/// Each element is summed in an order of its own, whoever computes it.
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let (t, n, k) = (70, 200, 333);
+    let (x, g) = (random(&[t, k], 1), random(&[t, n], 2));
+    for weight in weights(n, k, 3) {
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let both = || (forward(&x, &weight, Tag::Activations).unwrap(), input_grad(&g, &weight, 1.0).unwrap());
+            let (y, dx) = pool.install(both);
+            (y.as_slice::<f32>().unwrap().to_vec(), dx.as_slice::<f32>().unwrap().to_vec())
+        };
+        let one = with(1);
+        assert!(one == with(2) && one == with(5));
     }
 }

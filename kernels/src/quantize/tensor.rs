@@ -282,15 +282,23 @@ impl QuantTensor {
     /// # Errors
     /// The range goes beyond the tensor, or its parts do not fit together.
     pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
+        let width = out.len();
+        self.read_rows(std::iter::once(start), width, out)
+    }
+
+    /// As [`QuantTensor::read_f32`], `width` weights from each of `starts` on, one row of `out` after another.
+    pub(crate) fn read_rows(&self, starts: impl Iterator<Item = usize>, width: usize, out: &mut [f32]) -> Result<()> {
         let op = "dequantize";
         let view = self.view()?;
-        if start.checked_add(out.len()).is_none_or(|end| end > view.numel) {
-            let what = format!("elements {start}..+{} of a tensor of {}", out.len(), view.numel);
-            return Err(Error::shape(op, what));
+        if let device @ Device::Cuda(_) = self.packed.device() {
+            return Err(Error::NoKernel { op, device });
         }
-        match self.packed.device() {
-            Device::Cpu => cpu::read_f32(&view, start, out),
-            device => return Err(Error::NoKernel { op, device }),
+        for (start, row) in starts.zip(out.chunks_exact_mut(width.max(1))) {
+            if start.checked_add(width).is_none_or(|end| end > view.numel) {
+                let what = format!("elements {start}..+{width} of a tensor of {}", view.numel);
+                return Err(Error::shape(op, what));
+            }
+            cpu::read_f32(&view, start, row);
         }
         Ok(())
     }

@@ -41,9 +41,15 @@ pub(super) fn backward_add(x: &[f32], weight: &[f32], rstd: &[f32], grad: &[f32]
             #[inline(always)]
             || {
                 let mut sums = [0.0f32; 8];
-                for (i, ((&g, &w), &x)) in grad.iter().zip(weight).zip(x).enumerate() {
-                    sums[i % 8] += g * w * x;
-                }
+                let ((g8, g1), (w8, w1), (x8, x1)) =
+                    (grad.as_chunks::<8>(), weight.as_chunks::<8>(), x.as_chunks::<8>());
+                let mut add = |g: &[f32], w: &[f32], x: &[f32]| {
+                    for (((sum, &g), &w), &x) in sums.iter_mut().zip(g).zip(w).zip(x) {
+                        *sum += g * w * x;
+                    }
+                };
+                g8.iter().zip(w8).zip(x8).for_each(|((g, w), x)| add(g, w, x));
+                add(g1, w1, x1);
                 let mean = sums.iter().sum::<f32>() * rstd * rstd / width as f32;
                 for (((dx, &g), &w), &x) in dx.iter_mut().zip(grad).zip(weight).zip(x) {
                     *dx += rstd * (g * w - x * mean);

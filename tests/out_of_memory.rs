@@ -1,0 +1,59 @@
+//! A GPU that runs out of memory, at any allocation of a training run: the run ends with the table of who holds what and
+//! what to change, and leaves nothing half-written.
+
+use nibble::{
+    settings::{Recompute, Settings},
+    train::train,
+};
+use nibble_runtime::{
+    DeviceRequest,
+    cuda::{Gpu, device_for_tests},
+};
+use std::{fs, path::Path};
+
+/// Two steps on random ids with an adapter, from loading to saving.
+fn settings(dir: &Path, device: DeviceRequest) -> Settings {
+    let data = dir.join("train.jsonl");
+    let rows: String = (0..4).map(|i| format!("{{\"input_ids\": {:?}}}\n", [i + 1, i + 2, i + 3, i + 9])).collect();
+    fs::write(&data, rows).unwrap();
+    Settings {
+        model: Some("tests/golden/gqa_llama3rope/model".into()),
+        data: Some(data),
+        out: Some(dir.join("run")),
+        steps: Some(2),
+        batch_size: 2,
+        grad_accum: 1,
+        recompute: Recompute(1),
+        device,
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn gpu_out_of_memory_at_any_allocation_ends_with_the_table() {
+    let Some(device) = device_for_tests() else { return };
+    let memory = Gpu::of(device).unwrap().memory().unwrap();
+    let mut failed = 0;
+    // A stride that has no part in the pattern of a layer's allocations.
+    for n in (1..).step_by(7) {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = settings(dir.path(), DeviceRequest::Exactly(device));
+        memory.lock().fail_at(Some(n));
+        let outcome = train(&settings);
+        memory.lock().fail_at(None);
+        let run = dir.path().join("run");
+        let Err(error) = outcome else {
+            assert!(run.join("adapter/adapter_model.safetensors").exists());
+            break;
+        };
+        failed += 1;
+        let text = format!("{error:#}");
+        assert!(text.contains("out of memory") && text.contains("--batch-size"), "allocation {n}: {text}");
+        // What there is of the run is whole: settings and metrics, and no adapter yet.
+        let names = fs::read_dir(&run).into_iter().flatten().map(|entry| entry.unwrap().file_name());
+        for name in names {
+            assert!(["settings.toml", "metrics.jsonl"].iter().any(|whole| name == *whole), "allocation {n}: {name:?}");
+        }
+    }
+    assert!(failed > 50, "only {failed} allocations failed");
+}
