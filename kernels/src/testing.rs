@@ -17,6 +17,12 @@ pub(crate) fn gpu() -> Option<Device> {
     cuda::device_for_tests()
 }
 
+/// So many cases of a property, or as many as `PROPTEST_CASES` says: few under a checker that makes kernels slow.
+pub(crate) fn cases(usual: u32) -> proptest::test_runner::Config {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
+    proptest::test_runner::Config { cases, ..Default::default() }
+}
+
 /// As [`close`], against another tensor of the same type and shape on any device, which must hold numbers.
 #[track_caller]
 pub(crate) fn same(found: &Tensor, expected: &Tensor, tolerance: f64) {

@@ -48,7 +48,7 @@ fn run(device: Device, sizes: &[usize], eight: bool, dtype: DType, scales: &[f32
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(crate::testing::cases(16))]
 
     #[test]
     fn gpu_adamw_is_that_of_the_cpu_to_the_bit(

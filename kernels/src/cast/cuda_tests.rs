@@ -9,7 +9,7 @@ fn bits(x: &Tensor) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     /// Every pair of types, any length, and views that start at odd elements: the same bits.
     #[test]

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 
 #[test]
 fn chunks_are_whole_tiles() {
-    assert_eq!([128_256, 32_000, 768].map(chunk_rows), [512, 2048, 8192]);
+    assert_eq!([128_256, 32_000, 768].map(chunk_rows), [256, 1024, 8192]);
     assert_eq!(chunk_rows(1 << 30), 1);
 }
 
@@ -63,7 +63,7 @@ fn check_rows(gpu: Device, rows: usize, vocab: usize, wanted: Option<DType>, sca
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(crate::testing::cases(32))]
 
     #[test]
     fn gpu_rows_match_the_cpu(

@@ -5,7 +5,7 @@ use crate::testing::{FLOATS, gpu, random_as, same};
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     /// Any length (the last block of words is cut), and views whose first element is at an odd address.
     #[test]

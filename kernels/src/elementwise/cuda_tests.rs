@@ -5,7 +5,7 @@ use crate::testing::{FLOATS, gpu, random_as, same};
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     /// Every pair of types, any length, and terms that start at odd elements. Both sides add in f32 and round once.
     #[test]

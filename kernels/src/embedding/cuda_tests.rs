@@ -5,7 +5,7 @@ use crate::testing::{FLOATS, gpu, random_as, same};
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     /// Any shape and every pair of types; sums are in the same order, so both directions agree to the bit.
     #[test]

@@ -119,7 +119,7 @@ fn check(case: Case, device: Device) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(crate::testing::cases(32))]
 
     #[test]
     fn gpu_products_match_the_cpu(case in cases()) {

@@ -103,7 +103,7 @@ fn products(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     #[test]
     fn gpu_products_of_f32_match_the_cpu(

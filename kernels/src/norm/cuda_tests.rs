@@ -6,7 +6,7 @@ use nibble_runtime::DType;
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(crate::testing::cases(16))]
 
     #[test]
     fn gpu_norms_are_those_of_the_cpu(

@@ -170,7 +170,7 @@ fn gpu_parts_on_two_devices_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     #[test]
     fn gpu_any_matrix_gives_the_cpus_bytes(

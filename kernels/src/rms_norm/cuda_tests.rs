@@ -38,7 +38,7 @@ fn check_against_cpu(gpu: Device, rows: usize, width: usize, first: usize, dtype
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     #[test]
     fn gpu_matches_the_cpu(

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 const PLAIN: RopeConfig = RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default };
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::testing::cases(48))]
 
     /// Odd head dimensions' halves and whole runs, numbers of heads that leave a thread's group short, both directions,
     /// and views at odd addresses.

@@ -9,7 +9,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::testing::cases(24))]
 
     /// Any shape; `first` rows are cut off so that views start at odd addresses.
     #[test]
