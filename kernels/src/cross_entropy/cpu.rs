@@ -8,8 +8,8 @@ use crate::{
 use nibble_runtime::{DType, Device, Result, Tag, Tensor};
 use rayon::prelude::*;
 
-/// Logits held at a time: 24 MiB of f32, or one row if that is more.
-pub(super) const CHUNK: usize = 6 << 20;
+/// Logits held at a time: 12 MiB of f32, or one row if that is more.
+pub(super) const CHUNK: usize = 3 << 20;
 
 /// The loss of the `labelled` rows of `hidden` `[T, D]`; labels and shapes were checked.
 pub(super) fn head_loss(
