@@ -22,6 +22,7 @@ mod cpu;
 mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+mod hopper;
 pub mod lora;
 pub(crate) mod matrix;
 mod skinny;
@@ -29,6 +30,8 @@ mod skinny;
 mod skinny_tests;
 
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
+
+pub(crate) use hopper::GEMM_HOPPER;
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
