@@ -69,13 +69,18 @@ fn tile_columns(m: u32, n: u32, sms: u32) -> u32 {
     if 6 * rounds(128) < 10 * rounds(256) { 128 } else { 256 }
 }
 
+/// Columns of the tiles that a test wants, whatever the shape.
+fn forced() -> Option<u32> {
+    #[cfg(test)]
+    return tests::COLUMNS.get();
+    #[cfg(not(test))]
+    None
+}
+
 /// Whether the kernel takes the product, and with tiles of how many columns.
 fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
     let &Product { a, weight, terms, m, n, k, .. } = product;
-    #[cfg(test)]
-    let forced = tests::COLUMNS.get();
-    #[cfg(not(test))]
-    let forced = None::<u32>;
+    let forced = forced();
     let sms = gpu.sm_count().max(1);
     let columns = forced.unwrap_or(tile_columns(m, n, sms));
     let tiles = tiles(m, n, columns);
