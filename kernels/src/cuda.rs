@@ -3,6 +3,7 @@
 use nibble_runtime::{DType, Error, Result, Tensor, cuda::Module};
 
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
+/// Those named `_sm90a` load on Hopper only.
 pub static MODULES: &[&Module] = &[
     &crate::adamw::cuda::MODULE,
     &crate::attention::cuda::D128,
@@ -19,6 +20,7 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::GEMM_DENSE_BF16,
     &crate::linear::GEMM_DENSE_F16,
     &crate::linear::GEMM_GENERAL,
+    &crate::linear::GEMM_HOPPER,
     &crate::linear::GEMM_QUANT_BF16,
     &crate::linear::GEMM_QUANT_F16,
     &crate::linear::LORA,

@@ -15,12 +15,14 @@ use std::{
 /// The compiler's version as its output names it. It writes PTX ISA 8.4, which drivers from 550 on load.
 pub const COMPILER: &str = "V12.4.127";
 
-/// Flags of every compilation, but for the include paths.
-pub const FLAGS: &[&str] =
-    &["--gpu-architecture=compute_80", "--std=c++17", "-default-device", "--extra-device-vectorization"];
+/// Flags of every compilation, but for the architecture and the include paths.
+pub const FLAGS: &[&str] = &["--std=c++17", "-default-device", "--extra-device-vectorization"];
 
-/// The `.target` of the PTX.
-pub const TARGET: &str = "sm_80";
+/// The architecture that a module is compiled for: of Ampere, `80`, which all later GPUs run too, or for names that end
+/// in `_sm90a` of Hopper alone. NVRTC knows it as `compute_80`, PTX as `.target sm_80`.
+pub fn architecture(name: &str) -> &'static str {
+    if name.ends_with("_sm90a") { "90a" } else { "80" }
+}
 
 /// What one PTX file was built from.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,14 +111,20 @@ pub struct Declared {
 
 /// The kernels that a PTX text declares.
 pub fn declared(ptx: &str) -> Vec<Declared> {
-    let size =
-        |kind: &str| kind.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<usize>().map(|bits| bits / 8);
+    // `u64 name`, or `align 64 .b8 name[128]` of a structure.
+    let size = |param: &str| match param.trim_end_matches(',').strip_suffix(']').and_then(|text| text.rsplit_once('['))
+    {
+        Some((_, bytes)) => bytes.parse::<usize>(),
+        None => {
+            let kind = param.split_whitespace().next().unwrap_or_default();
+            kind.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<usize>().map(|bits| bits / 8)
+        }
+    };
     let entry = |text: &str| {
         let (name, rest) = text.split_once('(')?;
         let params = rest.split_once(')')?.0;
         let params = params.lines().filter_map(|line| line.trim().strip_prefix(".param ."));
-        let params = params.map(|line| size(line.split_whitespace().next().unwrap_or_default()));
-        Some(Declared { name: name.trim().to_string(), params: params.collect::<Result<_, _>>().ok()? })
+        Some(Declared { name: name.trim().to_string(), params: params.map(size).collect::<Result<_, _>>().ok()? })
     };
     ptx.split(".visible .entry").skip(1).filter_map(entry).collect()
 }
@@ -154,7 +162,8 @@ mod tests {
         assert!(names.iter().copied().eq(manifest().modules.keys()), "cuda::MODULES: {names:?}");
         for module in MODULES {
             let target = module.ptx.lines().find_map(|line| line.strip_prefix(".target "));
-            assert_eq!(target.map(str::trim), Some(TARGET), "{}", module.name);
+            let expected = format!("sm_{}", architecture(module.name));
+            assert_eq!(target.map(str::trim), Some(expected.as_str()), "{}", module.name);
             assert!(module.ptx.contains(COMPILER) && module.ptx.contains(".version 8.4"), "{}", module.name);
             let declared = declared(module.ptx);
             for Declared { name, params } in &declared {
@@ -168,8 +177,9 @@ mod tests {
     #[test]
     fn declarations_are_read() {
         let ptx = ".version 8.4\n.target sm_80\n.visible .entry f_bf16(\n\t.param .u64 f_0,\n\t.param .f32 f_1\n)\n\
-                   .maxntid 256, 1, 1\n{ }\n.visible .entry g(\n\n)\n{ }";
-        let expected = [("f_bf16", vec![8, 4]), ("g", vec![])];
+                   .maxntid 256, 1, 1\n{ }\n.visible .entry g(\n\n)\n{ }\n\
+                   .visible .entry h(\n\t.param .align 64 .b8 h_0[128],\n\t.param .align 8 .b8 h_1[16]\n)\n{ }";
+        let expected = [("f_bf16", vec![8, 4]), ("g", vec![]), ("h", vec![128, 16])];
         let expected = expected.map(|(name, params)| Declared { name: name.into(), params });
         assert_eq!(declared(ptx), expected);
     }

@@ -1,4 +1,5 @@
-//! The products of an 8B model's linear layers, bf16. `NIBBLE_GEMM_TILE=256|128|64` forces a tile.
+//! The products of an 8B model's linear layers, bf16. `NIBBLE_GEMM_TILE=256|128|64` forces a tile of gemm.cuh,
+//! `NIBBLE_HOPPER=0` keeps Hopper from its own kernel.
 
 use crate::Bench;
 use nibble_kernels::{

@@ -3,7 +3,7 @@
 //! Run it by `scripts/build-ptx [--check]`, which brings the compiler.
 
 use cudarc::nvrtc::sys;
-use nibble_kernels::ptx::{COMPILER, FLAGS, Manifest, Record, digest, root, source_digest, sources};
+use nibble_kernels::ptx::{COMPILER, FLAGS, Manifest, Record, architecture, digest, root, source_digest, sources};
 use rayon::prelude::*;
 use std::{
     ffi::{CString, c_char},
@@ -51,11 +51,13 @@ fn compile(source: &Path, flags: &[CString]) -> Result<String, String> {
     }
 }
 
-/// The flags of every compilation; `includes` are the folders of the toolkit's headers.
-fn flags(includes: &[String]) -> Result<Vec<CString>, String> {
+/// The flags for a source; `includes` are the folders of the toolkit's headers.
+fn flags(source: &Path, includes: &[String]) -> Result<Vec<CString>, String> {
+    let name = source.file_stem().unwrap_or_default().to_string_lossy();
+    let target = format!("--gpu-architecture=compute_{}", architecture(&name));
     let own = root().join("src").display().to_string();
     let includes = [own].into_iter().chain(includes.iter().cloned()).map(|folder| format!("-I{folder}"));
-    let flags = FLAGS.iter().map(|flag| flag.to_string()).chain(includes).map(CString::new);
+    let flags = [target].into_iter().chain(FLAGS.iter().map(|flag| flag.to_string())).chain(includes).map(CString::new);
     flags.collect::<Result<_, _>>().map_err(|error| error.to_string())
 }
 
@@ -91,7 +93,7 @@ fn run() -> Result<bool, String> {
     if let [one, source, includes @ ..] = &arguments[..]
         && one == "--one"
     {
-        print!("{}", compile(Path::new(source), &flags(includes)?)?);
+        print!("{}", compile(Path::new(source), &flags(Path::new(source), includes)?)?);
         return Ok(true);
     }
     let (check, includes) = match arguments.split_first() {

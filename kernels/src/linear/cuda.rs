@@ -3,6 +3,7 @@
 use super::{
     Terms, Weight,
     codes::Codes,
+    hopper,
     skinny::{self, Direction},
 };
 use crate::cuda::entry;
@@ -120,6 +121,9 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
     if m == 0 || n == 0 {
         return Ok(());
     }
+    if hopper::product(gpu, &hopper::Product { forward, a, weight, scale, terms, m, n, k }, out)? {
+        return Ok(());
+    }
 
     // A row of W: along the contraction forward, along the result's columns backward.
     let width = if forward { k } else { n };
@@ -189,7 +193,7 @@ const MAX_STAGES: u32 = 4;
 
 /// A tile of gemm.cuh.
 #[derive(Debug, PartialEq)]
-struct Tile {
+pub(super) struct Tile {
     rows: u32,
     threads: u32,
     /// That an SM has registers for.
@@ -204,13 +208,13 @@ static TILES: [Tile; 3] = [
     Tile { rows: 64, threads: 128, blocks: 2, speed: (0.8, 0.5) },
 ];
 
-/// `NIBBLE_GEMM_TILE` is 256, 128 or 64: use that tile whatever the shape. For benchmarks.
+/// `NIBBLE_GEMM_TILE` is 256, 128 or 64: use that tile of gemm.cuh whatever the shape and GPU. For benchmarks.
 static FORCED: LazyLock<Option<&'static Tile>> = LazyLock::new(|| {
     let rows = std::env::var("NIBBLE_GEMM_TILE").ok()?.parse::<u32>().ok()?;
     TILES.iter().find(|tile| tile.rows == rows)
 });
 
-fn forced() -> Option<&'static Tile> {
+pub(super) fn forced() -> Option<&'static Tile> {
     #[cfg(test)]
     if let Some(tile) = tests::TILE.get() {
         return Some(&TILES[tile]);

@@ -1,6 +1,6 @@
 //! Products on the GPU against those on the CPU, on the same 16-bit operands.
 
-use super::{cuda::tests::TILE, *};
+use super::{cuda::tests::TILE, hopper::tests::COLUMNS, *};
 use crate::{
     quantize::{QuantType, ScaleRounding, dequantize, quantize},
     testing::{gpu, random, random_as, same},
@@ -19,6 +19,13 @@ fn moved_weight(weight: &Weight, device: Device) -> Weight {
         Weight::Dense(tensor) => Weight::Dense(moved(tensor, device)),
         Weight::Quantized(quantized) => Weight::Quantized(quantized.to_device(device, Tag::Weights).unwrap()),
     }
+}
+
+/// Makes this thread's products take a tile of gemm.cuh (0 to 2) or of Hopper's kernel (3, 4; where the GPU or the shape
+/// does not allow that, what they would take anyway).
+fn force(tile: Option<usize>) {
+    TILE.set(tile.filter(|&tile| tile < 3));
+    COLUMNS.set(tile.and_then(|tile| [256, 128].get(tile.checked_sub(3)?).copied()));
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +76,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let rank = prop_oneof![1 => Just(0), 1 => Just(16), 1 => 1usize..257];
-    let tile = prop_oneof![Just(None), (0usize..3).prop_map(Some)];
+    let tile = prop_oneof![Just(None), (0usize..5).prop_map(Some)];
     let dtype = prop_oneof![Just(DType::BF16), Just(DType::F16)];
     ((1usize..300, sizes(), sizes()), rank, kinds(), dtype, any::<bool>(), tile, any::<u64>()).prop_map(
         |((t, n, k), rank, kind, dtype, wide, tile, seed)| {
@@ -92,7 +99,7 @@ fn products(case: Case, device: Device) -> Vec<Tensor> {
         _ => (Some((&left, &b)), Some((&left, &a))),
     };
     let residual = make([t, n], out, 7);
-    TILE.set(tile);
+    force(tile);
     let mut sum = make([t, n], out, 8);
     forward_add(&x, &weight, -2.0, &mut sum).unwrap();
     let mut grad_sum = make([t, k], out, 9);
@@ -106,7 +113,7 @@ fn products(case: Case, device: Device) -> Vec<Tensor> {
         input_grad_lora(&g, &weight, backward_lora_of, out, TAG).unwrap(),
         grad_sum,
     ];
-    TILE.set(None);
+    force(None);
     results
 }
 
@@ -134,10 +141,24 @@ proptest! {
 fn gpu_large_products_match_the_cpu() {
     let Some(device) = gpu() else { return };
     let nf4 = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
-    for (kind, tile) in [(Kind::Dense, 0), (Kind::Dense, 1), (Kind::Dense, 2), (nf4, 0), (nf4, 1), (nf4, 2)] {
+    for (kind, tile) in [(Kind::Dense, 0), (Kind::Dense, 1), (Kind::Dense, 2), (nf4, 0), (nf4, 1), (nf4, 2), (nf4, 3)] {
         let (dtype, tile) = (DType::BF16, Some(tile));
         check(Case { t: 300, n: 544, k: 1120, rank: 16, kind, dtype, out: dtype, tile, seed: 1 }, device);
         check(Case { t: 4500, n: 288, k: 96, rank: 8, kind, dtype, out: DType::F32, tile, seed: 2 }, device);
+    }
+}
+
+/// Hopper's kernel: more tiles than SMs, so that blocks go from one to the next with the ring at any stage, tails each
+/// way, and exact sums.
+#[test]
+fn gpu_hopper_products_match_the_cpu() {
+    let Some(device) = gpu() else { return };
+    for (tile, dtype) in [(3, DType::BF16), (4, DType::BF16), (3, DType::F16), (4, DType::F16)] {
+        let of = |t, n, k, rank, out| Case { t, n, k, rank, kind: Kind::Dense, dtype, out, tile: Some(tile), seed: 5 };
+        check(of(2100, 2312, 328, 72, dtype), device);
+        check(of(1, 8, 8, 8, dtype), device);
+        check(of(600, 1032, 64, 0, DType::F32), device);
+        check(of(129, 264, 1096, 16, DType::F32), device);
     }
 }
 
@@ -145,7 +166,7 @@ fn gpu_large_products_match_the_cpu() {
 #[test]
 fn gpu_decodes_exactly() {
     let Some(device) = gpu() else { return };
-    for tile in 0..3 {
+    for tile in 0..5 {
         for (quant_type, double, block_size) in
             [(QuantType::Nf4, true, 64), (QuantType::Nf4, false, 32), (QuantType::Fp4, true, 128)]
         {
@@ -162,10 +183,10 @@ fn gpu_decodes_exactly() {
                     moved(&unit.into_dtype(dtype, TAG).unwrap(), device)
                 };
                 let weight = moved_weight(&host, device);
-                TILE.set(Some(tile));
+                force(Some(tile));
                 let rows = input_grad(&unit(n), &weight, 1.0).unwrap(); // [N, K]
                 let columns = forward(&unit(k), &weight, TAG).unwrap(); // [K, N]
-                TILE.set(None);
+                force(None);
                 let (rows, columns) = (moved(&rows, Device::Cpu), moved(&columns, Device::Cpu));
                 let (rows, columns, dense) =
                     (rows.to_f32().unwrap(), columns.to_f32().unwrap(), dense.to_f32().unwrap());
@@ -186,15 +207,21 @@ fn gpu_products_of_integers_are_exact() {
         let values: Vec<f32> = random(&shape, seed).as_slice::<f32>().unwrap().iter().map(|x| x.round()).collect();
         Tensor::from_slice(&values, &shape, TAG).unwrap().into_dtype(DType::BF16, TAG).unwrap()
     };
-    for (tile, (t, n, k, rank)) in [(0, (300, 136, 520, 8)), (1, (131, 264, 72, 5)), (2, (70, 40, 200, 70))] {
+    for (tile, (t, n, k, rank)) in [
+        (0, (300, 136, 520, 8)),
+        (1, (131, 264, 72, 5)),
+        (2, (70, 40, 200, 70)),
+        (3, (300, 136, 520, 8)),
+        (4, (131, 264, 72, 72)),
+    ] {
         let run = |device: Device| {
             let of = |shape, seed| moved(&integers(shape, seed), device);
             let (x, g, weight) = (of([t, k], 1), of([t, n], 2), Weight::Dense(of([n, k], 3)));
             let (left, b, a) = (of([t, rank], 4), of([n, rank], 5), of([rank, k], 6));
-            TILE.set(Some(tile));
+            force(Some(tile));
             let y = forward_lora(&x, &weight, Some((&left, &b)), None, DType::F32, TAG).unwrap();
             let dx = input_grad_lora(&g, &weight, Some((&left, &a)), DType::F32, TAG).unwrap();
-            TILE.set(None);
+            force(None);
             [moved(&y, Device::Cpu), moved(&dx, Device::Cpu)]
         };
         for (found, expected) in run(device).iter().zip(&run(Device::Cpu)) {

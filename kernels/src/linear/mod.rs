@@ -15,13 +15,15 @@
 //! `g` or to the one asked for. A weight that is not dense f32 is converted panel by panel, never as a whole. On a GPU
 //! operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit weights rounded to that
 //! type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most 16 rows reads the weight
-//! once and does not round 4-bit ones (`decode.cu`).
+//! once and does not round 4-bit ones (`decode.cu`). Hopper multiplies large dense matrices with instructions of its own
+//! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time.
 
 mod codes;
 mod cpu;
 mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+mod hopper;
 pub mod lora;
 pub(crate) mod matrix;
 mod skinny;
@@ -29,6 +31,8 @@ mod skinny;
 mod skinny_tests;
 
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
+
+pub(crate) use hopper::GEMM_HOPPER;
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 

@@ -1,6 +1,6 @@
 //! Kernels: modules of PTX, compiled by the driver when first used, and their launch.
 
-use super::{Gpu, driver::check};
+use super::{Gpu, driver::check, tensor_map::TensorMap};
 use crate::{Error, Result, Tensor};
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as Jit};
 use std::{
@@ -50,10 +50,35 @@ impl Entry {
     }
 }
 
+/// An argument.
+#[derive(Debug)]
+enum Value {
+    /// A number or address in the low bytes, and how many those are.
+    Word(u64, usize),
+    Map(Box<TensorMap>),
+}
+
+impl Value {
+    fn bytes(&self) -> usize {
+        match self {
+            Value::Word(_, bytes) => *bytes,
+            Value::Map(_) => size_of::<TensorMap>(),
+        }
+    }
+
+    /// Where it lies; little-endian, so a 32-bit value lies at the start of its word.
+    fn pointer(&mut self) -> *mut c_void {
+        match self {
+            Value::Word(word, _) => std::ptr::from_mut(word).cast(),
+            Value::Map(map) => std::ptr::from_mut(&mut **map).cast(),
+        }
+    }
+}
+
 /// The arguments of a launch.
 #[derive(Debug, Default)]
 pub struct Args {
-    values: Vec<(u64, usize)>,
+    values: Vec<Value>,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -65,7 +90,7 @@ impl Args {
     }
 
     fn push(mut self, value: u64, bytes: usize) -> Self {
-        self.values.push((value, bytes));
+        self.values.push(Value::Word(value, bytes));
         self
     }
 
@@ -95,6 +120,21 @@ impl Args {
     /// A tensor to write, or a null pointer.
     pub fn output_opt(self, tensor: Option<&mut Tensor>) -> Self {
         self.pointer(tensor.map_or(Ok(0), Tensor::device_pointer_mut))
+    }
+
+    /// A matrix of 16-bit elements to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`, the
+    /// rows of a box 128 bytes swizzled: a parameter of 128 bytes, CUDA's `CUtensorMap`.
+    ///
+    /// The launch is refused unless `tensor` is such a matrix on a GPU, with rows of a multiple of 16 bytes from an address
+    /// that is one too, and a box has 1 to 256 rows and 1 to 64 columns.
+    pub fn tensor_map(mut self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
+        match TensorMap::new(tensor, rows, columns) {
+            Ok(map) => self.values.push(Value::Map(Box::new(map))),
+            Err(error) => {
+                self.error.get_or_insert(error);
+            }
+        }
+        self
     }
 
     /// A 32-bit unsigned number.
@@ -155,7 +195,7 @@ impl Gpu {
         grid: [u32; 3],
         block: [u32; 3],
         shared: usize,
-        args: Args,
+        mut args: Args,
     ) -> Result<()> {
         let invalid = |what: String| Error::invalid("launch", format!("{entry}: {what}"));
         if let Some(error) = args.error {
@@ -168,17 +208,15 @@ impl Gpu {
         self.bind()?;
         let loaded = self.module(module)?;
         let function = *loaded.functions.get(entry).ok_or_else(|| invalid(format!("not in module {}", module.name)))?;
-        if !args.values.iter().map(|(_, bytes)| bytes).eq(function.params) {
-            let found: Vec<usize> = args.values.iter().map(|(_, bytes)| *bytes).collect();
+        let found: Vec<usize> = args.values.iter().map(Value::bytes).collect();
+        if found != function.params {
             return Err(invalid(format!("takes parameters of {:?} bytes, was given {found:?}", function.params)));
         }
         if shared > function.shared {
             let most = function.shared;
             return Err(invalid(format!("needs {shared} bytes of shared memory a block; this GPU has {most}")));
         }
-        let mut values: Vec<u64> = args.values.into_iter().map(|(value, _)| value).collect();
-        // Little-endian, so a 32-bit value lies at the start of its word.
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays
         // inside of its tensors is checked by the operation that launches it.

@@ -13,6 +13,7 @@ mod memory;
 #[cfg(test)]
 mod memory_tests;
 mod space;
+mod tensor_map;
 mod testing;
 
 pub(crate) use copy::{copy, download, upload};

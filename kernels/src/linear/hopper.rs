@@ -1,0 +1,178 @@
+//! Large products on Hopper: which of them, and the launch of gemm_hopper_sm90a.cu.
+
+use super::{Terms, Weight};
+use crate::{
+    cuda::entry,
+    quantize::{QuantTensor, dequantize},
+};
+use nibble_runtime::{
+    DType, Error, Result, Tag, Tensor,
+    cuda::{Args, Entry, Gpu, Module},
+};
+use std::{borrow::Cow, sync::LazyLock};
+
+const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 4, 4, 4, 4, 4, 4, 4];
+
+pub(crate) static GEMM_HOPPER: Module = Module {
+    name: "gemm_hopper_sm90a",
+    ptx: include_str!("../../ptx/gemm_hopper_sm90a.ptx"),
+    entries: &[
+        Entry { name: "gemm_hopper_forward_256_bf16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_forward_128_bf16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grad_256_bf16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grad_128_bf16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_forward_256_f16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_forward_128_f16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grad_256_f16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grad_128_f16", floats: false, params: PARAMS },
+    ],
+};
+
+/// Rows of a tile of the result.
+const TILE_ROWS: u32 = 128;
+/// Along the contraction, and columns of a box of the input gradient's weight.
+const DEPTH: u32 = 64;
+/// Ring, slabs of eight warps, barriers (two for each of at most six stages), and to start at a multiple of 1024.
+const SHARED: usize = (192 << 10) + 8 * 16 * 40 * 4 + 2 * 6 * 8 + 1024;
+/// One warpgroup that copies, two that multiply.
+const THREADS: u32 = 3 * 128;
+
+/// Rows from which on a dense weight is multiplied by this kernel, and a quantized one dequantized for it: one pass over
+/// the weight more, which that many rows pay for.
+const DENSE_ROWS: u32 = 128;
+const QUANTIZED_ROWS: u32 = 512;
+
+/// `NIBBLE_HOPPER=0` turns the kernel off. For measurements.
+static ENABLED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
+
+/// What is multiplied; see [`super::cuda`]. Sizes are those of the product.
+pub(super) struct Product<'a> {
+    pub forward: bool,
+    pub a: &'a Tensor,
+    pub weight: &'a Weight,
+    pub scale: f32,
+    pub terms: Terms<'a>,
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+}
+
+/// Tiles of so many columns in a result `[m, n]`.
+fn tiles(m: u32, n: u32, columns: u32) -> u64 {
+    u64::from(m.div_ceil(TILE_ROWS)) * u64::from(n.div_ceil(columns))
+}
+
+/// Columns of the tiles, by the work of the SM that has the most. The narrow tile takes some 0.6 of the time of the wide
+/// one.
+fn tile_columns(m: u32, n: u32, sms: u32) -> u32 {
+    let rounds = |columns: u32| tiles(m, n, columns).div_ceil(sms.into());
+    if 6 * rounds(128) < 10 * rounds(256) { 128 } else { 256 }
+}
+
+/// Columns of the tiles that a test wants, whatever the shape.
+fn forced() -> Option<u32> {
+    #[cfg(test)]
+    return tests::COLUMNS.get();
+    #[cfg(not(test))]
+    None
+}
+
+/// Whether the kernel takes the product, and with tiles of how many columns.
+fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
+    let &Product { a, weight, terms, m, n, k, .. } = product;
+    let forced = forced();
+    let sms = gpu.sm_count().max(1);
+    let columns = forced.unwrap_or(tile_columns(m, n, sms));
+    let tiles = tiles(m, n, columns);
+    // Where most SMs would have no tile, the smaller ones of gemm.cuh do better.
+    let busy = 2 * tiles > u64::from(sms);
+    let rows = if matches!(weight, Weight::Quantized(_)) { QUANTIZED_ROWS } else { DENSE_ROWS };
+    if gpu.compute_capability() != (9, 0) || !*ENABLED || gpu.shared_per_block() < SHARED {
+        return Ok(None);
+    }
+    if forced.is_none() && (m < rows || !busy || super::cuda::forced().is_some()) {
+        return Ok(None);
+    }
+    // The TMA wants rows of whole 16 bytes.
+    let lora = terms.lora.map(|(left, right)| [left, right]);
+    let rank = lora.map_or(0, |[left, _]| left.shape()[1]);
+    if m == 0 || n == 0 || k == 0 || n % 8 != 0 || k % 8 != 0 || rank % 8 != 0 || tiles > i32::MAX as u64 {
+        return Ok(None);
+    }
+    let dense = match weight {
+        Weight::Dense(tensor) => Some(tensor),
+        Weight::Quantized(_) => None,
+    };
+    for tensor in [a].into_iter().chain(dense).chain(lora.into_iter().flatten()).chain(terms.residual) {
+        if tensor.device_pointer()? % 16 != 0 {
+            return Ok(None);
+        }
+    }
+    Ok(Some(columns))
+}
+
+/// Computes the product into `out` if this is a Hopper GPU and the kernel takes it; returns whether it did. Types and
+/// devices have been checked. A quantized weight is dequantized as a whole first; where there is no memory for that, the
+/// product is left to the kernels that decode as they go.
+pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<bool> {
+    let Some(columns) = plan(gpu, product)? else { return Ok(false) };
+    if out.device_pointer()? % 16 != 0 {
+        return Ok(false);
+    }
+    let &Product { forward, a, weight, scale, terms, m, n, k } = product;
+    let dtype = a.dtype();
+    let b = match weight {
+        Weight::Dense(tensor) => Cow::Borrowed(tensor),
+        Weight::Quantized(quantized) => match dequantize(&QuantTensor { dtype, ..quantized.clone() }, Tag::Workspace) {
+            Ok(tensor) => Cow::Owned(tensor),
+            Err(Error::OutOfMemory(_)) => return Ok(false),
+            Err(error) => return Err(error),
+        },
+    };
+    let lora = terms.lora.filter(|(left, _)| left.shape()[1] > 0);
+    let rank = lora.map_or(0, |(left, _)| left.shape()[1] as u32);
+    // Without a second pair its maps are not looked at.
+    let (left, right) = lora.unwrap_or((a, &b));
+    // Forward a tile of b is rows of the weight; backward it is boxes of its columns.
+    let (box_rows, box_columns) = if forward { (columns, DEPTH) } else { (DEPTH, DEPTH) };
+    let (wide, add) = (out.dtype() == DType::F32, terms.add);
+    let args = Args::new()
+        .tensor_map(a, TILE_ROWS, DEPTH)
+        .tensor_map(&b, box_rows, box_columns)
+        .tensor_map(left, TILE_ROWS, DEPTH)
+        .tensor_map(right, box_rows, box_columns)
+        .output(out)
+        .input_opt(terms.residual)
+        .u32(m)
+        .u32(n)
+        .u32(k)
+        .u32(rank)
+        .f32(scale)
+        .u32(add.into())
+        .u32(wide.into());
+    let direction = if forward { "forward" } else { "input_grad" };
+    let entry = entry(&format!("gemm_hopper_{direction}_{columns}"), dtype)?;
+    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
+    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
+    Ok(true)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// This thread's products take tiles of so many columns, whatever the shape.
+        pub(crate) static COLUMNS: Cell<Option<u32>> = const { Cell::new(None) };
+    }
+
+    #[test]
+    fn tiles_suit_the_shape() {
+        let columns = |m, n| tile_columns(m, n, 132);
+        assert_eq!((columns(8192, 4096), columns(8192, 14336), columns(2048, 14336)), (256, 256, 256));
+        // 64 wide tiles would leave half of the SMs without one.
+        assert_eq!(columns(2048, 1024), 128);
+        assert_eq!(SHARED.min(227 << 10), SHARED);
+    }
+}
