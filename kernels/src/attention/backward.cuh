@@ -130,9 +130,9 @@ __device__ __forceinline__ void keys_backward(
                     store_shared(exchange + (m * (N / 2) + i) * WARP * 16, x);
                 }
             }
-            barrier(1 + pair, 2 * WARP);
+            pair_barrier(pair);
         } else {
-            barrier(1 + pair, 2 * WARP);
+            pair_barrier(pair);
 #pragma unroll
             for (int i = 0; i < N / 2; i++) {
                 float2 x[2];
