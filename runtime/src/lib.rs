@@ -8,6 +8,7 @@ mod device;
 mod dtype;
 mod error;
 pub mod memory;
+pub mod pager;
 pub mod rng;
 pub mod tape;
 mod tensor;

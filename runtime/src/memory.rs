@@ -7,12 +7,13 @@
 use crate::{
     Device, Result,
     cuda::{DeviceMemory, Gpu},
+    pager::Lease,
 };
 use bytemuck::{Pod, Zeroable};
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// What memory is held for.
@@ -254,6 +255,35 @@ impl Drop for Buffer {
             pool.usage.cached += block.len() * size_of::<Line>();
             pool.free.entry(block.len()).or_default().push(block);
         }
+    }
+}
+
+/// Host memory of the pager in use by a tensor.
+pub(crate) struct HostPage {
+    _lease: Arc<Lease>,
+    address: u64,
+    bytes: usize,
+}
+
+impl HostPage {
+    /// # Safety
+    /// As long as the lease lives, `address` is that of `bytes` initialized bytes that nobody else uses.
+    pub(crate) unsafe fn new(lease: Arc<Lease>, address: u64, bytes: usize) -> Self {
+        HostPage { _lease: lease, address, bytes }
+    }
+
+    fn pointer(&self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.address as usize)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the promise of `new`; the lease is held, and writers need `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.bytes) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes) }
     }
 }
 

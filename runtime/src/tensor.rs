@@ -6,7 +6,8 @@
 use crate::{
     DType, Device, Element, Error, Float, Result, Tag,
     cuda::{self, DeviceBuffer, Gpu},
-    memory::Buffer,
+    memory::{Buffer, HostPage},
+    pager::Lease,
 };
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -14,13 +15,15 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 enum Storage {
     Host(Buffer),
+    /// Host memory that belongs to the pager.
+    Page(HostPage),
     Cuda(DeviceBuffer),
 }
 
 impl Storage {
     fn device(&self) -> Device {
         match self {
-            Storage::Host(_) => Device::Cpu,
+            Storage::Host(_) | Storage::Page(_) => Device::Cpu,
             Storage::Cuda(buffer) => buffer.gpu().device(),
         }
     }
@@ -28,7 +31,26 @@ impl Storage {
     fn set_tag(&mut self, tag: Tag) {
         match self {
             Storage::Host(buffer) => buffer.set_tag(tag),
+            Storage::Page(_) => {}
             Storage::Cuda(buffer) => buffer.set_tag(tag),
+        }
+    }
+
+    /// The bytes, if they are in host memory.
+    fn host_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Storage::Host(buffer) => Some(buffer.bytes()),
+            Storage::Page(page) => Some(page.bytes()),
+            Storage::Cuda(_) => None,
+        }
+    }
+
+    /// The bytes, to write, if they are in host memory.
+    fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        match self {
+            Storage::Host(buffer) => Some(buffer.bytes_mut()),
+            Storage::Page(page) => Some(page.bytes_mut()),
+            Storage::Cuda(_) => None,
         }
     }
 }
@@ -67,11 +89,33 @@ impl Tensor {
     pub fn zeros(shape: &[usize], dtype: DType, device: Device, tag: Tag) -> Result<Self> {
         let mut tensor = Self::empty(shape, dtype, device, tag)?;
         match Arc::get_mut(&mut tensor.storage) {
-            Some(Storage::Host(buffer)) => buffer.bytes_mut().fill(0),
             Some(Storage::Cuda(buffer)) => buffer.fill(0)?,
+            Some(storage) => storage.host_bytes_mut().into_iter().for_each(|bytes| bytes.fill(0)),
             None => return Err(Error::Shared { op: "zeros" }),
         }
         Ok(tensor)
+    }
+
+    /// A tensor in memory of the pager, which `lease` keeps in place.
+    ///
+    /// # Safety
+    /// As long as the lease lives, `address` is that of `bytes` initialized bytes, aligned for `dtype`, which `device` can
+    /// use there and nobody else does.
+    pub(crate) unsafe fn in_pages(
+        lease: &Arc<Lease>,
+        device: Device,
+        address: u64,
+        bytes: usize,
+        dtype: DType,
+        shape: &[usize],
+    ) -> Result<Self> {
+        let lease = Arc::clone(lease);
+        let storage = match device {
+            // SAFETY: the caller's promise.
+            Device::Cpu => Storage::Page(unsafe { HostPage::new(lease, address, bytes) }),
+            Device::Cuda(_) => Storage::Cuda(DeviceBuffer::in_pages(Gpu::of(device)?, lease, address, bytes)?),
+        };
+        Ok(Tensor { storage: Arc::new(storage), dtype, shape: shape.to_vec(), offset: 0 })
     }
 
     /// A host tensor holding a copy of `values`.
@@ -98,8 +142,8 @@ impl Tensor {
             return Err(Error::shape("from_bytes", what));
         }
         match Arc::get_mut(&mut tensor.storage) {
-            Some(Storage::Host(buffer)) => buffer.bytes_mut().copy_from_slice(bytes),
             Some(Storage::Cuda(buffer)) => cuda::upload(buffer, 0, bytes)?,
+            Some(storage) => storage.host_bytes_mut().into_iter().for_each(|into| into.copy_from_slice(bytes)),
             None => return Err(Error::Shared { op: "from_bytes" }),
         }
         Ok(tensor)
@@ -148,9 +192,9 @@ impl Tensor {
     /// # Errors
     /// The tensor is on a GPU: [`Tensor::to_device`] fetches it.
     pub fn bytes(&self) -> Result<&[u8]> {
-        match &*self.storage {
-            Storage::Host(buffer) => Ok(&buffer.bytes()[self.byte_range()]),
-            Storage::Cuda(_) => Err(Error::invalid("read", "the tensor is on a GPU, not in host memory")),
+        match self.storage.host_bytes() {
+            Some(bytes) => Ok(&bytes[self.byte_range()]),
+            None => Err(Error::invalid("read", "the tensor is on a GPU, not in host memory")),
         }
     }
 
@@ -160,9 +204,9 @@ impl Tensor {
     /// The tensor is on a GPU, or its storage is shared.
     pub fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         let range = self.byte_range();
-        match Arc::get_mut(&mut self.storage) {
-            Some(Storage::Host(buffer)) => Ok(&mut buffer.bytes_mut()[range]),
-            Some(Storage::Cuda(_)) => Err(Error::invalid("write", "the tensor is on a GPU, not in host memory")),
+        match Arc::get_mut(&mut self.storage).map(Storage::host_bytes_mut) {
+            Some(Some(bytes)) => Ok(&mut bytes[range]),
+            Some(None) => Err(Error::invalid("write", "the tensor is on a GPU, not in host memory")),
             None => Err(Error::Shared { op: "write" }),
         }
     }
@@ -174,7 +218,15 @@ impl Tensor {
     pub fn device_pointer(&self) -> Result<u64> {
         match &*self.storage {
             Storage::Cuda(buffer) => Ok(buffer.pointer() + self.byte_range().start as u64),
-            Storage::Host(_) => Err(Error::invalid("launch", "a tensor is in host memory, not on the GPU")),
+            _ => Err(Error::invalid("launch", "a tensor is in host memory, not on the GPU")),
+        }
+    }
+
+    /// Address of the first element for the device that the tensor is on, to read.
+    pub(crate) fn address(&self) -> Result<u64> {
+        match self.device() {
+            Device::Cpu => Ok(self.bytes()?.as_ptr().expose_provenance() as u64),
+            Device::Cuda(_) => self.device_pointer(),
         }
     }
 
@@ -234,15 +286,19 @@ impl Tensor {
         let (from, count) = (source.byte_range().start, source.size_bytes());
         let to = (self.offset + start) * self.dtype.size();
         match (Arc::get_mut(&mut self.storage).ok_or(Error::Shared { op })?, &*source.storage) {
-            (Storage::Host(target), Storage::Host(_)) => {
-                target.bytes_mut()[to..to + count].copy_from_slice(source.bytes()?);
-                Ok(())
-            }
-            (Storage::Host(target), Storage::Cuda(source)) => {
-                cuda::download(source, from, &mut target.bytes_mut()[to..to + count])
-            }
-            (Storage::Cuda(target), Storage::Host(_)) => cuda::upload(target, to, source.bytes()?),
             (Storage::Cuda(target), Storage::Cuda(source)) => cuda::copy(target, to, source, from, count),
+            (Storage::Cuda(target), _) => cuda::upload(target, to, source.bytes()?),
+            (target, from_storage) => {
+                let target = target.host_bytes_mut().ok_or(Error::Shared { op })?;
+                let target = &mut target[to..to + count];
+                match from_storage {
+                    Storage::Cuda(source) => cuda::download(source, from, target),
+                    _ => {
+                        target.copy_from_slice(source.bytes()?);
+                        Ok(())
+                    }
+                }
+            }
         }
     }
 
@@ -365,6 +421,15 @@ impl Tensor {
             storage.set_tag(tag);
         }
         self
+    }
+
+    /// Whether the storage belongs to the pager.
+    pub(crate) fn is_paged(&self) -> bool {
+        match &*self.storage {
+            Storage::Host(_) => false,
+            Storage::Page(_) => true,
+            Storage::Cuda(buffer) => buffer.is_paged(),
+        }
     }
 
     /// Whether no other tensor refers to the storage.

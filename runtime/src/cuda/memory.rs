@@ -8,11 +8,15 @@ use super::{
 use crate::{
     Result, Tag,
     allocator::{Allocator, Block, Memory, StreamId},
+    pager::Lease,
 };
 use cudarc::driver::sys;
 use std::{
     fmt,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// Whether fresh device memory is filled with 0xFF bytes (a NaN in every float type).
@@ -62,6 +66,8 @@ enum Place {
     Device(Block),
     /// Pinned host memory, which the GPU reads and writes across the bus at this address.
     Host(sys::CUdeviceptr),
+    /// Memory of the pager, which the lease keeps at this address.
+    Page(sys::CUdeviceptr, Arc<Lease>),
 }
 
 impl fmt::Debug for DeviceBuffer {
@@ -103,6 +109,17 @@ impl DeviceBuffer {
         Ok(DeviceBuffer { gpu, memory, place: Place::Host(address), bytes })
     }
 
+    /// Memory of the pager at `address`, for as long as the lease keeps it there.
+    pub(crate) fn in_pages(gpu: &'static Gpu, lease: Arc<Lease>, address: u64, bytes: usize) -> Result<Self> {
+        let place = if bytes == 0 { Place::Nowhere } else { Place::Page(address, lease) };
+        Ok(DeviceBuffer { gpu, memory: gpu.memory()?, place, bytes })
+    }
+
+    /// Whether the memory belongs to the pager.
+    pub(crate) fn is_paged(&self) -> bool {
+        matches!(self.place, Place::Page(..))
+    }
+
     pub(crate) fn gpu(&self) -> &'static Gpu {
         self.gpu
     }
@@ -112,7 +129,7 @@ impl DeviceBuffer {
         match &self.place {
             Place::Nowhere => 0,
             Place::Device(block) => block.address(),
-            Place::Host(address) => *address,
+            Place::Host(address) | Place::Page(address, _) => *address,
         }
     }
 
@@ -138,7 +155,7 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         match std::mem::replace(&mut self.place, Place::Nowhere) {
-            Place::Nowhere => {}
+            Place::Nowhere | Place::Page(..) => {}
             Place::Device(block) => self.memory.free(block, self.gpu.stream_id()),
             Place::Host(address) => {
                 let freed = self.gpu.synchronize().and_then(|()| {

@@ -1,0 +1,102 @@
+//! What the pager stands on: pages that have a home in host memory and may be in device memory for a while.
+
+use crate::{Device, Error, Result};
+use std::ops::Range;
+
+/// A transfer that has been started. Later ones have higher numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub(crate) u64);
+
+/// Why a transfer did not start. The page is where it was, and all of its bytes are.
+#[derive(Debug)]
+pub enum Refusal {
+    /// There is no device memory for the page.
+    NoMemory,
+    /// The transfer was refused.
+    Transfer(Error),
+    /// Nothing works any more.
+    Lost(Error),
+}
+
+/// Pages in two kinds of memory. All work is in the order of the device's compute stream: what it was given before a
+/// transfer started still finds the page where it was, and what it is given after [`PageStore::join`] finds it where
+/// [`PageStore::address`] says.
+///
+/// On its home in host memory a page can be used by the device too, in place, across the bus.
+pub trait PageStore: Send {
+    /// What it is called in reports.
+    fn name(&self) -> &'static str;
+
+    /// Who computes on the pages.
+    fn device(&self) -> Device;
+
+    /// Bytes of a page.
+    fn page_bytes(&self) -> usize;
+
+    /// Number of pages. Fresh ones hold zeros and are in host memory.
+    fn pages(&self) -> usize;
+
+    /// Address of the page for the device, where it is now.
+    ///
+    /// # Errors
+    /// It has no memory yet and there is none.
+    fn address(&mut self, page: usize) -> Result<u64>;
+
+    /// Starts copying a page to device memory, behind what the compute stream has been given.
+    fn bring(&mut self, page: usize) -> std::result::Result<Ticket, Refusal>;
+
+    /// Starts copying a page back and gives up its device memory, behind what the compute stream has been given.
+    fn evict(&mut self, page: usize) -> std::result::Result<Ticket, Refusal>;
+
+    /// Lets the compute stream wait for a transfer.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn join(&mut self, ticket: Ticket) -> Result<()>;
+
+    /// Blocks until a transfer is done.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn finish(&mut self, ticket: Ticket) -> Result<()>;
+
+    /// Copies `bytes` into a page where it is. They are the caller's again when the call returns.
+    fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Copies out of a page where it is, behind what the compute stream has been given.
+    fn read(&mut self, page: usize, offset: usize, bytes: &mut [u8]) -> Result<()>;
+
+    /// Copies `bytes` bytes at a device address into a page in host memory, beside the compute stream and behind what it
+    /// has been given. The source must stay as it is until the transfer is done.
+    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket>;
+
+    /// Lanes on which pages can be streamed through device memory, side by side; 0 if they cannot.
+    fn lanes(&self) -> usize {
+        0
+    }
+
+    /// Takes `pages` pages of device memory for each lane.
+    fn open_lanes(&mut self, _pages: usize) -> std::result::Result<(), Refusal> {
+        Err(Refusal::Transfer(Error::invalid("pager", "these pages cannot be streamed")))
+    }
+
+    /// Gives the lanes' memory back, behind what the compute stream has been given and all that the lanes do.
+    fn close_lanes(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Copies pages from host memory to a lane's memory, in the order of the lane; returns their address there.
+    fn stage(&mut self, _pages: Range<usize>, _lane: usize) -> Result<u64> {
+        Err(Error::invalid("pager", "these pages cannot be streamed"))
+    }
+
+    /// Copies the bytes from `clean` on of each staged page back, in the order of the lane.
+    fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _lane: usize) -> Result<Ticket> {
+        Err(Error::invalid("pager", "these pages cannot be streamed"))
+    }
+
+    /// The lane's stream, on which work is launched between stage and unstage; `None` where work runs on the host.
+    fn lane(&self, _lane: usize) -> Option<crate::cuda::Stream> {
+        None
+    }
+}

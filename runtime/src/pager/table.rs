@@ -1,0 +1,491 @@
+//! The table of pages: where each is, who uses it, and what moves when.
+//!
+//! ```text
+//!            bring (a ticket)            lease, use, drop
+//!   home  ────────────────────▶ resident ◀──────────────▶ pinned
+//!    ▲ ▲                            │
+//!    │ └────────────────────────────┘ evict (a ticket)
+//!    └──▶ staged on a lane ──▶ home      stage, use, unstage (a ticket)
+//! ```
+//! A page that moves is already counted where it goes; its ticket is joined before it is used there.
+
+use super::{
+    store::{PageStore, Refusal, Ticket},
+    trace::{Trace, What},
+};
+use crate::{Error, Result, Tensor, cuda::Stream};
+use std::{collections::VecDeque, fmt, ops::Range, str::FromStr};
+
+/// How pages that are not resident are used, and which are resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// Each page is brought when it is needed, and the least recently used one evicted for it. For comparison.
+    Lru,
+    /// The first pages stay resident; the others are used across the bus.
+    InPlace,
+    /// The first pages stay resident; the others are streamed through lanes by copies in both directions at once.
+    Stream,
+}
+
+impl Policy {
+    /// All policies.
+    pub const ALL: [Policy; 3] = [Policy::Lru, Policy::InPlace, Policy::Stream];
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Policy::Lru => "lru",
+            Policy::InPlace => "in-place",
+            Policy::Stream => "stream",
+        })
+    }
+}
+
+impl FromStr for Policy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Policy::ALL.into_iter().find(|policy| policy.to_string() == text);
+        found.ok_or_else(|| Error::invalid("pager", format!("policy \"{text}\"; expected lru, in-place or stream")))
+    }
+}
+
+/// What has happened since the pager was made, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Uses of pages that were resident.
+    pub hits: u64,
+    /// Uses across the bus.
+    pub in_place: u64,
+    /// Pages streamed through a lane.
+    pub streamed: u64,
+    /// Pages brought to device memory.
+    pub brought: u64,
+    /// Pages evicted.
+    pub evicted: u64,
+    /// Of those, pages evicted because memory was short elsewhere.
+    pub given_back: u64,
+    /// Transfers that were refused; the page stayed where it was.
+    pub refused: u64,
+    /// The most pages in device memory at once.
+    pub resident_peak: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Page {
+    resident: bool,
+    pinned: bool,
+    /// In a lane's memory.
+    staged: bool,
+    /// The transfer that brought it where it is, until it has been joined.
+    moving: Option<Ticket>,
+    /// When it was last used, counted in uses of pages.
+    used: u64,
+}
+
+/// Chunks go to lanes in turn, so that one is copied in while another is used and a third copied out.
+const LANES: usize = 4;
+/// A lane takes at most this many bytes: copies of several MiB run at the full speed of the bus.
+const LANE_BYTES: usize = 16 << 20;
+/// Sweeps without pressure before pages come back, at most: the wait doubles while pressure returns.
+const LONGEST_WAIT: u32 = 64;
+
+pub(super) struct Table {
+    store: Box<dyn PageStore>,
+    policy: Policy,
+    pages: Vec<Page>,
+    /// Pages that may be resident, by the user.
+    cap: usize,
+    /// Pages that may be resident, after what was given back.
+    allowed: usize,
+    /// Pages that are resident, or on their way.
+    resident: usize,
+    /// Lanes, and pages of each, while they are open.
+    lanes: Option<(usize, usize)>,
+    uses: u64,
+    /// Sweeps since memory was last short or pages came back, and how many to wait for before pages come back.
+    calm: u32,
+    wait: u32,
+    counters: Counters,
+    /// Tensors that transfers read, each with the ticket after which it can go.
+    kept: VecDeque<(Ticket, Tensor)>,
+    /// Tensors to keep until what the lanes do now is done.
+    keeping: Vec<Tensor>,
+    trace: Option<Trace>,
+}
+
+impl Table {
+    pub(super) fn new(store: Box<dyn PageStore>, policy: Policy) -> Self {
+        let pages = vec![Page::default(); store.pages()];
+        Table {
+            store,
+            policy,
+            pages,
+            cap: 0,
+            allowed: 0,
+            resident: 0,
+            lanes: None,
+            uses: 0,
+            calm: 0,
+            wait: 1,
+            counters: Counters::default(),
+            kept: VecDeque::new(),
+            keeping: Vec::new(),
+            trace: None,
+        }
+    }
+
+    pub(super) fn store_name(&self) -> &'static str {
+        self.store.name()
+    }
+
+    pub(super) fn allowed(&self) -> usize {
+        self.allowed
+    }
+
+    pub(super) fn resident(&self) -> usize {
+        self.resident + self.lanes.map_or(0, |(lanes, pages)| lanes * pages)
+    }
+
+    pub(super) fn is_resident(&self, page: usize) -> bool {
+        self.pages.get(page).is_some_and(|page| page.resident)
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn note(&mut self, pages: Range<usize>, what: What) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(pages, what);
+        }
+    }
+
+    pub(super) fn set_trace(&mut self, on: bool) -> Option<Trace> {
+        let resident = (0..self.pages.len()).filter(|&page| self.pages[page].resident).collect();
+        std::mem::replace(&mut self.trace, on.then(|| Trace::new(resident)))
+    }
+
+    pub(super) fn set_cap(&mut self, pages: usize) -> Result<()> {
+        self.cap = pages.min(self.pages.len());
+        self.allowed = self.cap;
+        self.shrink(self.allowed)
+    }
+
+    /// Evicts pages that nobody uses, the last first, until at most `pages` are resident.
+    fn shrink(&mut self, pages: usize) -> Result<()> {
+        let mut at = self.pages.len();
+        while self.resident > pages && at > 0 {
+            at -= 1;
+            if self.pages[at].resident && !self.pages[at].pinned {
+                self.evict(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the page is in host memory now.
+    fn evict(&mut self, page: usize) -> Result<bool> {
+        // What brought it must be done before it is copied out again.
+        self.join(page)?;
+        match self.store.evict(page) {
+            Ok(ticket) => {
+                self.pages[page].resident = false;
+                self.pages[page].moving = Some(ticket);
+                self.resident -= 1;
+                self.counters.evicted += 1;
+                self.note(page..page + 1, What::Evict);
+                Ok(true)
+            }
+            Err(refusal) => self.refused(refusal),
+        }
+    }
+
+    /// Whether the page is in device memory now.
+    fn bring(&mut self, page: usize) -> Result<bool> {
+        self.join(page)?;
+        match self.store.bring(page) {
+            Ok(ticket) => {
+                self.pages[page].resident = true;
+                self.pages[page].moving = Some(ticket);
+                self.resident += 1;
+                self.counters.brought += 1;
+                self.note(page..page + 1, What::Bring);
+                self.count_peak();
+                Ok(true)
+            }
+            Err(refusal) => self.refused(refusal),
+        }
+    }
+
+    fn count_peak(&mut self) {
+        self.counters.resident_peak = self.counters.resident_peak.max(self.resident() as u64);
+    }
+
+    fn refused(&mut self, refusal: Refusal) -> Result<bool> {
+        match refusal {
+            Refusal::NoMemory | Refusal::Transfer(_) => {
+                self.counters.refused += 1;
+                Ok(false)
+            }
+            Refusal::Lost(error) => Err(error),
+        }
+    }
+
+    fn join(&mut self, page: usize) -> Result<()> {
+        if let Some(ticket) = self.pages[page].moving {
+            self.store.join(ticket)?;
+            self.pages[page].moving = None;
+        }
+        Ok(())
+    }
+
+    /// See [`super::Pager::settle`].
+    pub(super) fn settle(&mut self) -> Result<()> {
+        self.calm = self.calm.saturating_add(1);
+        if self.allowed < self.cap && self.calm >= self.wait {
+            (self.allowed, self.calm) = (self.cap, 0);
+        }
+        if self.policy == Policy::Lru {
+            return self.shrink(self.allowed);
+        }
+        let (lanes, lane_pages) = self.lane_plan().unwrap_or((0, 0));
+        let room = self.allowed - lanes * lane_pages;
+        self.shrink(room)?;
+        let mut page = 0;
+        while self.resident < room && page < self.pages.len() {
+            let Page { resident, pinned, staged, .. } = self.pages[page];
+            // One refusal is enough: there is no memory for another either.
+            if !resident && !pinned && !staged && !self.bring(page)? {
+                break;
+            }
+            page += 1;
+        }
+        Ok(())
+    }
+
+    /// See [`super::Pager::give_back`]. A lost device has nothing to give.
+    pub(super) fn give_back(&mut self, pages: usize) -> usize {
+        let before = self.resident;
+        let target = before.saturating_sub(pages);
+        let mut at = self.pages.len();
+        let mut last = None;
+        while self.resident > target && at > 0 {
+            at -= 1;
+            if self.pages[at].resident && !self.pages[at].pinned {
+                match self.evict(at) {
+                    Ok(true) => last = self.pages[at].moving,
+                    Ok(false) => {}
+                    Err(_) => break,
+                }
+            }
+        }
+        let given = before - self.resident;
+        if given > 0 {
+            // The memory must be free when the allocator looks again.
+            if last.is_some_and(|ticket| self.store.finish(ticket).is_err()) {
+                return 0;
+            }
+            // Pressure right after pages came back: they wait longer next time.
+            self.wait = if self.calm <= 1 { (self.wait * 2).min(LONGEST_WAIT) } else { 1 };
+            self.calm = 0;
+            self.allowed = self.resident();
+            self.counters.given_back += given as u64;
+        }
+        given
+    }
+
+    fn free_to_use(&self, pages: Range<usize>) -> Result<()> {
+        match pages.clone().find(|&page| self.pages.get(page).is_none_or(|page| page.pinned || page.staged)) {
+            None => Ok(()),
+            Some(page) if page >= self.pages.len() => {
+                Err(Error::invalid("pager", format!("page {page} of {}", self.pages.len())))
+            }
+            Some(page) => Err(Error::invalid("pager", format!("page {page} is in use"))),
+        }
+    }
+
+    /// See [`super::Pager::lease`]; returns the page's address.
+    pub(super) fn pin(&mut self, page: usize) -> Result<u64> {
+        self.free_to_use(page..page + 1)?;
+        if self.policy == Policy::Lru && !self.pages[page].resident && self.allowed > 0 {
+            if self.resident >= self.allowed {
+                let candidates = (0..self.pages.len()).filter(|&page| self.pages[page].resident);
+                let oldest = candidates.filter(|&page| !self.pages[page].pinned).min_by_key(|&page| self.pages[page].used);
+                if let Some(oldest) = oldest {
+                    self.evict(oldest)?;
+                }
+            }
+            if self.resident < self.allowed {
+                self.bring(page)?;
+            }
+        }
+        self.join(page)?;
+        let address = self.store.address(page)?;
+        self.uses += 1;
+        let entry = &mut self.pages[page];
+        (entry.pinned, entry.used) = (true, self.uses);
+        let resident = entry.resident;
+        *(if resident { &mut self.counters.hits } else { &mut self.counters.in_place }) += 1;
+        self.note(page..page + 1, if resident { What::Resident } else { What::InPlace });
+        Ok(address)
+    }
+
+    pub(super) fn unpin(&mut self, pages: Range<usize>) {
+        self.pages[pages].iter_mut().for_each(|page| page.pinned = false);
+        // A budget that was lowered meanwhile. A lost device is found by the next call.
+        let _ = self.shrink(self.allowed);
+    }
+
+    /// See [`super::Pager::store`].
+    pub(super) fn store(&mut self, page: usize, offset: usize, source: &Tensor) -> Result<()> {
+        self.free_to_use(page..page + 1)?;
+        if source.device() != self.store.device() {
+            let what = format!("a tensor on {} for pages on {}", source.device(), self.store.device());
+            return Err(Error::invalid("pager", what));
+        }
+        if source.is_paged() {
+            return Err(Error::invalid("pager", "the tensor to store is itself in pages"));
+        }
+        self.note(page..page + 1, What::Store);
+        let address = source.address()?;
+        // A transfer after another of the same page is in order behind it only in the compute stream.
+        self.join(page)?;
+        let ticket = self.store.store(page, offset, address, source.size_bytes())?;
+        if !self.pages[page].resident {
+            self.pages[page].moving = Some(ticket);
+            self.kept.push_back((ticket, source.clone()));
+            self.drop_kept(KEPT)?;
+        }
+        Ok(())
+    }
+
+    /// Drops kept tensors until `count` are left, each when its transfer is done.
+    fn drop_kept(&mut self, count: usize) -> Result<()> {
+        while self.kept.len() > count {
+            let Some((ticket, tensor)) = self.kept.pop_front() else { break };
+            // Freed in the order of the compute stream, which then comes after the transfer.
+            self.store.join(ticket)?;
+            drop(tensor);
+        }
+        Ok(())
+    }
+
+    pub(super) fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.free_to_use(page..page + 1)?;
+        self.join(page)?;
+        self.store.write(page, offset, bytes)
+    }
+
+    pub(super) fn read(&mut self, page: usize, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.free_to_use(page..page + 1)?;
+        self.join(page)?;
+        self.store.read(page, offset, bytes)
+    }
+
+    /// Lanes, and pages of each, that the policy and the budget give: at most a quarter of the budget, so that most of it
+    /// keeps pages.
+    fn lane_plan(&self) -> Option<(usize, usize)> {
+        let lanes = self.store.lanes().min(LANES);
+        if self.policy != Policy::Stream || lanes == 0 || self.allowed >= self.pages.len() {
+            return None;
+        }
+        let most = (LANE_BYTES / self.store.page_bytes()).max(1);
+        let pages = (self.allowed / (4 * lanes)).clamp(1, most);
+        (lanes * pages <= self.allowed).then_some((lanes, pages))
+    }
+
+    /// See [`super::Pager::open_lanes`].
+    pub(super) fn open_lanes(&mut self) -> Result<Option<(usize, usize)>> {
+        let Some((lanes, pages)) = self.lane_plan() else { return Ok(None) };
+        self.shrink(self.allowed - lanes * pages)?;
+        if self.resident + lanes * pages > self.allowed {
+            return Ok(None);
+        }
+        match self.store.open_lanes(pages) {
+            Ok(()) => {
+                self.lanes = Some((lanes, pages));
+                self.count_peak();
+                Ok(self.lanes)
+            }
+            Err(refusal) => self.refused(refusal).map(|_| None),
+        }
+    }
+
+    pub(super) fn close_lanes(&mut self) -> Result<()> {
+        if self.lanes.take().is_some() {
+            self.store.close_lanes()?;
+            self.keeping.clear();
+        }
+        Ok(())
+    }
+
+    /// See [`super::Pager::stage`]; returns the address of the first page.
+    pub(super) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
+        self.free_to_use(pages.clone())?;
+        let fits = self.lanes.is_some_and(|(lanes, most)| lane < lanes && pages.len() <= most);
+        if !fits || pages.clone().any(|page| self.pages[page].resident) {
+            return Err(Error::invalid("pager", format!("pages {pages:?} cannot be streamed on lane {lane}")));
+        }
+        for page in pages.clone() {
+            self.join(page)?;
+        }
+        let address = self.store.stage(pages.clone(), lane)?;
+        self.pages[pages.clone()].iter_mut().for_each(|page| (page.pinned, page.staged) = (true, true));
+        self.counters.streamed += pages.len() as u64;
+        self.note(pages, What::Stage);
+        Ok(address)
+    }
+
+    pub(super) fn unstage(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<()> {
+        if let Some(page) = pages.clone().find(|&page| self.pages[page].pinned) {
+            return Err(Error::invalid("pager", format!("page {page} is still in use")));
+        }
+        let ticket = self.store.unstage(pages.clone(), clean, lane)?;
+        self.uses += 1;
+        for page in &mut self.pages[pages.clone()] {
+            (page.staged, page.moving, page.used) = (false, Some(ticket), self.uses);
+        }
+        self.note(pages, What::Unstage);
+        Ok(())
+    }
+
+    pub(super) fn lane(&self, lane: usize) -> Option<Stream> {
+        self.store.lane(lane)
+    }
+
+    pub(super) fn keep(&mut self, tensor: Tensor) {
+        self.keeping.push(tensor);
+    }
+
+    /// Panics unless the books are in order.
+    #[cfg(test)]
+    pub(super) fn check(&self, faulty: bool) {
+        let held = self.pages.iter().filter(|page| page.resident && page.pinned).count();
+        assert_eq!(self.resident, self.pages.iter().filter(|page| page.resident).count());
+        // What is in use cannot leave, nor can what the store refuses to evict.
+        let (resident, most) = (self.resident(), self.allowed.max(held));
+        assert!(resident <= most || faulty, "{resident} pages are resident, {most} may be");
+        assert!(self.allowed <= self.cap && self.cap <= self.pages.len());
+        assert!(self.counters.given_back <= self.counters.evicted);
+        assert_eq!(self.counters.brought - self.counters.evicted, self.resident as u64);
+    }
+}
+
+/// Tensors that may wait for their transfer at a time: enough for a layer's gradients to be on their way while the next
+/// layer's are made, and few enough that they take little memory.
+const KEPT: usize = 16;
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // Transfers that are under way must not outlive what they read and write.
+        if let Some(&(ticket, _)) = self.kept.back() {
+            let _ = self.store.finish(ticket);
+        }
+        let moving = self.pages.iter().filter_map(|page| page.moving).max();
+        if let Some(ticket) = moving {
+            let _ = self.store.finish(ticket);
+        }
+    }
+}

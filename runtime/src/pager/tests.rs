@@ -1,0 +1,280 @@
+//! The pager against a model that knows only bytes, on random traces, with and without faults.
+
+use super::*;
+use crate::{DType, Tag, rng};
+use proptest::prelude::*;
+
+const PAGE: usize = 256;
+
+/// Something that a user of the pager does.
+#[derive(Clone, Debug)]
+enum Act {
+    /// Lease pages at once, read them and write some of their bytes.
+    Use(Vec<usize>, u8),
+    /// While pages are leased, memory is short and the budget changes.
+    Squeeze(Vec<usize>, usize, u8),
+    Budget(usize),
+    GiveBack(usize),
+    Settle,
+    /// All pages in order, those in host memory streamed if they can be.
+    Sweep(u8),
+    Store(usize, u8),
+    Write(usize, u8),
+    Read(usize),
+}
+
+fn act(pages: usize) -> impl Strategy<Value = Act> {
+    let some = || prop::collection::btree_set(0..pages, 1..=pages.min(4)).prop_map(|set| set.into_iter().collect());
+    prop_oneof![
+        4 => (some(), any::<u8>()).prop_map(|(pages, byte)| Act::Use(pages, byte)),
+        1 => (some(), 0..pages + 2, any::<u8>()).prop_map(|(pages, budget, byte)| Act::Squeeze(pages, budget, byte)),
+        1 => (0..pages + 2).prop_map(Act::Budget),
+        1 => (0..3 * PAGE).prop_map(Act::GiveBack),
+        2 => Just(Act::Settle),
+        2 => any::<u8>().prop_map(Act::Sweep),
+        1 => (0..pages, any::<u8>()).prop_map(|(page, byte)| Act::Store(page, byte)),
+        1 => (0..pages, any::<u8>()).prop_map(|(page, byte)| Act::Write(page, byte)),
+        1 => (0..pages).prop_map(Act::Read),
+    ]
+}
+
+/// The pager, and what its pages must hold.
+struct Checked {
+    pager: Pager,
+    model: Vec<[u8; PAGE]>,
+    faulty: bool,
+}
+
+impl Checked {
+    fn new(store: HostPages, policy: Policy, faulty: bool) -> Self {
+        let model = vec![[0; PAGE]; store.pages()];
+        Checked { pager: Pager::new(Box::new(store), 0, policy).unwrap(), model, faulty }
+    }
+
+    /// Checks a view of a page, then writes its second half.
+    fn touch(&mut self, page: usize, mut view: Tensor, byte: u8) {
+        let bytes = view.bytes_mut().unwrap();
+        assert_eq!(bytes, self.model[page], "page {page}");
+        let fresh = byte.wrapping_mul(31).wrapping_add(page as u8);
+        bytes[PAGE / 2..].fill(fresh);
+        self.model[page][PAGE / 2..].fill(fresh);
+    }
+
+    fn use_all(&mut self, pages: &[usize], byte: u8, while_held: impl FnOnce(&Pager) -> Result<()>) -> Result<()> {
+        let leases: Vec<_> = pages.iter().map(|&page| Ok((page, self.pager.lease(page)?))).collect::<Result<_>>()?;
+        while_held(&self.pager)?;
+        for (page, lease) in leases {
+            assert!(self.pager.lease(page).is_err() && self.pager.read(page, 0, &mut [0]).is_err(), "pins are respected");
+            let view = lease.tensor(0, DType::U8, &[PAGE])?;
+            assert!(lease.tensor(PAGE - 1, DType::U8, &[1]).is_err(), "views never overlap");
+            drop(lease);
+            self.touch(page, view, byte);
+        }
+        Ok(())
+    }
+
+    fn sweep(&mut self, byte: u8) -> Result<()> {
+        self.pager.settle()?;
+        let mut page = 0;
+        let Some((lanes, most)) = self.pager.open_lanes()? else {
+            return (0..self.model.len()).try_for_each(|page| self.use_all(&[page], byte, |_| Ok(())));
+        };
+        let mut lane = 0;
+        while page < self.model.len() {
+            let host = (page..self.model.len()).take_while(|&page| !self.pager.is_resident(page)).take(most).count();
+            if host == 0 {
+                self.use_all(&[page], byte, |_| Ok(()))?;
+                page += 1;
+                continue;
+            }
+            let staged = self.pager.stage(page..page + host, lane)?;
+            assert!(self.pager.lease(page).is_err(), "staged pages are in use");
+            for page in page..page + host {
+                let view = staged.tensor(page, 0, DType::U8, &[PAGE])?;
+                self.touch(page, view, byte);
+            }
+            // The first half was not written.
+            self.pager.unstage(staged, if byte % 2 == 0 { PAGE / 2 } else { 0 })?;
+            (page, lane) = (page + host, (lane + 1) % lanes);
+        }
+        self.pager.close_lanes()
+    }
+
+    fn act(&mut self, act: &Act) -> Result<()> {
+        match act {
+            Act::Use(pages, byte) => self.use_all(pages, *byte, |_| Ok(())),
+            Act::Squeeze(pages, budget, byte) => self.use_all(pages, *byte, |pager| {
+                pager.give_back(usize::from(*byte));
+                pager.set_budget(budget * PAGE)?;
+                pager.settle()
+            }),
+            Act::Budget(pages) => self.pager.set_budget(pages * PAGE),
+            Act::GiveBack(bytes) => {
+                let before = self.pager.resident_bytes();
+                let given = self.pager.give_back(*bytes);
+                if !self.faulty {
+                    assert_eq!(before - given, self.pager.resident_bytes());
+                    assert!(given >= (*bytes).min(before));
+                }
+                Ok(())
+            }
+            Act::Settle => self.pager.settle(),
+            Act::Sweep(byte) => self.sweep(*byte),
+            Act::Store(page, byte) => {
+                let source = Tensor::from_slice(&[*byte; 100], &[100], Tag::Workspace)?;
+                self.pager.store(*page, 64, &source)?;
+                self.model[*page][64..164].fill(*byte);
+                Ok(())
+            }
+            Act::Write(page, byte) => {
+                self.pager.write(*page, 3, &[*byte; 7])?;
+                self.model[*page][3..10].fill(*byte);
+                Ok(())
+            }
+            Act::Read(page) => {
+                let mut bytes = [0; PAGE];
+                self.pager.read(*page, 0, &mut bytes)?;
+                assert_eq!(bytes, self.model[*page]);
+                Ok(())
+            }
+        }
+    }
+
+    fn run(&mut self, acts: &[Act]) -> Result<()> {
+        for act in acts {
+            self.act(act)?;
+            self.pager.lock().check(self.faulty);
+        }
+        (0..self.model.len()).try_for_each(|page| self.act(&Act::Read(page)))
+    }
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    prop::sample::select(Policy::ALL.to_vec())
+}
+
+/// A number of pages and what is done with them.
+fn trace() -> impl Strategy<Value = (usize, Vec<Act>)> {
+    (1usize..20).prop_flat_map(|pages| (Just(pages), prop::collection::vec(act(pages), 1..60)))
+}
+
+/// Refuses calls of these names by a seeded coin.
+fn refusing(names: &'static [&'static str], seed: u64) -> Faults {
+    let mut number = 0;
+    Arc::new(Mutex::new(move |name: &str| {
+        number += 1;
+        let stream = rng::Stream { purpose: 7, step: 0, layer: 0 };
+        let refuses = names.contains(&name) && rng::Philox::new(seed, stream).below(number, 3) == 0;
+        refuses.then(|| match number % 2 {
+            0 => Refusal::NoMemory,
+            _ => Refusal::Transfer(Error::invalid("test", "refused")),
+        })
+    }))
+}
+
+proptest! {
+    #[test]
+    fn bytes_are_where_they_should_be_and_never_more_than_the_budget_on_the_device((pages, acts) in trace(), policy in policy()) {
+        let mut checked = Checked::new(HostPages::new(pages, PAGE).unwrap(), policy, false);
+        checked.run(&acts).unwrap();
+        prop_assert_eq!(checked.pager.counters().refused, 0);
+    }
+
+    #[test]
+    fn refused_transfers_and_missing_memory_change_only_where_pages_are(
+        (pages, acts) in trace(), policy in policy(), seed: u64, most in 0usize..8,
+    ) {
+        let store = HostPages::new(pages, PAGE).unwrap().with_memory_for(most);
+        let store = store.with_faults(refusing(&["bring", "evict", "open_lanes"], seed));
+        Checked::new(store, policy, true).run(&acts).unwrap();
+    }
+
+    #[test]
+    fn a_lost_device_is_an_error_and_never_a_wrong_byte((pages, acts) in trace(), policy in policy(), after in 0u32..60) {
+        let mut calls = 0;
+        let faults: Faults = Arc::new(Mutex::new(move |_: &str| {
+            calls += 1;
+            (calls > after).then(|| Refusal::Lost(Error::invalid("test", "the device is lost")))
+        }));
+        let mut checked = Checked::new(HostPages::new(pages, PAGE).unwrap().with_faults(faults), policy, true);
+        // Either nothing reached the loss, or the error says it; a wrong byte would have panicked.
+        if let Err(error) = checked.run(&acts) {
+            prop_assert!(error.to_string().contains("the device is lost"), "{error}");
+        }
+    }
+}
+
+/// A pager of `pages` pages with a budget.
+fn pager(pages: usize, budget: usize, policy: Policy) -> Pager {
+    Pager::new(Box::new(HostPages::new(pages, PAGE).unwrap()), budget * PAGE, policy).unwrap()
+}
+
+fn sweep(pager: &Pager) {
+    pager.settle().unwrap();
+    (0..pager.pages()).for_each(|page| drop(pager.lease(page).unwrap()));
+}
+
+#[test]
+fn a_sweep_moves_nothing_where_lru_moves_every_page() {
+    let counted = |policy| {
+        let pager = pager(8, 4, policy);
+        (0..5).for_each(|_| sweep(&pager));
+        pager.counters()
+    };
+    let (lru, in_place) = (counted(Policy::Lru), counted(Policy::InPlace));
+    assert_eq!((lru.hits, lru.brought, lru.evicted), (40, 40, 36));
+    assert_eq!((in_place.hits, in_place.in_place, in_place.brought, in_place.evicted), (20, 20, 4, 0));
+    assert_eq!((lru.resident_peak, in_place.resident_peak), (4, 4));
+}
+
+#[test]
+fn what_was_given_back_returns_when_pressure_is_gone_and_later_when_it_returns() {
+    let pager = pager(8, 8, Policy::InPlace);
+    sweep(&pager);
+    assert_eq!(pager.give_back(3 * PAGE - 1), 3 * PAGE);
+    assert_eq!((pager.resident_bytes(), pager.budget()), (5 * PAGE, 5 * PAGE));
+    assert!(pager.is_resident(4) && !pager.is_resident(5), "the last of the order leave first");
+    // Pressure right after pages came back, twice: they wait for 2 sweeps, then for 4.
+    for wait in [2, 4] {
+        for _ in 1..wait {
+            sweep(&pager);
+            assert_eq!(pager.resident_bytes(), 5 * PAGE);
+        }
+        sweep(&pager);
+        assert_eq!(pager.resident_bytes(), 8 * PAGE);
+        pager.give_back(3 * PAGE);
+    }
+    // After a calm while they wait no longer than at first.
+    (0..20).for_each(|_| sweep(&pager));
+    pager.give_back(PAGE);
+    sweep(&pager);
+    assert_eq!(pager.resident_bytes(), 8 * PAGE);
+}
+
+#[test]
+fn budgets_below_a_page_and_bytes_outside_are_refused() {
+    let pager = pager(2, 2, Policy::InPlace);
+    assert!(pager.set_budget(PAGE - 1).unwrap_err().to_string().contains("give 0, or 256 B or more"));
+    pager.set_budget(0).unwrap();
+    let source = Tensor::from_slice(&[0u8; 16], &[16], Tag::Workspace).unwrap();
+    for (page, offset) in [(2, 0), (0, PAGE - 15), (0, usize::MAX)] {
+        assert!(pager.store(page, offset, &source).is_err());
+        assert!(pager.write(page, offset, &[0; 16]).is_err() && pager.read(page, offset, &mut [0; 16]).is_err());
+    }
+    assert!(pager.lease(2).is_err() && pager.stage(0..1, 0).is_err());
+    let lease = pager.lease(0).unwrap();
+    assert!(lease.tensor(2, DType::F32, &[1]).is_err() && lease.tensor(0, DType::F32, &[PAGE]).is_err());
+    let view = lease.tensor(0, DType::U8, &[16]).unwrap();
+    assert!(pager.store(1, 0, &view).is_err(), "pages are not stored from pages");
+}
+
+#[test]
+fn a_trace_says_what_happened_to_which_pages() {
+    let pager = pager(4, 2, Policy::InPlace);
+    pager.trace(true);
+    sweep(&pager);
+    let trace = pager.trace(false).unwrap();
+    let seen: Vec<_> = trace.moments.iter().map(|moment| (moment.pages.clone(), moment.what)).collect();
+    assert_eq!(seen, [(0..2, What::Bring), (0..2, What::Resident), (2..4, What::InPlace)]);
+    assert!(trace.resident.is_empty() && trace.moments.is_sorted_by_key(|moment| moment.at));
+}

@@ -1,0 +1,61 @@
+//! What happened to pages when, for pictures.
+
+use std::{ops::Range, time::Instant};
+
+/// What happens to a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Its transfer to device memory starts.
+    Bring,
+    /// Its transfer back starts.
+    Evict,
+    /// It is used where it is, in device memory.
+    Resident,
+    /// It is used where it is, in host memory.
+    InPlace,
+    /// It is streamed: its transfer to a lane starts.
+    Stage,
+    /// Its transfer back from a lane starts.
+    Unstage,
+    /// Bytes are stored into it.
+    Store,
+}
+
+/// Something that happened to pages.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moment {
+    /// Seconds since the trace began, when the host gave the order.
+    pub at: f64,
+    /// To which pages.
+    pub pages: Range<usize>,
+    /// What.
+    pub what: What,
+}
+
+/// A record of moments.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    begun: Instant,
+    /// Pages that were resident at the beginning.
+    pub resident: Vec<usize>,
+    /// Everything since, in order.
+    pub moments: Vec<Moment>,
+}
+
+impl Trace {
+    pub(super) fn new(resident: Vec<usize>) -> Self {
+        Trace { begun: Instant::now(), resident, moments: Vec::new() }
+    }
+
+    pub(super) fn push(&mut self, pages: Range<usize>, what: What) {
+        let at = self.begun.elapsed().as_secs_f64();
+        // Pages that follow one another and share their fate are one moment.
+        if let Some(last) = self.moments.last_mut() {
+            if last.what == what && last.pages.end == pages.start {
+                last.pages.end = pages.end;
+                return;
+            }
+        }
+        self.moments.push(Moment { at, pages, what });
+    }
+}
