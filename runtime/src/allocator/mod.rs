@@ -93,6 +93,8 @@ pub struct Allocator<S: AddressSpace, E: Events> {
     streams: BTreeMap<StreamId, Stream<E::Mark>>,
     usage: Usage,
     limit: Option<usize>,
+    /// Bytes of the device that this program took from elsewhere.
+    outside: usize,
     /// How many more allocations succeed before one is made to fail.
     fail_after: Option<u64>,
 }
@@ -102,7 +104,7 @@ impl<S: AddressSpace, E: Events> Allocator<S, E> {
     pub fn new(device: Device, space: S, events: E) -> Self {
         let blocks = Blocks::new(space.reserved());
         let streams = BTreeMap::new();
-        Allocator { device, space, events, blocks, streams, usage: Usage::default(), limit: None, fail_after: None }
+        Allocator { device, space, events, blocks, streams, usage: Usage::default(), limit: None, outside: 0, fail_after: None }
     }
 
     /// At least `bytes` of memory with unspecified contents, for use by `stream`.
@@ -116,11 +118,11 @@ impl<S: AddressSpace, E: Events> Allocator<S, E> {
                 return Err(self.out_of_memory(bytes, tag, true));
             }
         }
-        self.attempt(bytes, tag, stream)
+        self.allocate_quietly(bytes, tag, stream)
     }
 
-    /// [`Allocator::allocate`] without [`Allocator::fail_at`].
-    fn attempt(&mut self, bytes: usize, tag: Tag, stream: StreamId) -> Result<Block> {
+    /// [`Allocator::allocate`] without [`Allocator::fail_at`]: for memory that is only taken where there is some.
+    pub fn allocate_quietly(&mut self, bytes: usize, tag: Tag, stream: StreamId) -> Result<Block> {
         let size = bytes.max(1).checked_next_multiple_of(ALIGN).filter(|&size| size <= self.space.reserved());
         let Some(size) = size else { return Err(self.out_of_memory(bytes, tag, false)) };
         let Some(offset) = self.find(size, stream)? else {
@@ -325,7 +327,31 @@ impl<S: AddressSpace, E: Events> Allocator<S, E> {
 
     /// Bytes that the limit lets be backed yet.
     fn allowed(&self) -> usize {
-        self.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.blocks.mapped()))
+        self.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.blocks.mapped() + self.outside))
+    }
+
+    /// Counts `bytes` of the device's memory that were taken from elsewhere against the limit, and gives back free memory
+    /// that is over it. False, with nothing changed, where the limit does not allow it.
+    ///
+    /// # Errors
+    /// The device reports a failure.
+    pub fn take_outside(&mut self, bytes: usize) -> Result<bool> {
+        if let Some(limit) = self.limit {
+            let Some(rest) = limit.checked_sub(self.outside + bytes) else { return Ok(false) };
+            if self.blocks.mapped() > rest {
+                self.release(rest)?;
+            }
+            if self.blocks.mapped() > rest {
+                return Ok(false);
+            }
+        }
+        self.outside += bytes;
+        Ok(true)
+    }
+
+    /// Takes back what [`Allocator::take_outside`] counted.
+    pub fn return_outside(&mut self, bytes: usize) {
+        self.outside = self.outside.saturating_sub(bytes);
     }
 
     /// Backs `need` bytes or somewhat more from `at` on by new memory, advancing both. Breaks when all are backed.

@@ -52,7 +52,7 @@ impl<S: AddressSpace, E: Events> Memory<S, E> {
         // The hook runs without the locks, so that it can free blocks.
         let hook = self.reclaim.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match hook {
-            Some(hook) if hook(bytes) > 0 => self.lock().attempt(bytes, tag, stream),
+            Some(hook) if hook(bytes) > 0 => self.lock().allocate_quietly(bytes, tag, stream),
             _ => first,
         }
     }

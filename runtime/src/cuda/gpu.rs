@@ -36,12 +36,37 @@ pub struct Gpu {
     pub(super) memory: OnceLock<DeviceMemory>,
     /// The first error of a call that had nobody to report to.
     unreported: Mutex<Option<Error>>,
+    /// Streams beside the compute stream that nobody uses now.
+    retired: Mutex<Vec<Stream>>,
 }
 
 // SAFETY: context and stream handles may be used from any thread; every call binds the context to its thread first.
 unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind locks.
 unsafe impl Sync for Gpu {}
+
+impl Stream {
+    /// A stream beside the compute stream: one that was retired, or a new one.
+    pub(super) fn beside(gpu: &'static Gpu) -> Result<Self> {
+        if let Some(stream) = lock(&gpu.retired).pop() {
+            return Ok(stream);
+        }
+        gpu.bind()?;
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current; the call writes one handle.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        Ok(Stream(stream))
+    }
+
+    /// Keeps the stream for the next who needs one: streams are never destroyed, since the allocator knows blocks by them.
+    pub(super) fn retire(self, gpu: &'static Gpu) {
+        lock(&gpu.retired).push(self);
+    }
+}
+
+// SAFETY: stream handles may be used from any thread; every call binds the context first.
+unsafe impl Send for Stream {}
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -139,6 +164,7 @@ impl Gpu {
             staging: Mutex::default(),
             memory: OnceLock::new(),
             unreported: Mutex::default(),
+            retired: Mutex::default(),
         })
     }
 
@@ -202,10 +228,22 @@ impl Gpu {
     /// # Errors
     /// A kernel failed, or a call failed earlier that could not report.
     pub fn synchronize(&self) -> Result<()> {
+        self.synchronize_stream(self.stream)?;
+        self.report()
+    }
+
+    /// Blocks until `stream` has done everything it was given.
+    pub(super) fn synchronize_stream(&self, stream: Stream) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream is live.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream.0) })?;
-        self.report()
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream.0) })
+    }
+
+    /// Blocks until all streams have done everything they were given.
+    pub(super) fn synchronize_all(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the context is current.
+        check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
     }
 
     /// Keeps an error that nobody can be told now, for [`Gpu::report`].

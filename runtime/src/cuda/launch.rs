@@ -1,6 +1,6 @@
 //! Kernels: modules of PTX, compiled by the driver when first used, and their launch.
 
-use super::{Gpu, driver::check, tensor_map::TensorMap};
+use super::{Gpu, Stream, driver::check, tensor_map::TensorMap};
 use crate::{Error, Result, Tensor};
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as Jit};
 use std::{
@@ -195,6 +195,21 @@ impl Gpu {
         grid: [u32; 3],
         block: [u32; 3],
         shared: usize,
+        args: Args,
+    ) -> Result<()> {
+        self.launch_on(self.stream(), module, entry, grid, block, shared, args)
+    }
+
+    /// As [`Gpu::launch`], on another stream: whoever gives one sees to the order.
+    #[expect(clippy::too_many_arguments, reason = "those of a launch, and the stream")]
+    pub fn launch_on(
+        &self,
+        stream: Stream,
+        module: &'static Module,
+        entry: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
         mut args: Args,
     ) -> Result<()> {
         let invalid = |what: String| Error::invalid("launch", format!("{entry}: {what}"));
@@ -230,7 +245,7 @@ impl Gpu {
                 block[1],
                 block[2],
                 shared as u32,
-                self.stream().0,
+                stream.0,
                 pointers.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
@@ -238,7 +253,8 @@ impl Gpu {
         let failed = |error| Error::Cuda { op: "launch", what: format!("{entry} {grid:?} x {block:?}: {error}") };
         check("cuLaunchKernel", status).map_err(failed)?;
         if std::env::var_os("NIBBLE_CUDA_SYNC").is_some() {
-            self.synchronize().map_err(failed)?;
+            self.synchronize_all().map_err(failed)?;
+            self.report()?;
         }
         Ok(())
     }

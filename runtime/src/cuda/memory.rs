@@ -67,7 +67,7 @@ enum Place {
     /// Pinned host memory, which the GPU reads and writes across the bus at this address.
     Host(sys::CUdeviceptr),
     /// Memory of the pager, which the lease keeps at this address.
-    Page(sys::CUdeviceptr, Arc<Lease>),
+    Page { address: sys::CUdeviceptr, _lease: Arc<Lease> },
 }
 
 impl fmt::Debug for DeviceBuffer {
@@ -111,13 +111,13 @@ impl DeviceBuffer {
 
     /// Memory of the pager at `address`, for as long as the lease keeps it there.
     pub(crate) fn in_pages(gpu: &'static Gpu, lease: Arc<Lease>, address: u64, bytes: usize) -> Result<Self> {
-        let place = if bytes == 0 { Place::Nowhere } else { Place::Page(address, lease) };
+        let place = if bytes == 0 { Place::Nowhere } else { Place::Page { address, _lease: lease } };
         Ok(DeviceBuffer { gpu, memory: gpu.memory()?, place, bytes })
     }
 
     /// Whether the memory belongs to the pager.
     pub(crate) fn is_paged(&self) -> bool {
-        matches!(self.place, Place::Page(..))
+        matches!(self.place, Place::Page { .. })
     }
 
     pub(crate) fn gpu(&self) -> &'static Gpu {
@@ -129,7 +129,7 @@ impl DeviceBuffer {
         match &self.place {
             Place::Nowhere => 0,
             Place::Device(block) => block.address(),
-            Place::Host(address) | Place::Page(address, _) => *address,
+            Place::Host(address) | Place::Page { address, .. } => *address,
         }
     }
 
@@ -155,7 +155,7 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         match std::mem::replace(&mut self.place, Place::Nowhere) {
-            Place::Nowhere | Place::Page(..) => {}
+            Place::Nowhere | Place::Page { .. } => {}
             Place::Device(block) => self.memory.free(block, self.gpu.stream_id()),
             Place::Host(address) => {
                 let freed = self.gpu.synchronize().and_then(|()| {

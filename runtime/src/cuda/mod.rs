@@ -12,9 +12,14 @@ mod launch;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
+#[cfg(test)]
+mod pages_tests;
+mod pinned;
 mod space;
 mod tensor_map;
 mod testing;
+mod transfer;
+mod unified;
 
 pub(crate) use copy::{copy, download, upload};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
@@ -23,5 +28,7 @@ pub use gpu::{Gpu, Stream};
 pub use launch::{Args, Entry, Module};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::{DeviceMemory, poison};
+pub use pinned::PinnedPages;
 pub use space::{GpuEvents, GpuSpace};
 pub use testing::device_for_tests;
+pub use unified::UnifiedPages;

@@ -18,7 +18,7 @@ mod lease;
 mod store;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod trace;
 
 pub use host::{Faults, HostPages};

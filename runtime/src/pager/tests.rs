@@ -8,12 +8,13 @@ const PAGE: usize = 256;
 
 /// Something that a user of the pager does.
 #[derive(Clone, Debug)]
-enum Act {
+pub(crate) enum Act {
     /// Lease pages at once, read them and write some of their bytes.
     Use(Vec<usize>, u8),
     /// While pages are leased, memory is short and the budget changes.
     Squeeze(Vec<usize>, usize, u8),
     Budget(usize),
+    /// Eighths of a page.
     GiveBack(usize),
     Settle,
     /// All pages in order, those in host memory streamed if they can be.
@@ -29,7 +30,7 @@ fn act(pages: usize) -> impl Strategy<Value = Act> {
         4 => (some(), any::<u8>()).prop_map(|(pages, byte)| Act::Use(pages, byte)),
         1 => (some(), 0..pages + 2, any::<u8>()).prop_map(|(pages, budget, byte)| Act::Squeeze(pages, budget, byte)),
         1 => (0..pages + 2).prop_map(Act::Budget),
-        1 => (0..3 * PAGE).prop_map(Act::GiveBack),
+        1 => (0usize..24).prop_map(Act::GiveBack),
         2 => Just(Act::Settle),
         2 => any::<u8>().prop_map(Act::Sweep),
         1 => (0..pages, any::<u8>()).prop_map(|(page, byte)| Act::Store(page, byte)),
@@ -39,25 +40,33 @@ fn act(pages: usize) -> impl Strategy<Value = Act> {
 }
 
 /// The pager, and what its pages must hold.
-struct Checked {
+pub(crate) struct Checked {
     pager: Pager,
-    model: Vec<[u8; PAGE]>,
+    model: Vec<Vec<u8>>,
+    page_bytes: usize,
     faulty: bool,
 }
 
 impl Checked {
-    fn new(store: HostPages, policy: Policy, faulty: bool) -> Self {
-        let model = vec![[0; PAGE]; store.pages()];
-        Checked { pager: Pager::new(Box::new(store), 0, policy).unwrap(), model, faulty }
+    pub(crate) fn new(store: Box<dyn PageStore>, policy: Policy, faulty: bool) -> Self {
+        let page_bytes = store.page_bytes();
+        let model = vec![vec![0; page_bytes]; store.pages()];
+        Checked { pager: Pager::new(store, 0, policy).unwrap(), model, page_bytes, faulty }
+    }
+
+    /// A tensor of one byte again and again, where the pages are computed on.
+    fn filled(&self, byte: u8, bytes: usize) -> Tensor {
+        let tensor = Tensor::from_slice(&vec![byte; bytes], &[bytes], Tag::Workspace).unwrap();
+        tensor.into_device(self.pager.device(), Tag::Workspace).unwrap()
     }
 
     /// Checks a view of a page, then writes its second half.
     fn touch(&mut self, page: usize, mut view: Tensor, byte: u8) {
-        let bytes = view.bytes_mut().unwrap();
-        assert_eq!(bytes, self.model[page], "page {page}");
-        let fresh = byte.wrapping_mul(31).wrapping_add(page as u8);
-        bytes[PAGE / 2..].fill(fresh);
-        self.model[page][PAGE / 2..].fill(fresh);
+        let found = view.to_device(Device::Cpu, Tag::Workspace).unwrap();
+        assert_eq!(found.bytes().unwrap(), self.model[page], "page {page}");
+        let (fresh, half) = (byte.wrapping_mul(31).wrapping_add(page as u8), self.page_bytes / 2);
+        view.copy_from(half, &self.filled(fresh, half)).unwrap();
+        self.model[page][half..].fill(fresh);
     }
 
     fn use_all(&mut self, pages: &[usize], byte: u8, while_held: impl FnOnce(&Pager) -> Result<()>) -> Result<()> {
@@ -65,8 +74,8 @@ impl Checked {
         while_held(&self.pager)?;
         for (page, lease) in leases {
             assert!(self.pager.lease(page).is_err() && self.pager.read(page, 0, &mut [0]).is_err(), "pins are respected");
-            let view = lease.tensor(0, DType::U8, &[PAGE])?;
-            assert!(lease.tensor(PAGE - 1, DType::U8, &[1]).is_err(), "views never overlap");
+            let view = lease.tensor(0, DType::U8, &[self.page_bytes])?;
+            assert!(lease.tensor(self.page_bytes - 1, DType::U8, &[1]).is_err(), "views never overlap");
             drop(lease);
             self.touch(page, view, byte);
         }
@@ -90,11 +99,11 @@ impl Checked {
             let staged = self.pager.stage(page..page + host, lane)?;
             assert!(self.pager.lease(page).is_err(), "staged pages are in use");
             for page in page..page + host {
-                let view = staged.tensor(page, 0, DType::U8, &[PAGE])?;
+                let view = staged.tensor(page, 0, DType::U8, &[self.page_bytes])?;
                 self.touch(page, view, byte);
             }
             // The first half was not written.
-            self.pager.unstage(staged, if byte % 2 == 0 { PAGE / 2 } else { 0 })?;
+            self.pager.unstage(staged, if byte % 2 == 0 { self.page_bytes / 2 } else { 0 })?;
             (page, lane) = (page + host, (lane + 1) % lanes);
         }
         self.pager.close_lanes()
@@ -105,23 +114,24 @@ impl Checked {
             Act::Use(pages, byte) => self.use_all(pages, *byte, |_| Ok(())),
             Act::Squeeze(pages, budget, byte) => self.use_all(pages, *byte, |pager| {
                 pager.give_back(usize::from(*byte));
-                pager.set_budget(budget * PAGE)?;
+                pager.set_budget(budget * pager.page_bytes())?;
                 pager.settle()
             }),
-            Act::Budget(pages) => self.pager.set_budget(pages * PAGE),
-            Act::GiveBack(bytes) => {
+            Act::Budget(pages) => self.pager.set_budget(pages * self.page_bytes),
+            Act::GiveBack(parts) => {
+                let bytes = parts * (self.page_bytes / 8);
                 let before = self.pager.resident_bytes();
-                let given = self.pager.give_back(*bytes);
+                let given = self.pager.give_back(bytes);
                 if !self.faulty {
                     assert_eq!(before - given, self.pager.resident_bytes());
-                    assert!(given >= (*bytes).min(before));
+                    assert!(given >= bytes.min(before));
                 }
                 Ok(())
             }
             Act::Settle => self.pager.settle(),
             Act::Sweep(byte) => self.sweep(*byte),
             Act::Store(page, byte) => {
-                let source = Tensor::from_slice(&[*byte; 100], &[100], Tag::Workspace)?;
+                let source = self.filled(*byte, 100);
                 self.pager.store(*page, 64, &source)?;
                 self.model[*page][64..164].fill(*byte);
                 Ok(())
@@ -132,7 +142,7 @@ impl Checked {
                 Ok(())
             }
             Act::Read(page) => {
-                let mut bytes = [0; PAGE];
+                let mut bytes = vec![0; self.page_bytes];
                 self.pager.read(*page, 0, &mut bytes)?;
                 assert_eq!(bytes, self.model[*page]);
                 Ok(())
@@ -140,7 +150,7 @@ impl Checked {
         }
     }
 
-    fn run(&mut self, acts: &[Act]) -> Result<()> {
+    pub(crate) fn run(&mut self, acts: &[Act]) -> Result<()> {
         for act in acts {
             self.act(act)?;
             self.pager.lock().check(self.faulty);
@@ -149,12 +159,12 @@ impl Checked {
     }
 }
 
-fn policy() -> impl Strategy<Value = Policy> {
+pub(crate) fn policy() -> impl Strategy<Value = Policy> {
     prop::sample::select(Policy::ALL.to_vec())
 }
 
 /// A number of pages and what is done with them.
-fn trace() -> impl Strategy<Value = (usize, Vec<Act>)> {
+pub(crate) fn trace() -> impl Strategy<Value = (usize, Vec<Act>)> {
     (1usize..20).prop_flat_map(|pages| (Just(pages), prop::collection::vec(act(pages), 1..60)))
 }
 
@@ -175,7 +185,7 @@ fn refusing(names: &'static [&'static str], seed: u64) -> Faults {
 proptest! {
     #[test]
     fn bytes_are_where_they_should_be_and_never_more_than_the_budget_on_the_device((pages, acts) in trace(), policy in policy()) {
-        let mut checked = Checked::new(HostPages::new(pages, PAGE).unwrap(), policy, false);
+        let mut checked = Checked::new(Box::new(HostPages::new(pages, PAGE).unwrap()), policy, false);
         checked.run(&acts).unwrap();
         prop_assert_eq!(checked.pager.counters().refused, 0);
     }
@@ -186,7 +196,7 @@ proptest! {
     ) {
         let store = HostPages::new(pages, PAGE).unwrap().with_memory_for(most);
         let store = store.with_faults(refusing(&["bring", "evict", "open_lanes"], seed));
-        Checked::new(store, policy, true).run(&acts).unwrap();
+        Checked::new(Box::new(store), policy, true).run(&acts).unwrap();
     }
 
     #[test]
@@ -196,7 +206,7 @@ proptest! {
             calls += 1;
             (calls > after).then(|| Refusal::Lost(Error::invalid("test", "the device is lost")))
         }));
-        let mut checked = Checked::new(HostPages::new(pages, PAGE).unwrap().with_faults(faults), policy, true);
+        let mut checked = Checked::new(Box::new(HostPages::new(pages, PAGE).unwrap().with_faults(faults)), policy, true);
         // Either nothing reached the loss, or the error says it; a wrong byte would have panicked.
         if let Err(error) = checked.run(&acts) {
             prop_assert!(error.to_string().contains("the device is lost"), "{error}");
