@@ -12,6 +12,7 @@ mod launch;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
+mod profile;
 mod space;
 mod tensor_map;
 mod testing;
@@ -23,5 +24,6 @@ pub use gpu::{Gpu, Stream};
 pub use launch::{Args, Entry, Module};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::{DeviceMemory, poison};
+pub use profile::Profiled;
 pub use space::{GpuEvents, GpuSpace};
 pub use testing::device_for_tests;
