@@ -1,12 +1,12 @@
 //! The AdamW optimizer: moments for every parameter, and their update.
 
-use crate::Gradients;
+use crate::{Gradients, PagedState, sweep};
 use nibble_kernels::{
     adamw::{self, AdamWConfig, Job, MomentsMut, State8},
     norm::Clip,
 };
-use nibble_runtime::{DType, Error, ParamId, Result, Tag, Tensor};
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use nibble_runtime::{DType, Device, Error, ParamId, Result, Tag, Tensor};
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
 
 /// Parameters with fewer elements keep 32-bit moments in any case, as with bitsandbytes.
 pub const EIGHT_BIT_FROM: usize = 4096;
@@ -92,9 +92,9 @@ impl FromStr for Part {
     }
 }
 
-/// The moments of one parameter.
+/// The moments of one parameter, or of a part of it.
 #[derive(Debug)]
-enum Moments {
+pub(crate) enum Moments {
     F32 { m: Tensor, v: Tensor },
     Bits8 { m: State8, v: State8 },
 }
@@ -108,6 +108,23 @@ impl Moments {
         }
         let zeros = || Tensor::zeros(param.shape(), DType::F32, device, tag);
         Ok(Moments::F32 { m: zeros()?, v: zeros()? })
+    }
+
+    pub(crate) fn borrow(&mut self) -> MomentsMut<'_> {
+        match self {
+            Moments::F32 { m, v } => MomentsMut::F32 { m, v },
+            Moments::Bits8 { m, v } => MomentsMut::Bits8 { m, v },
+        }
+    }
+
+    /// These moments on `device`: a saved state comes in host memory.
+    fn into_device(self, device: Device) -> Result<Self> {
+        let to = |tensor: Tensor| tensor.into_device(device, Tag::Optimizer);
+        let state = |state: State8| Ok::<_, Error>(State8 { codes: to(state.codes)?, absmax: to(state.absmax)? });
+        Ok(match self {
+            Moments::F32 { m, v } => Moments::F32 { m: to(m)?, v: to(v)? },
+            Moments::Bits8 { m, v } => Moments::Bits8 { m: state(m)?, v: state(v)? },
+        })
     }
 
     fn parts(&self) -> Vec<(Part, &Tensor)> {
@@ -147,14 +164,25 @@ impl Moments {
     }
 }
 
-/// AdamW over any number of parameters. State is made at a parameter's first update and counted as [`Tag::Optimizer`].
+/// Where moments are.
+#[derive(Debug)]
+enum Kept {
+    /// A tensor or two for each parameter, made at its first update.
+    Whole(BTreeMap<ParamId, Moments>),
+    Paged(Arc<PagedState>),
+}
+
+/// AdamW over any number of parameters. State is made at a parameter's first update and counted as [`Tag::Optimizer`], or
+/// is in pages.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
     bits: StateBits,
     /// Updates done.
     step: u32,
-    moments: BTreeMap<ParamId, Moments>,
+    kept: Kept,
+    /// Whether an update failed half way: the state is neither that from before it nor that from after it.
+    torn: bool,
 }
 
 impl AdamW {
@@ -164,7 +192,16 @@ impl AdamW {
     /// A setting is out of range.
     pub fn new(config: AdamWConfig, bits: StateBits) -> Result<Self> {
         config.validate()?;
-        Ok(AdamW { config, bits, step: 0, moments: BTreeMap::new() })
+        Ok(AdamW { config, bits, step: 0, kept: Kept::Whole(BTreeMap::new()), torn: false })
+    }
+
+    /// An optimizer whose moments, zeros at first, are in the pages of `state`. Its updates are those of one without pages
+    /// to the bit.
+    ///
+    /// # Errors
+    /// A setting is out of range.
+    pub fn paged(config: AdamWConfig, bits: StateBits, state: Arc<PagedState>) -> Result<Self> {
+        Ok(AdamW { kept: Kept::Paged(state), ..AdamW::new(config, bits)? })
     }
 
     /// Updates done so far.
@@ -172,9 +209,14 @@ impl AdamW {
         self.step
     }
 
-    /// Bytes of the moments.
+    /// Bytes of the moments, or of the pages that hold them.
     pub fn state_bytes(&self) -> usize {
-        self.state().map(|(_, _, tensor)| tensor.size_bytes()).sum()
+        match &self.kept {
+            Kept::Whole(moments) => {
+                moments.values().flat_map(Moments::parts).map(|(_, tensor)| tensor.size_bytes()).sum()
+            }
+            Kept::Paged(state) => state.pager().pages() * state.pager().page_bytes(),
+        }
     }
 
     /// One update of `params` with learning rate `lr`, by gradients times the factor of `clip`, which was made of them.
@@ -183,30 +225,39 @@ impl AdamW {
     ///
     /// # Errors
     /// A parameter has no gradient or is named twice, types or shapes do not fit, a parameter's storage is shared, or a
-    /// number is out of range. Nothing has been updated then.
+    /// number is out of range. Nothing has been updated then. Or the device failed while pages were under way: the state is
+    /// of no use then, and no call gives it out.
     pub fn step(&mut self, params: &mut [Update], grads: &Gradients, lr: f64, clip: &mut Clip) -> Result<()> {
+        self.check_whole()?;
         let config = AdamWConfig { lr, ..self.config };
         config.validate()?;
         let step = self.step.checked_add(1).ok_or_else(|| Error::invalid("adamw", "too many updates"))?;
-        for param in params.iter() {
-            if !self.moments.contains_key(&param.id) {
-                self.moments.insert(param.id, Moments::zeros(param.value, self.bits)?);
+        match &mut self.kept {
+            Kept::Whole(moments) => step_whole(moments, self.bits, params, grads, &config, step, clip)?,
+            Kept::Paged(state) => {
+                let state = Arc::clone(state);
+                sweep::check(&state, params, grads)?;
+                self.torn = true;
+                sweep::step(&state, params, grads, &config, step, clip)?;
+                self.torn = false;
             }
         }
-        let mut moments: BTreeMap<ParamId, &mut Moments> = self.moments.iter_mut().map(|(&id, m)| (id, m)).collect();
-        let mut jobs = Vec::with_capacity(params.len());
-        for Update { id, value, decay, previous } in params {
-            let name = |what: &str| Error::invalid("adamw", format!("parameter {} {what}", id.0));
-            let grad = grads.get(*id).ok_or_else(|| name("has no gradient: it took no part in the loss"))?;
-            let moments = match moments.remove(id).ok_or_else(|| name("is to be updated twice"))? {
-                Moments::F32 { m, v } => MomentsMut::F32 { m, v },
-                Moments::Bits8 { m, v } => MomentsMut::Bits8 { m, v },
-            };
-            jobs.push(Job { param: value, grad, moments, decay: *decay, previous: previous.as_deref_mut() });
-        }
-        adamw::step_all(&mut jobs, &config, step, clip)?;
         self.step = step;
         Ok(())
+    }
+
+    fn check_whole(&self) -> Result<()> {
+        match self.torn {
+            false => Ok(()),
+            true => Err(Error::invalid(
+                "adamw",
+                format!(
+                    "update {} failed half way, so the state is neither that from before it nor that from after it; go on \
+                     from what was saved last",
+                    self.step + 1
+                ),
+            )),
+        }
     }
 
     /// Takes the last update off the count: its gradients were not finite, and it changed nothing.
@@ -214,27 +265,90 @@ impl AdamW {
         self.step = self.step.saturating_sub(1);
     }
 
-    /// The tensors of the state, to be saved along with [`AdamW::steps_done`], in the order of the parameters.
-    pub fn state(&self) -> impl Iterator<Item = (ParamId, Part, &Tensor)> {
-        self.moments.iter().flat_map(|(&id, moments)| moments.parts().into_iter().map(move |(part, t)| (id, part, t)))
+    /// The tensors of the state, to be saved along with [`AdamW::steps_done`], in the order of the parameters. Those in
+    /// pages are put together in host memory, each when the iterator comes to it.
+    ///
+    /// # Errors
+    /// The last update failed half way, or the device is lost.
+    pub fn state(&self) -> Result<Box<dyn Iterator<Item = Result<(ParamId, Part, Tensor)>> + '_>> {
+        self.check_whole()?;
+        Ok(match &self.kept {
+            Kept::Whole(moments) => Box::new(moments.iter().flat_map(|(&id, moments)| {
+                moments.parts().into_iter().map(move |(part, tensor)| Ok((id, part, tensor.clone())))
+            })),
+            Kept::Paged(state) => Box::new(state.state()),
+        })
     }
 
-    /// Replaces the state by a saved one. Whether it fits the parameters is checked by the next step.
+    /// Replaces the state by a saved one, in any memory. State in pages stays in pages. Whether a state that is not fits
+    /// the parameters is checked by the next step.
     ///
     /// # Errors
     /// A parameter lacks a part, has one twice or has one that does not go with the others. The state is as before then.
     pub fn restore(&mut self, steps_done: u32, state: impl IntoIterator<Item = (ParamId, Part, Tensor)>) -> Result<()> {
-        let mut parts: BTreeMap<ParamId, BTreeMap<Part, Tensor>> = BTreeMap::new();
+        let mut saved: BTreeMap<(ParamId, Part), Tensor> = BTreeMap::new();
         for (id, part, tensor) in state {
-            if parts.entry(id).or_default().insert(part, tensor).is_some() {
+            if saved.insert((id, part), tensor).is_some() {
                 return Err(Error::invalid("adamw", format!("the state of parameter {} has {part} twice", id.0)));
             }
         }
-        let moments = parts.into_iter().map(|(id, parts)| Ok((id, Moments::from_parts(id, parts)?)));
-        self.moments = moments.collect::<Result<_>>()?;
-        self.step = steps_done;
+        match &mut self.kept {
+            Kept::Whole(moments) => {
+                let mut parts: BTreeMap<ParamId, BTreeMap<Part, Tensor>> = BTreeMap::new();
+                saved.into_iter().for_each(|((id, part), tensor)| {
+                    parts.entry(id).or_default().insert(part, tensor);
+                });
+                let restored = parts.into_iter().map(|(id, parts)| Ok((id, Moments::from_parts(id, parts)?)));
+                *moments = restored.collect::<Result<_>>()?;
+            }
+            Kept::Paged(state) => {
+                let was = std::mem::replace(&mut self.torn, true);
+                state.restore(&saved).inspect_err(|error| {
+                    // Nothing has been written unless a page was refused.
+                    self.torn = was || matches!(error, Error::Cuda { .. });
+                })?;
+            }
+        }
+        (self.step, self.torn) = (steps_done, false);
         Ok(())
     }
+}
+
+pub(crate) fn named(id: ParamId, what: impl fmt::Display) -> Error {
+    Error::invalid("adamw", format!("parameter {} {what}", id.0))
+}
+
+pub(crate) fn no_gradient(id: ParamId) -> Error {
+    named(id, "has no gradient: it took no part in the loss")
+}
+
+fn step_whole(
+    all: &mut BTreeMap<ParamId, Moments>,
+    bits: StateBits,
+    params: &mut [Update],
+    grads: &Gradients,
+    config: &AdamWConfig,
+    step: u32,
+    clip: &mut Clip,
+) -> Result<()> {
+    for Update { id, value, .. } in params.iter() {
+        let moments = match all.remove(id) {
+            Some(moments) => moments.into_device(value.device())?,
+            None => Moments::zeros(value, bits)?,
+        };
+        all.insert(*id, moments);
+    }
+    let mut moments: BTreeMap<ParamId, &mut Moments> = all.iter_mut().map(|(&id, m)| (id, m)).collect();
+    let mut jobs = Vec::with_capacity(params.len());
+    for Update { id, value, decay, previous } in params {
+        let grad = grads.whole(*id).ok_or_else(|| no_gradient(*id))?;
+        if grad.shape() != value.shape() {
+            return Err(named(*id, format!("has shape {:?}, its gradient {:?}", value.shape(), grad.shape())));
+        }
+        let moments = moments.remove(id).ok_or_else(|| named(*id, "is to be updated twice"))?;
+        jobs.push(Job { previous: previous.as_deref_mut(), ..Job::whole(value, grad, moments.borrow(), *decay) });
+    }
+    adamw::step_all(&mut jobs, config, step, clip)
 }
 
 #[cfg(test)]
@@ -274,8 +388,12 @@ mod tests {
     }
 
     /// A clip of `grads` that does no clipping; `scale` is what their loss was multiplied by.
-    fn clip(grads: &Gradients, scale: f32) -> Clip {
+    fn clip(grads: &mut Gradients, scale: f32) -> Clip {
         grads.clip(0.0, scale).unwrap()
+    }
+
+    fn saved(optimizer: &AdamW) -> Vec<Vec<u8>> {
+        optimizer.state().unwrap().map(|saved| saved.unwrap().2.bytes().unwrap().to_vec()).collect()
     }
 
     fn optimizer(bits: StateBits) -> AdamW {
@@ -291,7 +409,7 @@ mod tests {
         {
             let mut optimizer = optimizer(bits);
             assert_eq!(optimizer.state_bytes(), 0);
-            optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
+            optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&mut gradients(0), 1.0)).unwrap();
             assert_eq!((optimizer.state_bytes(), optimizer.steps_done()), (expected, 1));
             assert_eq!(bits.to_string().parse::<StateBits>().unwrap(), bits);
         }
@@ -305,7 +423,8 @@ mod tests {
         for (id, &size) in SIZES.iter().enumerate() {
             none.parameter(ParamId(id), tensor(&vec![0.0; size])).unwrap();
         }
-        optimizer(StateBits::F32).step(&mut updates(&mut params), &none, 0.5, &mut clip(&none, 1.0)).unwrap();
+        let mut clip = clip(&mut none, 1.0);
+        optimizer(StateBits::F32).step(&mut updates(&mut params), &none, 0.5, &mut clip).unwrap();
         for (id, (after, before)) in params.iter().zip(before).enumerate() {
             let factor = if id % 2 == 0 { 1.0 - 0.5 * 0.01 } else { 1.0 };
             assert!(after.as_slice::<f32>().unwrap().iter().zip(before).all(|(a, b)| *a == b * factor));
@@ -316,21 +435,24 @@ mod tests {
     fn a_step_that_fails_changes_nothing() {
         let mut params = parameters();
         let mut optimizer = optimizer(StateBits::Bits8);
-        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
+        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&mut gradients(0), 1.0)).unwrap();
         let before: Vec<Vec<u8>> = bytes(&params).into_iter().map(<[u8]>::to_vec).collect();
-        let state: Vec<Vec<u8>> = optimizer.state().map(|(.., tensor)| tensor.bytes().unwrap().to_vec()).collect();
+        let state = saved(&optimizer);
 
         let mut missing = Gradients::new();
         let mut wrong = Gradients::new();
-        for (id, grad) in gradients(1).iter().take(3) {
+        let good = gradients(1);
+        for id in good.ids().into_iter().take(3) {
+            let grad = good.get(id).unwrap().unwrap();
             missing.parameter(id, grad.clone()).unwrap();
-            wrong.parameter(id, grad.clone()).unwrap();
+            wrong.parameter(id, grad).unwrap();
         }
         wrong.parameter(ParamId(3), tensor(&[1.0; 699])).unwrap();
-        for grads in [missing, wrong] {
-            assert!(optimizer.step(&mut updates(&mut params), &grads, 1e-3, &mut clip(&grads, 1.0)).is_err());
+        for mut grads in [missing, wrong] {
+            let mut clip = grads.clip(0.0, 1.0).unwrap();
+            assert!(optimizer.step(&mut updates(&mut params), &grads, 1e-3, &mut clip).is_err());
         }
-        let good = || clip(&gradients(1), 1.0);
+        let good = || clip(&mut gradients(1), 1.0);
         for lr in [f64::NAN, -1.0] {
             assert!(optimizer.step(&mut updates(&mut params), &gradients(1), lr, &mut good()).is_err());
         }
@@ -342,18 +464,18 @@ mod tests {
         assert!(optimizer.step(&mut twice, &gradients(1), 1e-3, &mut good()).is_err());
 
         assert_eq!(bytes(&params), before);
-        assert!(optimizer.state().map(|(.., tensor)| tensor.bytes().unwrap()).eq(state));
+        assert_eq!(saved(&optimizer), state);
         assert_eq!(optimizer.steps_done(), 1);
     }
 
     #[test]
     fn gradients_that_are_not_finite_change_nothing_and_their_step_can_be_revoked() {
         let (mut params, mut optimizer) = (parameters(), optimizer(StateBits::F32));
-        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&gradients(0), 1.0)).unwrap();
+        optimizer.step(&mut updates(&mut params), &gradients(0), 1e-3, &mut clip(&mut gradients(0), 1.0)).unwrap();
         let before = bytes(&params).concat();
         let mut grads = gradients(1);
         grads.parameter(ParamId(0), tensor(&[0.0, f32::NAN, 0.0])).unwrap();
-        let mut clip = clip(&grads, 1.0);
+        let mut clip = clip(&mut grads, 1.0);
         optimizer.step(&mut updates(&mut params), &grads, 1e-3, &mut clip).unwrap();
         assert!(!clip.read().unwrap().gradients_finite);
         assert_eq!((bytes(&params).concat(), optimizer.steps_done()), (before, 2));
@@ -366,9 +488,10 @@ mod tests {
         let (mut params, mut optimizer) = (parameters(), optimizer(StateBits::F32));
         let before = params[0].as_slice::<f32>().unwrap().to_vec();
         let mut previous = tensor(&[0.0; SIZES[0]]);
-        let (grads, mut all) = (gradients(0), updates(&mut params));
+        let (mut grads, mut all) = (gradients(0), updates(&mut params));
+        let mut clip = clip(&mut grads, 1.0);
         all[0].previous = Some(&mut previous);
-        optimizer.step(&mut all, &grads, 1e-3, &mut clip(&grads, 1.0)).unwrap();
+        optimizer.step(&mut all, &grads, 1e-3, &mut clip).unwrap();
         assert_eq!(previous.as_slice::<f32>().unwrap(), before);
         assert_ne!(params[0].as_slice::<f32>().unwrap(), before);
     }
@@ -390,7 +513,7 @@ mod tests {
             let parts = parts.into_iter().map(|(part, tensor)| (ParamId(1), part, tensor));
             assert!(optimizer.restore(3, parts).is_err());
         }
-        assert_eq!((optimizer.steps_done(), optimizer.state().count()), (0, 0));
+        assert_eq!((optimizer.steps_done(), optimizer.state().unwrap().count()), (0, 0));
         assert!(Part::ALL.into_iter().all(|part| part.to_string().parse::<Part>().unwrap() == part));
     }
 
@@ -404,13 +527,14 @@ mod tests {
                 let (mut params, mut optimizer) = (parameters(), optimizer(bits));
                 for step in 0..6 {
                     if restart == Some(step) {
-                        let saved: Vec<_> = optimizer.state().map(|(id, part, t)| (id, part, t.clone())).collect();
+                        let saved: Vec<_> = optimizer.state().unwrap().map(|saved| saved.unwrap()).collect();
                         let done = optimizer.steps_done();
                         optimizer = self::optimizer(bits);
                         optimizer.restore(done, saved).unwrap();
                     }
-                    let grads = gradients(step);
-                    optimizer.step(&mut updates(&mut params), &grads, 1e-2, &mut clip(&grads, 2.0)).unwrap();
+                    let mut grads = gradients(step);
+                    let mut clip = clip(&mut grads, 2.0);
+                    optimizer.step(&mut updates(&mut params), &grads, 1e-2, &mut clip).unwrap();
                 }
                 bytes(&params).concat()
             };

@@ -1,14 +1,107 @@
 //! Accumulated gradients: a sink of the backward pass.
 
-use nibble_kernels::{cast::cast, elementwise::add_assign, norm::Clip};
+use crate::paged::{PagedState, Run};
+use nibble_kernels::{
+    cast::cast,
+    elementwise::add_assign,
+    norm::{Clip, PIECE, Squares},
+};
 use nibble_runtime::{DType, Error, GradSink, ParamId, Result, Tag, Tensor};
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// The f32 gradients of the trainable parameters, summed over the backward passes since the last [`Gradients::clear`].
-/// Memory is counted as [`Tag::Gradients`].
+/// Memory is counted as [`Tag::Gradients`], or is the pager's.
 #[derive(Debug, Default)]
 pub struct Gradients {
-    sums: BTreeMap<ParamId, Tensor>,
+    sums: Sums,
+}
+
+#[derive(Debug)]
+enum Sums {
+    /// A tensor each.
+    Whole(BTreeMap<ParamId, Tensor>),
+    Paged(Paged),
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        Sums::Whole(BTreeMap::new())
+    }
+}
+
+/// Sums in pages.
+#[derive(Debug)]
+struct Paged {
+    state: Arc<PagedState>,
+    /// Parameters that have a gradient.
+    present: BTreeSet<ParamId>,
+    /// Squares of what was at hand when it was on its way to a page in host memory, which need not be read again.
+    squares: Option<Squares>,
+    /// Runs whose squares are not among them, by page and by piece of the norm.
+    unread: BTreeMap<(usize, usize), Run>,
+}
+
+impl Paged {
+    fn parameter(&mut self, id: ParamId, grad: &Tensor) -> Result<()> {
+        let op = "gradients";
+        let entry = self.state.entry(id);
+        let entry = entry.ok_or_else(|| Error::invalid(op, format!("parameter {} is not in the pages", id.0)))?;
+        if grad.shape() != entry.shape {
+            let what = format!("parameter {} has shape {:?}, its gradient {:?}", id.0, entry.shape, grad.shape());
+            return Err(Error::shape(op, what));
+        }
+        let pager = self.state.pager();
+        let squares = match &mut self.squares {
+            Some(squares) => squares,
+            none => none.insert(Squares::new(self.state.pieces(), grad.device())?),
+        };
+        let (flat, first) = (grad.reshape(&[grad.numel()])?, !self.present.contains(&id));
+        for &run in &entry.runs {
+            let piece = entry.first_piece + run.start / PIECE;
+            let part = flat.rows(run.start, run.count)?;
+            let resident = pager.is_resident(run.page);
+            let sum = if first {
+                self.state.store_grad(run, &part)?;
+                part
+            } else {
+                let mut sum = self.state.grad(&self.state.lease(run.page..run.page + 1)?, run)?;
+                add_assign(&mut sum, &part)?;
+                sum
+            };
+            // What is in device memory is read at the end, all of it by one kernel.
+            if resident {
+                self.unread.insert((run.page, piece), run);
+            } else {
+                squares.put(&[(piece, &sum)])?;
+            }
+        }
+        self.present.insert(id);
+        Ok(())
+    }
+
+    /// The squares of all sums.
+    fn squares(&mut self) -> Result<&Squares> {
+        let missing = self.state.len() - self.present.len();
+        let squares = self.squares.as_mut().filter(|_| missing == 0);
+        let squares = squares.ok_or_else(|| {
+            Error::invalid("clip", format!("{missing} parameters have no gradient: they took no part in the loss"))
+        })?;
+        let (mut sums, mut held) = (Vec::new(), None);
+        for ((page, piece), run) in std::mem::take(&mut self.unread) {
+            let held = match &mut held {
+                Some((of, held)) if *of == page => held,
+                held => &mut held.insert((page, self.state.lease(page..page + 1)?)).1,
+            };
+            sums.push((piece, self.state.grad(held, run)?));
+        }
+        if !sums.is_empty() {
+            squares.put(&sums.iter().map(|(piece, sum)| (*piece, sum)).collect::<Vec<_>>())?;
+        }
+        Ok(squares)
+    }
 }
 
 impl Gradients {
@@ -17,52 +110,101 @@ impl Gradients {
         Self::default()
     }
 
-    /// The gradient of a parameter, f32, if it has one.
-    pub fn get(&self, id: ParamId) -> Option<&Tensor> {
-        self.sums.get(&id)
+    /// No gradients yet, of the parameters that `state` has pages for.
+    ///
+    /// # Errors
+    /// It has none for gradients.
+    pub fn paged(state: Arc<PagedState>) -> Result<Self> {
+        if !state.has_grads() {
+            return Err(Error::invalid("gradients", "these pages have no room for gradients"));
+        }
+        let (present, unread) = (BTreeSet::new(), BTreeMap::new());
+        Ok(Gradients { sums: Sums::Paged(Paged { state, present, squares: None, unread }) })
     }
 
-    /// All gradients in the order of their parameters.
-    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Tensor)> {
-        self.sums.iter().map(|(&id, grad)| (id, grad))
+    /// The gradient of a parameter, f32, if it has one: where it is, or copied to host memory out of its pages.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn get(&self, id: ParamId) -> Result<Option<Tensor>> {
+        match &self.sums {
+            Sums::Whole(sums) => Ok(sums.get(&id).cloned()),
+            Sums::Paged(Paged { state, present, .. }) => {
+                let entry = state.entry(id).filter(|_| present.contains(&id));
+                entry.map(|entry| state.read_grad(entry)).transpose()
+            }
+        }
     }
 
-    /// Number of parameters that have a gradient.
-    pub fn len(&self) -> usize {
-        self.sums.len()
+    /// A gradient that is a tensor of its own.
+    pub(crate) fn whole(&self, id: ParamId) -> Option<&Tensor> {
+        match &self.sums {
+            Sums::Whole(sums) => sums.get(&id),
+            Sums::Paged(_) => None,
+        }
     }
 
-    /// Whether no parameter has a gradient.
-    pub fn is_empty(&self) -> bool {
-        self.sums.is_empty()
+    /// Whether all gradients are in the pages of `state`.
+    pub(crate) fn are_in(&self, state: &Arc<PagedState>) -> bool {
+        matches!(&self.sums, Sums::Paged(paged) if Arc::ptr_eq(&paged.state, state) && paged.present.len() == state.len())
+    }
+
+    /// The parameters that have a gradient, in order.
+    pub fn ids(&self) -> Vec<ParamId> {
+        match &self.sums {
+            Sums::Whole(sums) => sums.keys().copied().collect(),
+            Sums::Paged(paged) => paged.present.iter().copied().collect(),
+        }
     }
 
     /// Drops all gradients.
     pub fn clear(&mut self) {
-        self.sums.clear();
+        match &mut self.sums {
+            Sums::Whole(sums) => sums.clear(),
+            Sums::Paged(Paged { present, squares, unread, .. }) => {
+                present.clear();
+                unread.clear();
+                *squares = None;
+            }
+        }
     }
 
     /// What the gradients, which carry `loss_scale`, say about the update: see [`Clip::new`].
     ///
     /// # Errors
-    /// There are none.
-    pub fn clip(&self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
-        Clip::new(&self.sums.values().collect::<Vec<_>>(), max_norm, loss_scale)
+    /// There are none; or, of gradients in pages, not all.
+    pub fn clip(&mut self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
+        match &mut self.sums {
+            Sums::Whole(sums) => Clip::new(&sums.values().collect::<Vec<_>>(), max_norm, loss_scale),
+            Sums::Paged(paged) => paged.squares()?.clip(max_norm, loss_scale),
+        }
+    }
+}
+
+/// A gradient as f32.
+fn wide(grad: Tensor) -> Result<Tensor> {
+    match grad.dtype() {
+        DType::F32 => Ok(grad),
+        DType::F16 | DType::BF16 => cast(&grad, DType::F32, Tag::Gradients),
+        found => Err(Error::DType { op: "gradients", expected: "float".into(), found }),
     }
 }
 
 impl GradSink for Gradients {
     fn parameter(&mut self, id: ParamId, grad: Tensor) -> Result<()> {
-        if let Some(sum) = self.sums.get_mut(&id) {
+        let sums = match &mut self.sums {
+            Sums::Paged(paged) => return paged.parameter(id, &wide(grad)?),
+            Sums::Whole(sums) => sums,
+        };
+        if let Some(sum) = sums.get_mut(&id) {
             return add_assign(sum, &grad);
         }
         let sum = match (grad.dtype(), grad.is_unique()) {
             (DType::F32, true) => grad.retag(Tag::Gradients),
             (DType::F32, false) => grad.copy(Tag::Gradients)?,
-            (DType::F16 | DType::BF16, _) => cast(&grad, DType::F32, Tag::Gradients)?,
-            (found, _) => return Err(Error::DType { op: "gradients", expected: "float".into(), found }),
+            _ => wide(grad)?,
         };
-        self.sums.insert(id, sum);
+        sums.insert(id, sum);
         Ok(())
     }
 
@@ -100,13 +242,14 @@ mod tests {
         grads.parameter(ParamId(3), first).unwrap();
         let halves = tensor(&[0.5, -4.0]).cast(DType::BF16, Tag::Workspace).unwrap();
         grads.parameter(ParamId(3), halves).unwrap();
-        let sum = grads.get(ParamId(3)).unwrap();
-        assert_eq!((values(sum), sum.bytes().unwrap().as_ptr()), (&[1.5, -2.0][..], address));
+        let sum = grads.get(ParamId(3)).unwrap().unwrap();
+        assert_eq!((values(&sum), sum.bytes().unwrap().as_ptr()), (&[1.5, -2.0][..], address));
         assert!(grads.parameter(ParamId(3), tensor(&[1.0])).is_err());
         assert!(grads.parameter(ParamId(4), Tensor::from_slice(&[1u8], &[1], Tag::Workspace).unwrap()).is_err());
-        assert_eq!(grads.len(), 1);
+        drop(sum);
+        assert_eq!(grads.ids(), [ParamId(3)]);
         grads.clear();
-        assert!(grads.is_empty() && grads.get(ParamId(3)).is_none());
+        assert!(grads.ids().is_empty() && grads.get(ParamId(3)).unwrap().is_none());
     }
 
     #[test]
@@ -115,7 +258,7 @@ mod tests {
         let seen = tensor(&[1.0, 2.0]);
         grads.parameter(ParamId(0), seen.clone()).unwrap();
         grads.parameter(ParamId(0), tensor(&[1.0, 1.0])).unwrap();
-        assert_eq!(values(grads.get(ParamId(0)).unwrap()), [2.0, 3.0]);
+        assert_eq!(values(&grads.get(ParamId(0)).unwrap().unwrap()), [2.0, 3.0]);
         for (a, b) in [(seen.clone(), tensor(&[5.0, 5.0])), (tensor(&[5.0, 5.0]), seen.clone())] {
             assert_eq!(values(&grads.add(a, b).unwrap()), [6.0, 7.0]);
         }

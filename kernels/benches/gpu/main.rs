@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p nibble-kernels --bench gpu [-- NAME]`. Prints for each case the median time, bytes and floating-point
 //! operations a second, and the share of the copy rate; with `NIBBLE_PEAK_TFLOPS` (what the GPU's best matrix product
-//! reaches, measured by you) the share of that too.
+//! reaches, measured by you) the share of that too. With `NIBBLE_BENCH_PROFILE=1` every case runs once to warm up and once
+//! for a profiler to record, and only its name is printed: `ncu --profile-from-start off PROGRAM NAME`.
 
 mod attention;
 mod linear;
@@ -12,7 +13,7 @@ mod skinny;
 
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
-    cuda::{Gpu, Timer},
+    cuda::{Gpu, Profiled, Timer},
     rng::{Philox, Stream},
 };
 
@@ -27,6 +28,8 @@ pub struct Bench {
     /// Bytes a second of a device-to-device copy, read and written.
     copy_rate: f64,
     peak_tflops: Option<f64>,
+    /// Each case is shown to a profiler instead of being timed.
+    profile: bool,
     filter: Option<String>,
 }
 
@@ -35,7 +38,8 @@ impl Bench {
         let device = Device::Cuda(0);
         let gpu = Gpu::of(device)?;
         let peak_tflops = std::env::var("NIBBLE_PEAK_TFLOPS").ok().and_then(|text| text.parse().ok());
-        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, filter };
+        let profile = std::env::var_os("NIBBLE_BENCH_PROFILE").is_some_and(|value| value != "0");
+        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, profile, filter };
         let source = Tensor::zeros(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let mut target = Tensor::empty(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let milliseconds = bench.median(&mut || target.copy_from(0, &source))?;
@@ -87,6 +91,13 @@ impl Bench {
     ) -> Result<()> {
         let operation = |filter: &String| OPERATIONS.iter().any(|(name, _)| name == filter);
         if self.filter.as_ref().is_some_and(|filter| !operation(filter) && !name.contains(filter.as_str())) {
+            return Ok(());
+        }
+        if self.profile {
+            run()?;
+            let _recorded = Profiled::start(self.gpu)?;
+            run()?;
+            println!("{name:<34} {shape}");
             return Ok(());
         }
         let milliseconds = self.median(&mut run)?;

@@ -84,7 +84,7 @@ fn update(bench: &Bench, sizes: &[usize], eight: bool) -> Result<()> {
         true => narrow.iter_mut().map(|[m, v]| MomentsMut::Bits8 { m, v }).collect(),
     };
     let mut jobs: Vec<Job> = (params.iter_mut().zip(&grads).zip(moments))
-        .map(|((param, grad), moments)| Job { param, grad, moments, decay: true, previous: None })
+        .map(|((param, grad), moments)| Job::whole(param, grad, moments, true))
         .collect();
     let mut step = 0;
     bench.time(&format!("adamw {bits}"), &what, 12 * numel + state, 0.0, || {

@@ -14,14 +14,14 @@ const ZERO: u8 = 127;
 
 /// See [`super::step32`]; everything has been checked.
 pub(super) fn step32(
-    param: &mut Tensor,
+    w: &mut [f32],
     grad: &Tensor,
     m: &mut Tensor,
     v: &mut Tensor,
     coefficients: &Coefficients,
 ) -> Result<()> {
     let grad = grad.to_f32()?;
-    let (w, m, v) = (param.as_mut_slice::<f32>()?, m.as_mut_slice::<f32>()?, v.as_mut_slice::<f32>()?);
+    let (m, v) = (m.as_mut_slice::<f32>()?, v.as_mut_slice::<f32>()?);
     w.par_chunks_mut(PIECE)
         .zip(grad.par_chunks(PIECE))
         .zip(m.par_chunks_mut(PIECE).zip(v.par_chunks_mut(PIECE)))
@@ -35,14 +35,13 @@ pub(super) fn step32(
 
 /// See [`super::step8`]; everything has been checked.
 pub(super) fn step8(
-    param: &mut Tensor,
+    w: &mut [f32],
     grad: &Tensor,
     m: &mut State8,
     v: &mut State8,
     coefficients: &Coefficients,
 ) -> Result<()> {
     let grad = grad.to_f32()?;
-    let w = param.as_mut_slice::<f32>()?;
     let (m_codes, m_absmax) = (m.codes.as_mut_slice::<u8>()?, m.absmax.as_mut_slice::<f32>()?);
     let (v_codes, v_absmax) = (v.codes.as_mut_slice::<u8>()?, v.absmax.as_mut_slice::<f32>()?);
     let (signed, unsigned) = (dynamic8::signed_map(), dynamic8::unsigned_map());

@@ -2,12 +2,12 @@
 
 use super::{
     Coefficients,
-    list::{Job, MomentsMut},
+    list::{Job, MomentsMut, Part},
 };
 use crate::{dynamic8, norm::Clip, tensor_list::TensorList};
 use nibble_runtime::{
     DType, Device, Error, Result, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Entry, Event, Gpu, Module, Stream},
 };
 
 pub(crate) static MODULE: Module = Module {
@@ -20,33 +20,45 @@ pub(crate) static MODULE: Module = Module {
 const PIECE: usize = 4096;
 const THREADS: u32 = 256;
 
-/// See [`super::list::step_all`]; everything has been checked but where the tensors are.
-pub(super) fn step_all(jobs: &mut [Job], c: &Coefficients, clip: &mut Clip, device: Device) -> Result<()> {
+/// See [`super::list::step_on`]; everything has been checked but where the tensors are.
+pub(super) fn step_on(
+    jobs: &mut [Job],
+    c: &Coefficients,
+    clip: &mut Clip,
+    device: Device,
+    stream: Option<Stream>,
+) -> Result<Vec<Tensor>> {
     let gpu = Gpu::of(device)?;
     let mut list = TensorList::new(PIECE);
     for job in jobs {
-        let Job { param, grad, moments, decay, previous } = job;
-        let of_grad = match grad.dtype() {
-            DType::F32 => 0,
-            DType::F16 => 4,
-            DType::BF16 => 8,
-            found => return Err(Error::DType { op: "adamw", expected: "float".into(), found }),
-        };
-        let (m, v, m_absmax, v_absmax, eight) = match moments {
-            MomentsMut::F32 { m, v } => (m.device_pointer_mut()?, v.device_pointer_mut()?, 0, 0, 0),
-            MomentsMut::Bits8 { m, v } => (
-                m.codes.device_pointer_mut()?,
-                v.codes.device_pointer_mut()?,
-                m.absmax.device_pointer_mut()?,
-                v.absmax.device_pointer_mut()?,
-                2,
-            ),
-        };
+        let Job { param, decay, previous, parts } = job;
+        let param = param.device_pointer_mut()?;
         let previous = previous.as_mut().map_or(Ok(0), |previous| previous.device_pointer_mut())?;
-        let pointers = [param.device_pointer_mut()?, grad.device_pointer()?, m, v, m_absmax, v_absmax, previous];
-        list.push(&pointers, param.numel(), u32::from(*decay) | eight | of_grad)?;
+        for Part { start, grad, moments } in parts {
+            let of_grad = match grad.dtype() {
+                DType::F32 => 0,
+                DType::F16 => 4,
+                DType::BF16 => 8,
+                found => return Err(Error::DType { op: "adamw", expected: "float".into(), found }),
+            };
+            let (m, v, m_absmax, v_absmax, eight) = match moments {
+                MomentsMut::F32 { m, v } => (m.device_pointer_mut()?, v.device_pointer_mut()?, 0, 0, 0),
+                MomentsMut::Bits8 { m, v } => (
+                    m.codes.device_pointer_mut()?,
+                    v.codes.device_pointer_mut()?,
+                    m.absmax.device_pointer_mut()?,
+                    v.absmax.device_pointer_mut()?,
+                    2,
+                ),
+            };
+            let skip = 4 * *start as u64;
+            let previous = if previous == 0 { 0 } else { previous + skip };
+            let pointers = [param + skip, grad.device_pointer()?, m, v, m_absmax, v_absmax, previous];
+            list.push(&pointers, grad.numel(), u32::from(*decay) | eight | of_grad)?;
+        }
     }
-    let table: Tensor = list.upload(device)?;
+    let (table, signed, unsigned) =
+        (list.upload(device)?, dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
     let args = Args::new()
         .input(&table)
         .u32(list.count())
@@ -60,7 +72,15 @@ pub(super) fn step_all(jobs: &mut [Job], c: &Coefficients, clip: &mut Clip, devi
         .f32(c.decay_before)
         .f32(c.decay_after)
         .output(clip.state_mut())
-        .input(&dynamic8::signed_map_on(device)?)
-        .input(&dynamic8::unsigned_map_on(device)?);
-    gpu.launch(&MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)
+        .input(&signed)
+        .input(&unsigned);
+    let on = stream.unwrap_or(gpu.stream());
+    if stream.is_some() {
+        // The table has just been uploaded by the compute stream.
+        let ready = Event::new(gpu, false)?;
+        ready.record(gpu.stream())?;
+        ready.hold(on)?;
+    }
+    gpu.launch_on(on, &MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)?;
+    Ok(vec![table, signed, unsigned])
 }

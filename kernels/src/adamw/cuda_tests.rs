@@ -35,7 +35,8 @@ fn run(device: Device, sizes: &[usize], eight: bool, dtype: DType, scales: &[f32
             .enumerate()
             .map(|(i, (((param, grad), ([m, v], [m8, v8])), previous))| {
                 let moments = if eight { MomentsMut::Bits8 { m: m8, v: v8 } } else { MomentsMut::F32 { m, v } };
-                Job { param, grad, moments, decay: i % 2 == 0, previous: (i % 3 != 0).then_some(previous) }
+                let previous = (i % 3 != 0).then_some(previous);
+                Job { previous, ..Job::whole(param, grad, moments, i % 2 == 0) }
             })
             .collect();
         step_all(&mut jobs, &AdamWConfig { lr: 1e-2, ..AdamWConfig::default() }, step as u32, &mut clip).unwrap();
@@ -81,7 +82,7 @@ fn gpu_adamw_finds_parameters_that_become_infinite() {
         let mut clip = Clip::new(&[&grad], 1.0, 1.0).unwrap();
         let config = AdamWConfig { lr: 1e38, weight_decay: 0.0, ..AdamWConfig::default() };
         let moments = MomentsMut::F32 { m: &mut m, v: &mut v };
-        let job = Job { param: &mut param, grad: &grad, moments, decay: false, previous: None };
+        let job = Job::whole(&mut param, &grad, moments, false);
         step_all(&mut [job], &config, 1, &mut clip).unwrap();
         let verdict = clip.read().unwrap();
         assert_eq!((verdict.gradients_finite, verdict.parameters_finite), (true, false), "{device}");

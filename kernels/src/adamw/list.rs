@@ -1,8 +1,10 @@
 //! The update of all parameters at once: what an optimizer does in a step.
 
-use super::{AdamWConfig, Coefficients, State8, check8, check32, cpu, cuda};
+use super::{
+    AdamWConfig, BLOCK, Coefficients, State8, check_moments8, check_moments32, check_param, check_settings, cpu, cuda,
+};
 use crate::norm::Clip;
-use nibble_runtime::{DType, Device, Error, Result, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tensor, cuda::Stream};
 use rayon::prelude::*;
 
 /// The moments of a parameter, to be updated.
@@ -13,33 +15,58 @@ pub enum MomentsMut<'a> {
     Bits8 { m: &'a mut State8, v: &'a mut State8 },
 }
 
+/// A run of a parameter's elements, with what updates it. Gradients and moments of a parameter may lie in several places.
+pub struct Part<'a> {
+    /// The first element, counted in the parameter.
+    pub start: usize,
+    /// Its gradient, of any float type, not yet scaled: as many elements as are to be updated.
+    pub grad: Tensor,
+    /// Overwritten.
+    pub moments: MomentsMut<'a>,
+}
+
 /// A parameter to update.
 pub struct Job<'a> {
     /// f32, overwritten.
     pub param: &'a mut Tensor,
-    /// Its gradient, of any float type, not yet scaled.
-    pub grad: &'a Tensor,
-    /// Overwritten.
-    pub moments: MomentsMut<'a>,
     /// Whether weight decay applies.
     pub decay: bool,
     /// Gets the values from before the update, f32.
     pub previous: Option<&'a mut Tensor>,
+    /// What to update; no two parts share elements.
+    pub parts: Vec<Part<'a>>,
 }
 
-impl Job<'_> {
-    fn check(&self, config: &AdamWConfig, step: u32) -> Result<()> {
-        let (param, grad) = (&*self.param, self.grad);
-        match &self.moments {
-            MomentsMut::F32 { m, v } => check32(param, grad, m, v, config, step, 1.0)?,
-            MomentsMut::Bits8 { m, v } => check8(param, grad, m, v, config, step, 1.0)?,
+impl<'a> Job<'a> {
+    /// The update of a whole parameter.
+    pub fn whole(param: &'a mut Tensor, grad: &Tensor, moments: MomentsMut<'a>, decay: bool) -> Self {
+        Job { param, decay, previous: None, parts: vec![Part { start: 0, grad: grad.clone(), moments }] }
+    }
+
+    fn check(&self) -> Result<()> {
+        let (op, param) = ("adamw", &*self.param);
+        check_param(param)?;
+        for Part { start, grad, moments } in &self.parts {
+            let count = grad.numel();
+            if !grad.dtype().is_float() {
+                return Err(Error::DType { op, expected: "float".into(), found: grad.dtype() });
+            }
+            let whole_blocks = matches!(moments, MomentsMut::F32 { .. }) || start % BLOCK == 0;
+            if start.checked_add(count).is_none_or(|end| end > param.numel()) || !whole_blocks {
+                let what = format!("elements {start}..+{count} of a parameter of shape {:?}", param.shape());
+                return Err(Error::shape(op, what));
+            }
+            match moments {
+                MomentsMut::F32 { m, v } => check_moments32(m, v, count)?,
+                MomentsMut::Bits8 { m, v } => check_moments8(m, v, count)?,
+            }
         }
         match &self.previous {
             Some(previous) if previous.shape() != param.shape() || previous.dtype() != DType::F32 => {
                 let what = format!("{previous:?} is to keep the values of {param:?}");
-                Err(Error::shape("adamw", what))
+                Err(Error::shape(op, what))
             }
-            Some(previous) if !previous.is_unique() => Err(Error::Shared { op: "adamw" }),
+            Some(previous) if !previous.is_unique() => Err(Error::Shared { op }),
             _ => Ok(()),
         }
     }
@@ -47,16 +74,34 @@ impl Job<'_> {
 
 /// Update number `step` (from 1 on) of all parameters, by gradients times the factor of `clip`. Where its norm is not
 /// finite nothing is changed. `clip` notes whether every parameter is finite afterwards. On a GPU all of it is one launch
-/// that nobody waits for; the results are those of [`super::step32`] and [`super::step8`] to the bit.
+/// that nobody waits for; the results are those of [`super::step32`] and [`super::step8`] to the bit, however parameters
+/// are cut into parts.
 ///
 /// # Errors
 /// Types, shapes or settings do not fit, or a tensor to be written is shared; nothing has been written then.
 pub fn step_all(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Clip) -> Result<()> {
-    jobs.iter().try_for_each(|job| job.check(config, step))?;
+    step_on(jobs, config, step, clip, None).map(drop)
+}
+
+/// As [`step_all`], on another stream of a GPU, which first waits for what the compute stream has been given. Whoever
+/// gives a stream sees to it that nothing that takes part is used or freed before that stream is done; so also what is
+/// returned.
+///
+/// # Errors
+/// As [`step_all`].
+pub fn step_on(
+    jobs: &mut [Job],
+    config: &AdamWConfig,
+    step: u32,
+    clip: &mut Clip,
+    stream: Option<Stream>,
+) -> Result<Vec<Tensor>> {
+    check_settings(config, step)?;
+    jobs.iter().try_for_each(Job::check)?;
     match jobs.first().map(|job| job.param.device()) {
-        None => Ok(()),
-        Some(Device::Cpu) => on_cpu(jobs, config, step, clip),
-        Some(device) => cuda::step_all(jobs, &Coefficients::new(config, step, 1.0), clip, device),
+        None => Ok(Vec::new()),
+        Some(Device::Cpu) => on_cpu(jobs, config, step, clip).map(|()| Vec::new()),
+        Some(device) => cuda::step_on(jobs, &Coefficients::new(config, step, 1.0), clip, device, stream),
     }
 }
 
@@ -66,16 +111,22 @@ fn on_cpu(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Clip) ->
         return Ok(());
     }
     let update = |job: &mut Job| -> Result<bool> {
-        if let Some(previous) = &mut job.previous {
-            previous.copy_from(0, job.param)?;
-        }
         let weight_decay = if job.decay { config.weight_decay } else { 0.0 };
         let coefficients = Coefficients::new(&AdamWConfig { weight_decay, ..*config }, step, factor);
-        match &mut job.moments {
-            MomentsMut::F32 { m, v } => cpu::step32(job.param, job.grad, m, v, &coefficients)?,
-            MomentsMut::Bits8 { m, v } => cpu::step8(job.param, job.grad, m, v, &coefficients)?,
+        let mut finite = true;
+        for Part { start, grad, moments } in &mut job.parts {
+            let range = *start..*start + grad.numel();
+            let w = &mut job.param.as_mut_slice::<f32>()?[range.clone()];
+            if let Some(previous) = &mut job.previous {
+                previous.as_mut_slice::<f32>()?[range].copy_from_slice(w);
+            }
+            match moments {
+                MomentsMut::F32 { m, v } => cpu::step32(w, grad, m, v, &coefficients)?,
+                MomentsMut::Bits8 { m, v } => cpu::step8(w, grad, m, v, &coefficients)?,
+            }
+            finite &= w.iter().all(|x| x.is_finite());
         }
-        Ok(job.param.as_slice::<f32>()?.iter().all(|x| x.is_finite()))
+        Ok(finite)
     };
     let finite: Vec<bool> = jobs.par_iter_mut().map(update).collect::<Result<_>>()?;
     if finite.contains(&false) {

@@ -19,7 +19,7 @@ mod list;
 #[cfg(test)]
 mod tests;
 
-pub use list::{Job, MomentsMut, step_all};
+pub use list::{Job, MomentsMut, Part, step_all, step_on};
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
@@ -182,25 +182,50 @@ impl Coefficients {
     }
 }
 
+fn check_settings(config: &AdamWConfig, step: u32) -> Result<()> {
+    config.validate()?;
+    if step == 0 {
+        return Err(Error::invalid("adamw", "step is 0; the first is 1"));
+    }
+    Ok(())
+}
+
+fn check_param(param: &Tensor) -> Result<()> {
+    let op = "adamw";
+    if param.dtype() != DType::F32 {
+        return Err(Error::DType { op, expected: "f32".into(), found: param.dtype() });
+    }
+    if !param.is_unique() {
+        return Err(Error::Shared { op });
+    }
+    Ok(())
+}
+
 fn check(config: &AdamWConfig, step: u32, grad_scale: f32, param: &Tensor, grad: &Tensor) -> Result<()> {
     let op = "adamw";
-    config.validate()?;
-    if step == 0 || !grad_scale.is_finite() {
-        let what = format!("step is {step}, grad_scale is {grad_scale}; expected a step from 1 on and a finite scale");
-        return Err(Error::invalid(op, what));
+    check_settings(config, step)?;
+    if !grad_scale.is_finite() {
+        return Err(Error::invalid(op, format!("grad_scale is {grad_scale}; expected a finite scale")));
     }
     if param.shape() != grad.shape() {
         let what = format!("the parameter has shape {:?}, its gradient {:?}", param.shape(), grad.shape());
         return Err(Error::shape(op, what));
     }
-    if param.dtype() != DType::F32 {
-        return Err(Error::DType { op, expected: "f32".into(), found: param.dtype() });
-    }
     if !grad.dtype().is_float() {
         return Err(Error::DType { op, expected: "float".into(), found: grad.dtype() });
     }
-    if !param.is_unique() {
-        return Err(Error::Shared { op });
+    check_param(param)
+}
+
+fn check_moments32(m: &Tensor, v: &Tensor, numel: usize) -> Result<()> {
+    check_state("m", m, DType::F32, numel)?;
+    check_state("v", v, DType::F32, numel)
+}
+
+fn check_moments8(m: &State8, v: &State8, numel: usize) -> Result<()> {
+    for (name, state) in [("m", m), ("v", v)] {
+        check_state(name, &state.codes, DType::U8, numel)?;
+        check_state(name, &state.absmax, DType::F32, numel.div_ceil(BLOCK))?;
     }
     Ok(())
 }
@@ -211,45 +236,11 @@ fn check_state(name: &str, tensor: &Tensor, dtype: DType, numel: usize) -> Resul
         return Err(Error::DType { op, expected: dtype.to_string(), found: tensor.dtype() });
     }
     if tensor.numel() != numel {
-        let what = format!("{name} has {} elements; the parameter needs {numel}", tensor.numel());
+        let what = format!("{name} has {} elements; {numel} are needed", tensor.numel());
         return Err(Error::shape(op, what));
     }
     if !tensor.is_unique() {
         return Err(Error::Shared { op });
-    }
-    Ok(())
-}
-
-/// Whether [`step32`] would succeed: for callers that update several parameters or none.
-pub fn check32(
-    param: &Tensor,
-    grad: &Tensor,
-    m: &Tensor,
-    v: &Tensor,
-    config: &AdamWConfig,
-    step: u32,
-    grad_scale: f32,
-) -> Result<()> {
-    check(config, step, grad_scale, param, grad)?;
-    check_state("m", m, DType::F32, param.numel())?;
-    check_state("v", v, DType::F32, param.numel())
-}
-
-/// Whether [`step8`] would succeed.
-pub fn check8(
-    param: &Tensor,
-    grad: &Tensor,
-    m: &State8,
-    v: &State8,
-    config: &AdamWConfig,
-    step: u32,
-    grad_scale: f32,
-) -> Result<()> {
-    check(config, step, grad_scale, param, grad)?;
-    let numel = param.numel();
-    for (name, state) in [("m", m), ("v", v)] {
-        check_state(name, &state.codes, DType::U8, numel)?;
-        check_state(name, &state.absmax, DType::F32, numel.div_ceil(BLOCK))?;
     }
     Ok(())
 }
@@ -270,10 +261,11 @@ pub fn step32(
     step: u32,
     grad_scale: f32,
 ) -> Result<()> {
-    check32(param, grad, m, v, config, step, grad_scale)?;
+    check(config, step, grad_scale, param, grad)?;
+    check_moments32(m, v, param.numel())?;
     let coefficients = Coefficients::new(config, step, grad_scale);
     match param.device() {
-        Device::Cpu => cpu::step32(param, grad, m, v, &coefficients),
+        Device::Cpu => cpu::step32(param.as_mut_slice()?, grad, m, v, &coefficients),
         device => Err(Error::NoKernel { op: "adamw", device }),
     }
 }
@@ -291,10 +283,11 @@ pub fn step8(
     step: u32,
     grad_scale: f32,
 ) -> Result<()> {
-    check8(param, grad, m, v, config, step, grad_scale)?;
+    check(config, step, grad_scale, param, grad)?;
+    check_moments8(m, v, param.numel())?;
     let coefficients = Coefficients::new(config, step, grad_scale);
     match param.device() {
-        Device::Cpu => cpu::step8(param, grad, m, v, &coefficients),
+        Device::Cpu => cpu::step8(param.as_mut_slice()?, grad, m, v, &coefficients),
         device => Err(Error::NoKernel { op: "adamw", device }),
     }
 }

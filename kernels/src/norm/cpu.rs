@@ -1,31 +1,33 @@
 //! CPU kernel of the sum of squares.
 
+use super::PIECE;
 use half::{bf16, f16};
 use nibble_runtime::{DType, Error, Float, Result, Tensor};
 use rayon::prelude::*;
-
-/// Elements summed by one task: fixed, so that the order of additions does not depend on the number of threads.
-const PIECE: usize = 1 << 14;
 
 /// Running sums in a piece, which the processor adds side by side.
 const LANES: usize = 16;
 
 /// See [`super::sum_of_squares`].
 pub(super) fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    Ok(pieces(x)?.iter().sum())
+}
+
+/// The sum of squares of each piece of a tensor.
+pub(super) fn pieces(x: &Tensor) -> Result<Vec<f64>> {
     Ok(match x.dtype() {
-        DType::F32 => sum(x.as_slice::<f32>()?),
-        DType::F16 => sum(x.as_slice::<f16>()?),
-        DType::BF16 => sum(x.as_slice::<bf16>()?),
+        DType::F32 => sums(x.as_slice::<f32>()?),
+        DType::F16 => sums(x.as_slice::<f16>()?),
+        DType::BF16 => sums(x.as_slice::<bf16>()?),
         found => return Err(Error::DType { op: "sum_of_squares", expected: "float".into(), found }),
     })
 }
 
-fn sum<T: Float>(values: &[T]) -> f64 {
-    if values.len() <= PIECE {
-        return sum_piece(values);
+fn sums<T: Float>(values: &[T]) -> Vec<f64> {
+    match values.len() {
+        0..=PIECE => values.chunks(PIECE).map(sum_piece).collect(),
+        _ => values.par_chunks(PIECE).map(sum_piece).collect(),
     }
-    let pieces: Vec<f64> = values.par_chunks(PIECE).map(sum_piece).collect();
-    pieces.iter().sum()
 }
 
 fn sum_piece<T: Float>(values: &[T]) -> f64 {

@@ -5,7 +5,7 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-use nibble_runtime::{Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
 /// The sum of the squares of a float tensor's elements, accumulated in f64. The same bits for any number of threads.
 ///
@@ -15,6 +15,67 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
     match x.device() {
         Device::Cpu => cpu::sum_of_squares(x),
         device => Err(Error::NoKernel { op: "sum_of_squares", device }),
+    }
+}
+
+/// Elements whose squares are summed together, here and in norm.cu. Fixed, so that the order of additions depends neither on
+/// the number of threads nor on where gradients lie.
+pub const PIECE: usize = 1 << 14;
+
+/// The sums of squares of gradients, piece by piece, from which their global norm comes. Gradients that lie in several
+/// places, or are only for a while where they can be read fast, are summed as they are at hand: the result is the same to
+/// the bit.
+#[derive(Debug)]
+pub struct Squares {
+    /// f64 in i64 words `[pieces]`: a tensor has no doubles.
+    partial: Tensor,
+}
+
+impl Squares {
+    /// Room for the sums of `pieces` pieces, none of which has been put yet.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn new(pieces: usize, device: Device) -> Result<Self> {
+        Ok(Squares { partial: Tensor::zeros(&[pieces], DType::I64, device, Tag::Workspace)? })
+    }
+
+    /// Puts the sums of float tensors, each from the piece on that is given with it: every tensor but the last of a
+    /// parameter has a whole number of pieces.
+    ///
+    /// # Errors
+    /// There is no room for the pieces, a tensor does not hold floats, or is elsewhere.
+    pub fn put(&mut self, parts: &[(usize, &Tensor)]) -> Result<()> {
+        let (room, device) = (self.partial.numel(), self.partial.device());
+        for (first, values) in parts {
+            if first + values.numel().div_ceil(PIECE) > room || values.device() != device {
+                let what = format!("{values:?} from piece {first} on does not fit {room} pieces on {device}");
+                return Err(Error::shape("norm", what));
+            }
+        }
+        if device != Device::Cpu {
+            return cuda::put(&mut self.partial, parts);
+        }
+        for (first, values) in parts {
+            let sums = cpu::pieces(values)?;
+            let words = &mut self.partial.as_mut_slice::<i64>()?[*first..first + sums.len()];
+            words.iter_mut().zip(sums).for_each(|(word, sum)| *word = sum.to_bits() as i64);
+        }
+        Ok(())
+    }
+
+    /// What the gradients, which carry `loss_scale`, say about their update: see [`Clip::new`].
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn clip(&self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
+        if self.partial.device() != Device::Cpu {
+            return Ok(Clip { state: cuda::clip(&self.partial, max_norm, loss_scale)? });
+        }
+        let squares: f64 = self.partial.as_slice::<i64>()?.iter().map(|&word| f64::from_bits(word as u64)).sum();
+        let norm = squares.sqrt() / f64::from(loss_scale);
+        let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, f32::from(norm.is_finite()), 1.0];
+        Ok(Clip { state: Tensor::from_slice(&state, &[4], Tag::Workspace)? })
     }
 }
 
@@ -50,16 +111,15 @@ impl Clip {
         if grads.iter().any(|grad| grad.device() != device) {
             return Err(Error::invalid("clip", "gradients are on several devices"));
         }
-        let state = match device {
-            Device::Cpu => {
-                let squares: Vec<f64> = grads.iter().map(|grad| cpu::sum_of_squares(grad)).collect::<Result<_>>()?;
-                let norm = squares.iter().sum::<f64>().sqrt() / f64::from(loss_scale);
-                let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, f32::from(norm.is_finite()), 1.0];
-                Tensor::from_slice(&state, &[4], Tag::Workspace)?
-            }
-            Device::Cuda(_) => cuda::clip(grads, device, max_norm, loss_scale)?,
-        };
-        Ok(Clip { state })
+        let mut pieces = 0;
+        let mut parts = Vec::with_capacity(grads.len());
+        for &grad in grads {
+            parts.push((pieces, grad));
+            pieces += grad.numel().div_ceil(PIECE);
+        }
+        let mut squares = Squares::new(pieces, device)?;
+        squares.put(&parts)?;
+        squares.clip(max_norm, loss_scale)
     }
 
     /// What to multiply the gradients by, and whether they are finite: on the host.
@@ -102,7 +162,7 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nibble_runtime::{DType, Tag};
+    use nibble_runtime::Tag;
     use proptest::prelude::*;
 
     #[test]

@@ -8,6 +8,7 @@ enum Kind : u32 { KIND_F32, KIND_F16, KIND_BF16 };
 // One tensor; laid out as the host writes it.
 struct Entry {
     const void* values;
+    u64 partial; // where the sum of its first piece goes
     u64 numel;
     u32 first_piece;
     u32 kind;
@@ -53,7 +54,7 @@ template <typename T> __device__ __forceinline__ double sum_of_squares(const T* 
     return sum;
 }
 
-// partial[piece] = the sum of squares of the piece's elements.
+// partial[entry.partial + i] = the sum of squares of the elements of the entry's i-th piece.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_pieces(const Entry* table, u32 count, double* partial) {
     const Entry& entry = tensor_of_piece(table, count, blockIdx.x);
     u64 from = (u64)(blockIdx.x - entry.first_piece) * PIECE, to = min(from + PIECE, entry.numel);
@@ -62,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_pieces(const Entry* t
     else if (entry.kind == KIND_F16) sum = sum_of_squares((const f16*)entry.values, from, to);
     else sum = sum_of_squares((const bf16*)entry.values, from, to);
     sum = block_sum_double(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[entry.partial + (blockIdx.x - entry.first_piece)] = sum;
 }
 
 // clip = {norm, factor, 1 if the norm is finite, 1 for parameters not yet found to be infinite}; one block.

@@ -104,7 +104,17 @@ impl<S: AddressSpace, E: Events> Allocator<S, E> {
     pub fn new(device: Device, space: S, events: E) -> Self {
         let blocks = Blocks::new(space.reserved());
         let streams = BTreeMap::new();
-        Allocator { device, space, events, blocks, streams, usage: Usage::default(), limit: None, outside: 0, fail_after: None }
+        Allocator {
+            device,
+            space,
+            events,
+            blocks,
+            streams,
+            usage: Usage::default(),
+            limit: None,
+            outside: 0,
+            fail_after: None,
+        }
     }
 
     /// At least `bytes` of memory with unspecified contents, for use by `stream`.

@@ -67,7 +67,10 @@ enum Place {
     /// Pinned host memory, which the GPU reads and writes across the bus at this address.
     Host(sys::CUdeviceptr),
     /// Memory of the pager, which the lease keeps at this address.
-    Page { address: sys::CUdeviceptr, _lease: Arc<Lease> },
+    Page {
+        address: sys::CUdeviceptr,
+        _lease: Arc<Lease>,
+    },
 }
 
 impl fmt::Debug for DeviceBuffer {

@@ -15,6 +15,7 @@ mod memory_tests;
 #[cfg(test)]
 mod pages_tests;
 mod pinned;
+mod profile;
 mod space;
 mod tensor_map;
 mod testing;
@@ -29,6 +30,7 @@ pub use launch::{Args, Entry, Module};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::{DeviceMemory, poison};
 pub use pinned::PinnedPages;
+pub use profile::Profiled;
 pub use space::{GpuEvents, GpuSpace};
 pub use testing::device_for_tests;
 pub use unified::UnifiedPages;

@@ -150,7 +150,10 @@ impl UnifiedPages {
         all.advise(Advice::CU_MEM_ADVISE_SET_ACCESSED_BY, device)?;
         store.fill_with_zeros(bytes);
         // Some systems only say here that they cannot move pages.
-        store.page(0).start(CPU, store.inward).map_err(|error| refuse(format!("its pages cannot be moved: {error}")))?;
+        store
+            .page(0)
+            .start(CPU, store.inward)
+            .map_err(|error| refuse(format!("its pages cannot be moved: {error}")))?;
         let (sender, receiver) = mpsc::channel::<Move>();
         let outward = Stream::beside(gpu)?;
         store.to_evict = Some(sender);

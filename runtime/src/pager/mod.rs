@@ -124,6 +124,11 @@ impl Pager {
         self.lock().set_cap(bytes / self.page_bytes)
     }
 
+    /// How pages that are not resident are used.
+    pub fn policy(&self) -> Policy {
+        self.lock().policy()
+    }
+
     /// Bytes that may be in device memory now: the budget, less what was given back.
     pub fn budget(&self) -> usize {
         self.lock().allowed() * self.page_bytes

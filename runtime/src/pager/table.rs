@@ -140,6 +140,10 @@ impl Table {
         self.store.name()
     }
 
+    pub(super) fn policy(&self) -> Policy {
+        self.policy
+    }
+
     pub(super) fn allowed(&self) -> usize {
         self.allowed
     }
@@ -312,7 +316,8 @@ impl Table {
         if self.policy == Policy::Lru && !self.pages[page].resident && self.allowed > 0 {
             if self.resident >= self.allowed {
                 let candidates = (0..self.pages.len()).filter(|&page| self.pages[page].resident);
-                let oldest = candidates.filter(|&page| !self.pages[page].pinned).min_by_key(|&page| self.pages[page].used);
+                let oldest =
+                    candidates.filter(|&page| !self.pages[page].pinned).min_by_key(|&page| self.pages[page].used);
                 if let Some(oldest) = oldest {
                     self.evict(oldest)?;
                 }

@@ -73,7 +73,10 @@ impl Checked {
         let leases: Vec<_> = pages.iter().map(|&page| Ok((page, self.pager.lease(page)?))).collect::<Result<_>>()?;
         while_held(&self.pager)?;
         for (page, lease) in leases {
-            assert!(self.pager.lease(page).is_err() && self.pager.read(page, 0, &mut [0]).is_err(), "pins are respected");
+            assert!(
+                self.pager.lease(page).is_err() && self.pager.read(page, 0, &mut [0]).is_err(),
+                "pins are respected"
+            );
             let view = lease.tensor(0, DType::U8, &[self.page_bytes])?;
             assert!(lease.tensor(self.page_bytes - 1, DType::U8, &[1]).is_err(), "views never overlap");
             drop(lease);
