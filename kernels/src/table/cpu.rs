@@ -1,7 +1,11 @@
 //! Tables in 8 bits on the CPU.
 
+use crate::math::vectorized;
 use nibble_runtime::{Result, Tensor};
 use rayon::prelude::*;
+
+/// Elements that a task makes at least, so that starting it costs little.
+const TASK: usize = 16 << 10;
 
 /// The scale of a row, NaN where it holds something that is not a number.
 fn scale(row: &[f32]) -> f32 {
@@ -38,9 +42,12 @@ pub(super) fn quantize(x: &Tensor, codes: &mut [i8], scales: &mut [f32]) -> Resu
 /// The rows `numbers`, which are there, into `out` `[numbers, D]`.
 pub(super) fn rows(codes: &[i8], scales: &[f32], numbers: &[usize], out: &mut [f32]) {
     let width = out.len() / numbers.len().max(1);
-    out.par_chunks_mut(width.max(1)).zip(numbers).for_each(|(out, &number)| {
-        let scale = scales[number];
-        out.iter_mut().zip(&codes[number * width..][..width]).for_each(|(x, &code)| *x = f32::from(code) * scale);
+    out.par_chunks_mut(width.max(1)).zip(numbers).with_min_len(TASK / width.max(1)).for_each(|(out, &number)| {
+        let (scale, codes) = (scales[number], &codes[number * width..][..width]);
+        vectorized(
+            #[inline(always)]
+            || out.iter_mut().zip(codes).for_each(|(x, &code)| *x = f32::from(code) * scale),
+        );
     });
 }
 
