@@ -26,7 +26,8 @@ const NF4: Quantization =
 
 fn load(path: &Path) -> Llama {
     let checkpoint = Checkpoint::open(path).expect("a checkpoint");
-    let options = LoadOptions { quantization: Some(NF4), dtype: DType::F32, device: Device::Cpu };
+    let options =
+        LoadOptions { quantization: Some(NF4), dtype: DType::F32, device: Device::Cpu, tables_in_8_bits: false };
     let (mut llama, _) = Llama::load(&checkpoint, options, |_, _| {}).expect("a Llama");
     let targets = TARGETS.map(String::from).to_vec();
     llama.add_lora(&LoraConfig { rank: 16, alpha: 16.0, dropout: 0.0, rslora: false, targets }, 0).expect("targets");

@@ -79,6 +79,9 @@ pub struct ModelArgs {
     /// Weights that share a scale (a power of two, 32 to 4096)
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub block_size: usize,
+    /// Precision of embedding and head: 16 (or as the checkpoint has them) or 8 bits
+    #[arg(long, value_name = "BITS", default_value = "16")]
+    pub embedding_bits: EmbeddingBits,
     /// Type of activations: auto, f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     pub dtype: DTypeChoice,
@@ -183,6 +186,37 @@ impl std::fmt::Display for QuantChoice {
             None => f.write_str("none"),
             Some(quant) => quant.fmt(f),
         }
+    }
+}
+
+/// How embedding and head are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EmbeddingBits {
+    /// As the checkpoint has them, in 16 bits where the computation is.
+    #[default]
+    Stored,
+    /// In 8 bits.
+    Bits8,
+}
+
+impl std::str::FromStr for EmbeddingBits {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "16" => Ok(EmbeddingBits::Stored),
+            "8" => Ok(EmbeddingBits::Bits8),
+            _ => Err(format!("embedding bits: expected 16 or 8, not {text}")),
+        }
+    }
+}
+
+impl std::fmt::Display for EmbeddingBits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            EmbeddingBits::Stored => "16",
+            EmbeddingBits::Bits8 => "8",
+        })
     }
 }
 

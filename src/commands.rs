@@ -2,7 +2,7 @@
 
 use crate::{
     bench_step,
-    cli::{Cli, Command, DTypeChoice, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
+    cli::{Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
     interrupt,
@@ -150,6 +150,8 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
         quant_chosen: args.quant.is_some(),
         double_quant: !args.no_double_quant,
         block_size: args.block_size,
+        // They are written as they were read.
+        embedding_bits: EmbeddingBits::Stored,
         dtype: DTypeChoice(None),
         device: DeviceRequest::Auto,
     };

@@ -1,13 +1,14 @@
 //! From a path to a model that is ready to run, with its tokenizer.
 
 use crate::{
-    cli::{DTypeChoice, ModelArgs, QuantChoice},
+    cli::{DTypeChoice, EmbeddingBits, ModelArgs, QuantChoice},
     default_task, report,
 };
 use anyhow::{Context, Result, ensure};
 use nibble_kernels::{
     linear::Weight,
     quantize::{QuantType, ScaleRounding},
+    table::Table,
 };
 use nibble_models::{
     Llama, LlamaConfig,
@@ -35,6 +36,7 @@ pub struct ModelSource {
     pub quant_chosen: bool,
     pub double_quant: bool,
     pub block_size: usize,
+    pub embedding_bits: EmbeddingBits,
     pub dtype: DTypeChoice,
     pub device: DeviceRequest,
 }
@@ -47,6 +49,7 @@ impl From<&ModelArgs> for ModelSource {
             quant_chosen: args.quant.is_some(),
             double_quant: !args.no_double_quant,
             block_size: args.block_size,
+            embedding_bits: args.embedding_bits,
             dtype: args.dtype,
             device: args.device,
         }
@@ -87,6 +90,7 @@ impl Model {
             }),
             dtype,
             device,
+            tables_in_8_bits: source.embedding_bits == EmbeddingBits::Bits8,
         };
         if let Some((path, shape)) = source.path.as_ref().and_then(|path| Some((path, random_shape(path)?))) {
             let config = LlamaConfig::shape(shape)?;
@@ -135,9 +139,13 @@ impl Model {
         );
         let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
         let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
+        let tables = match llama.embedding.value {
+            Table::Dense(_) => "embedding, head and norms",
+            Table::Rows8(_) => "embedding, head (both in 8 bits) and norms",
+        };
         eprintln!(
-            "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; embedding, head and \
-             norms {other}; computing in {}",
+            "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; {tables} {other}; \
+             computing in {}",
             footprint.weights as f64 / 1e6,
             QuantChoice(quant_type(&llama)),
             llama.dtype

@@ -1,6 +1,6 @@
 //! Settings of a training run: defaults, a TOML file, and the command line, each over the one before.
 
-use crate::cli::{DTypeChoice, QuantChoice};
+use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use nibble_models::llama::TARGETS;
@@ -90,6 +90,9 @@ pub struct TrainArgs {
     /// Weights that share a scale (a power of two, 32 to 4096) [default: 64]
     #[arg(long, value_name = "N")]
     pub block_size: Option<usize>,
+    /// Precision of embedding and head: 16 (or as the checkpoint has them) or 8 bits [default: 16]
+    #[arg(long, value_name = "BITS")]
+    pub embedding_bits: Option<String>,
     /// LoRA rank r [default: 16]
     #[arg(long, value_name = "R")]
     pub rank: Option<usize>,
@@ -190,6 +193,8 @@ pub struct Settings {
     pub quant: Option<QuantChoice>,
     pub no_double_quant: bool,
     pub block_size: usize,
+    #[serde(with = "as_text")]
+    pub embedding_bits: EmbeddingBits,
     pub rank: usize,
     pub alpha: f64,
     pub dropout: f32,
@@ -258,6 +263,7 @@ impl Default for Settings {
             quant: None,
             no_double_quant: false,
             block_size: 64,
+            embedding_bits: EmbeddingBits::default(),
             rank: 16,
             alpha: 16.0,
             dropout: 0.1,
@@ -340,6 +346,10 @@ impl Settings {
             _ => {}
         }
         ensure!(
+            self.method != Method::Full || self.embedding_bits == EmbeddingBits::Stored,
+            "--method full trains embedding and head: leave --embedding-bits 8 out"
+        );
+        ensure!(
             self.method != Method::Full || self.adapter_init.is_none(),
             "--method full trains no adapter: leave --adapter-init out"
         );
@@ -420,7 +430,17 @@ mod tests {
 
     #[test]
     fn written_settings_read_back() {
-        let settings = resolve(&["--quant", "fp4", "--targets", "q_proj,v_proj", "--betas", "0.8,0.99", "--rslora"]);
+        let settings = resolve(&[
+            "--quant",
+            "fp4",
+            "--embedding-bits",
+            "8",
+            "--targets",
+            "q_proj,v_proj",
+            "--betas",
+            "0.8,0.99",
+            "--rslora",
+        ]);
         let settings = settings.unwrap();
         let text = toml::to_string(&settings).unwrap();
         assert_eq!(toml::from_str::<Settings>(&text).unwrap(), settings, "{text}");
@@ -435,6 +455,8 @@ mod tests {
             (&["--quant", "int8"], "int8"),
             (&["--method", "full", "--quant", "nf4"], "quant"),
             (&["--method", "qlora", "--quant", "none"], "quant"),
+            (&["--method", "full", "--embedding-bits", "8"], "embedding-bits"),
+            (&["--embedding-bits", "4"], "expected 16 or 8"),
             (&["--model", "m"], "data"),
             (&["--betas", "0.9"], "betas"),
             (&["--dropout", "1"], "dropout"),

@@ -85,6 +85,7 @@ pub(crate) fn source(settings: &Settings) -> ModelSource {
         quant_chosen: settings.quant.is_some(),
         double_quant: !settings.no_double_quant,
         block_size: settings.block_size,
+        embedding_bits: settings.embedding_bits,
         dtype: settings.dtype,
         device: settings.device,
     }

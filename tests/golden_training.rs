@@ -39,7 +39,13 @@ const NF4: Quantization =
 
 fn load(folder: &str, quantization: Option<Quantization>, device: Device) -> Llama {
     let checkpoint = Checkpoint::open(&golden(folder)).unwrap();
-    Llama::load(&checkpoint, LoadOptions { quantization, dtype: DType::F32, device }, |_, _| {}).unwrap().0
+    Llama::load(
+        &checkpoint,
+        LoadOptions { quantization, dtype: DType::F32, device, tables_in_8_bits: false },
+        |_, _| {},
+    )
+    .unwrap()
+    .0
 }
 
 /// Each check on the CPU, and on a GPU where there is one.

@@ -19,7 +19,7 @@ fn difference(name: &str, layers: usize) -> (f32, f32) {
     let ids = file.tensor("ids", Tag::Workspace).unwrap();
     let ids: Vec<i32> = ids.as_slice::<i64>().unwrap().iter().map(|&id| id as i32).collect();
     let checkpoint = Checkpoint::open(&golden("gqa_llama3rope/model")).unwrap();
-    let options = LoadOptions { quantization: None, dtype: DType::F32, device: Device::Cpu };
+    let options = LoadOptions { quantization: None, dtype: DType::F32, device: Device::Cpu, tables_in_8_bits: false };
     let mut llama = Llama::load(&checkpoint, options, |_, _| {}).unwrap().0;
     let logits = |llama: &Llama| llama.logits(&ids, &[ids.len()]).unwrap().to_f32().unwrap().into_owned();
     let base = logits(&llama);

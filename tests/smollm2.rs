@@ -51,7 +51,9 @@ fn checkpoint() -> Option<Checkpoint> {
 }
 
 fn load(checkpoint: &Checkpoint, quantization: Option<Quantization>, device: Device) -> Llama {
-    Llama::load(checkpoint, LoadOptions { quantization, dtype: DType::F32, device }, |_, _| {}).unwrap().0
+    Llama::load(checkpoint, LoadOptions { quantization, dtype: DType::F32, device, tables_in_8_bits: false }, |_, _| {})
+        .unwrap()
+        .0
 }
 
 /// The CPU, and a GPU where there is one.

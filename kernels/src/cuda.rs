@@ -31,6 +31,7 @@ pub static MODULES: &[&Module] = &[
     &crate::rotary::cuda::MODULE,
     &crate::linear::SIMT,
     &crate::swiglu::cuda::MODULE,
+    &crate::table::cuda::MODULE,
     &crate::linear::WEIGHT_GRAD,
 ];
 

@@ -21,6 +21,7 @@ pub mod random;
 pub mod rms_norm;
 pub mod rotary;
 pub mod swiglu;
+pub mod table;
 mod tensor_list;
 #[cfg(test)]
 mod testing;

@@ -106,6 +106,8 @@ fn every_method_type_and_option_learns() {
         ("bf16", &["--dtype", "bf16"]),
         ("f16", &["--dtype", "f16"]),
         ("bits8", &["--optimizer-bits", "8"]),
+        ("embedding8", &["--embedding-bits", "8"]),
+        ("embedding8bf16", &["--method", "lora", "--embedding-bits", "8", "--dtype", "bf16"]),
         ("rslora", &["--rslora", "--targets", "q_proj,down_proj"]),
         ("full", &["--method", "full"]),
         ("full16", &["--method", "full", "--dtype", "bf16"]),
@@ -128,6 +130,31 @@ fn every_method_type_and_option_learns() {
     };
     assert!(nll("full/model") < nll(golden("model").to_str().unwrap()));
     assert!(place.ok(&["inspect", "full/model"]).stdout.contains("BF16"));
+}
+
+/// Embedding and head in 8 bits take about half, and change the model little; what trains on them runs on them.
+#[test]
+fn embedding_and_head_fit_in_8_bits() {
+    let place = Place::new();
+    let (data, model) = (place.ids(), golden("model"));
+    let (data, model) = (data.to_str().unwrap(), model.to_str().unwrap());
+    let eval = |bits: &str, more: &[&str]| {
+        let args = ["eval", "--model", model, "--data", data, "--json", "--embedding-bits", bits];
+        let ran = place.ok(&[&args[..], more].concat());
+        let nll = serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()["nll"].as_f64().unwrap();
+        (nll, ran.stderr)
+    };
+    let ((sixteen, _), (eight, stderr)) = (eval("16", &[]), eval("8", &[]));
+    assert!(sixteen != eight && (sixteen - eight).abs() < 0.01 * sixteen, "{sixteen} and {eight}");
+    assert!(stderr.contains("head (both in 8 bits)"), "{stderr}");
+
+    let ran = place.train("run", &["--embedding-bits", "8", "--steps", "8", "--lr", "3e-3"]);
+    assert!(ran.stderr.contains("head (both in 8 bits)"), "{}", ran.stderr);
+    assert!(place.read("run/settings.toml").contains("embedding-bits = \"8\""));
+    assert!(eval("8", &["--adapter", "run/adapter"]).0 < eight - 0.02);
+    let generate = ["logits", "--model", model, "--ids", "3,4,5", "--out", "l.safetensors", "--embedding-bits", "8"];
+    place.ok(&generate);
+    place.refuses_training(&["--method", "full", "--embedding-bits", "8"], &["--embedding-bits", "--method full"]);
 }
 
 #[test]

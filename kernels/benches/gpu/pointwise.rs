@@ -5,11 +5,10 @@ use nibble_kernels::{
     cast,
     cross_entropy::{Wanted, head_loss},
     dropout::{self, Mask},
-    elementwise, embedding,
-    linear::{Weight, forward_as, input_grad},
-    rms_norm,
+    elementwise, embedding, rms_norm,
     rotary::{self, Direction, RopeConfig, RopeScaling},
     swiglu,
+    table::{Rows8, Table, input_grad, project},
 };
 use nibble_runtime::{DType, Result, Tag, Tensor};
 use std::cell::RefCell;
@@ -101,17 +100,20 @@ fn others(bench: &Bench, tokens: usize) -> Result<()> {
 fn heads(bench: &Bench, tokens: usize) -> Result<()> {
     let (hidden, head) = (bench.random(&[tokens, HIDDEN], TYPE, 1)?, bench.random(&[VOCAB, HIDDEN], TYPE, 2)?);
     let grad = bench.random(&[tokens.min(512), VOCAB], TYPE, 3)?;
-    let head = Weight::Dense(head);
+    let (eight, head) = (Table::Rows8(Rows8::quantize(&head, Tag::Weights)?), Table::Dense(head));
     let labels: Vec<i32> = (0..tokens).map(|i| (i * 40_503 % VOCAB) as i32).collect();
     let (bytes, product) = (head.size_bytes(), 2.0 * (tokens * HIDDEN) as f64 * VOCAB as f64);
     let (text, wanted) = (shape(&hidden), Wanted { hidden: true, head: false });
-    let loss = |wanted| head_loss(&hidden, &head, &labels, 1e-3, wanted).map(drop);
-    bench.time("head and loss", &text, bytes, product, || loss(Wanted::default()))?;
-    bench.time("head, loss and gradient", &text, 2 * bytes, 2.0 * product, || loss(wanted))?;
+    let loss = |head: &Table, wanted| head_loss(&hidden, head, &labels, 1e-3, wanted).map(drop);
+    bench.time("head and loss", &text, bytes, product, || loss(&head, Wanted::default()))?;
+    bench.time("head, loss and gradient", &text, 2 * bytes, 2.0 * product, || loss(&head, wanted))?;
+    bench.time("head in 8 bits, loss and gradient", &text, 2 * eight.size_bytes(), 2.0 * product, || {
+        loss(&eight, wanted)
+    })?;
     if tokens <= 512 {
-        let logits = || forward_as(&hidden, &head, DType::F32, Tag::Workspace).map(drop);
+        let logits = || project(&hidden, &head).map(drop);
         bench.time("head alone", &text, bytes, product, logits)?;
-        bench.time("head gradient alone", &text, bytes, product, || input_grad(&grad, &head, 1.0).map(drop))?;
+        bench.time("head gradient alone", &text, bytes, product, || input_grad(&grad, &head).map(drop))?;
     }
     Ok(())
 }

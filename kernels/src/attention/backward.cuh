@@ -79,6 +79,8 @@ __device__ __forceinline__ void keys_backward(
     float acc[2][D / 8][4];
     clear(acc);
     int first = 0; // row of the tile, counted from row0
+    // Every warp meets two barriers a tile: before it, and between P's making and its use. The second could be the
+    // pair's alone; the block's is one that race checkers follow.
     for (int left = count * (int)group; left > 0; left--) {
         copy_wait<0>();
         __syncthreads();
@@ -88,7 +90,10 @@ __device__ __forceinline__ void keys_backward(
         const int first_now = first;
         first = first + WALK < count * WALK ? first + WALK : 0;
         const int first_pair_key = pair * 32;
-        if (first_now + WALK <= first_pair_key) continue; // all of its rows come before these keys
+        if (first_now + WALK <= first_pair_key) { // all of its rows come before these keys
+            __syncthreads();                      // the other pair's barrier below
+            continue;
+        }
 
         float s[2][N][4];
         product<T, D>(s, fixed, b_lane + stage * STAGE);
@@ -130,9 +135,9 @@ __device__ __forceinline__ void keys_backward(
                     store_shared(exchange + (m * (N / 2) + i) * WARP * 16, x);
                 }
             }
-            pair_barrier(pair);
+            __syncthreads();
         } else {
-            pair_barrier(pair);
+            __syncthreads();
 #pragma unroll
             for (int i = 0; i < N / 2; i++) {
                 float2 x[2];

@@ -97,9 +97,3 @@ __device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
                  : "memory");
     return x;
 }
-
-// Waits for the two warps of pair 0 or 1, at a barrier of their own (0 is that of the block).
-__device__ __forceinline__ void pair_barrier(u32 pair) {
-    if (pair == 0) asm volatile("bar.sync 1, 64;" ::: "memory");
-    else asm volatile("bar.sync 2, 64;" ::: "memory");
-}

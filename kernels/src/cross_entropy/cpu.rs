@@ -2,8 +2,9 @@
 
 use super::{Output, Wanted};
 use crate::{
-    linear::{Weight, forward, input_grad, weight_grad},
+    linear::weight_grad,
     math::{exp_sum, max, vectorized},
+    table::{Table, input_grad, project},
 };
 use nibble_runtime::{DType, Device, Result, Tag, Tensor};
 use rayon::prelude::*;
@@ -14,7 +15,7 @@ pub(super) const CHUNK: usize = 3 << 20;
 /// The loss of the `labelled` rows of `hidden` `[T, D]`; labels and shapes were checked.
 pub(super) fn head_loss(
     hidden: &Tensor,
-    head: &Weight,
+    head: &Table,
     labels: &[i32],
     labelled: &[usize],
     scale: f32,
@@ -32,7 +33,7 @@ pub(super) fn head_loss(
         for (part, &row) in part.as_mut_slice::<f32>()?.chunks_exact_mut(width).zip(chunk) {
             part.copy_from_slice(&states[row * width..][..width]);
         }
-        let mut logits = forward(&part, head, Tag::Workspace)?;
+        let mut logits = project(&part, head)?;
         let results: Vec<(f32, bool)> = logits
             .as_mut_slice::<f32>()?
             .par_chunks_mut(vocab)
@@ -43,7 +44,7 @@ pub(super) fn head_loss(
             (nll[row], correct[row]) = (loss, best.into());
         }
         if let Some(dhidden) = &mut dhidden {
-            let grads = input_grad(&logits, head, 1.0)?;
+            let grads = input_grad(&logits, head)?;
             let out = dhidden.as_mut_slice::<f32>()?;
             for (grad, &row) in grads.as_slice::<f32>()?.chunks_exact(width).zip(chunk) {
                 out[row * width..][..width].copy_from_slice(grad);

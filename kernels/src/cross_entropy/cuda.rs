@@ -5,7 +5,8 @@ use crate::{
     cuda::{entry, size},
     elementwise::add_assign,
     embedding::cuda::{gather, upload},
-    linear::{Weight, forward_as, input_grad, weight_grad},
+    linear::weight_grad,
+    table::{Table, input_grad, project},
 };
 use nibble_runtime::{
     DType, Result, Tag, Tensor,
@@ -44,7 +45,7 @@ pub(super) struct Labels {
 /// The loss of the `labelled` rows of `hidden` `[T, D]`; labels and shapes were checked.
 pub(super) fn head_loss(
     hidden: &Tensor,
-    head: &Weight,
+    head: &Table,
     labels: &[i32],
     labelled: &[usize],
     scale: f32,
@@ -70,13 +71,13 @@ pub(super) fn head_loss(
         let rows = step.min(labelled.len() - first);
         let chunk = Labels { labels: all.labels.rows(first, rows)?, rows: all.rows.rows(first, rows)? };
         let part = gather(&chunk.rows, hidden, dtype, Tag::Workspace)?;
-        let logits = forward_as(&part, head, DType::F32, Tag::Workspace)?;
+        let logits = project(&part, head)?;
         let Some(grad) = loss(logits, &chunk, (wanted != Wanted::default()).then_some(dtype), scale, &mut output)?
         else {
             continue;
         };
         if let Some(dhidden) = &mut output.dhidden {
-            scatter(&input_grad(&grad, head, 1.0)?, &chunk.rows, dhidden)?;
+            scatter(&input_grad(&grad, head)?, &chunk.rows, dhidden)?;
         }
         if wanted.head {
             let grad = weight_grad(&grad, &part, 1.0)?;

@@ -89,8 +89,8 @@ proptest! {
         let labels: Vec<i32> = (0..rows).map(label).collect();
         let wanted = Wanted { hidden, head };
         let on = |x: &Tensor| x.to_device(gpu, Tag::Workspace).unwrap();
-        let found = head_loss(&on(&h), &Weight::Dense(on(&w)), &labels, 0.25, wanted).unwrap();
-        let expected = head_loss(&h, &Weight::Dense(w), &labels, 0.25, wanted).unwrap();
+        let found = head_loss(&on(&h), &Table::Dense(on(&w)), &labels, 0.25, wanted).unwrap();
+        let expected = head_loss(&h, &Table::Dense(w), &labels, 0.25, wanted).unwrap();
         same(&found.nll, &expected.nll, 1e-5);
         prop_assert_eq!((found.dhidden.is_some(), found.dhead.is_some()), (hidden, head));
         let tolerance = if dtype == DType::F32 { 1e-5 } else { 1e-2 };

@@ -12,7 +12,7 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-use crate::linear::Weight;
+use crate::table::Table;
 use nibble_runtime::{Device, Error, Result, Tag, Tensor};
 
 /// A label that takes no part in the loss.
@@ -73,7 +73,7 @@ impl Output {
 ///
 /// # Errors
 /// A label is neither [`IGNORE`] nor a token, or shapes do not fit.
-pub fn head_loss(hidden: &Tensor, head: &Weight, labels: &[i32], scale: f32, wanted: Wanted) -> Result<Output> {
+pub fn head_loss(hidden: &Tensor, head: &Table, labels: &[i32], scale: f32, wanted: Wanted) -> Result<Output> {
     let op = "cross-entropy";
     let ((rows, width), (vocab, inner)) = (hidden.dims2(op)?, head.dims()?);
     if labels.len() != rows || width != inner {
@@ -121,7 +121,7 @@ mod tests {
             let label = |i: usize| if i > 0 && (seed >> i) & 1 == 0 { IGNORE } else { (seed as i32).rem_euclid(vocab) };
             let targets: Vec<i32> = (0..rows).map(label).collect();
             let (hs, ws) = (wide(&h), wide(&w));
-            let out = head_loss(&h, &Weight::Dense(w), &targets, 0.5, ALL).unwrap();
+            let out = head_loss(&h, &Table::Dense(w), &targets, 0.5, ALL).unwrap();
             let nll = out.nll().unwrap();
             prop_assert_eq!(out.sum().unwrap(), nll.iter().map(|&nll| f64::from(nll)).sum::<f64>());
             let expected = reference(&hs, &ws, &targets, width);
@@ -142,7 +142,7 @@ mod tests {
         let (rows, width, vocab) = (70, 4, CHUNK / 30);
         let (h, w) = (random(&[rows, width], 1), random(&[vocab, width], 2));
         let targets: Vec<i32> = (0..rows as i32).map(|i| if i % 7 == 3 { IGNORE } else { i * 1000 }).collect();
-        let out = head_loss(&h, &Weight::Dense(w.clone()), &targets, 1.0, ALL).unwrap();
+        let out = head_loss(&h, &Table::Dense(w.clone()), &targets, 1.0, ALL).unwrap();
         let expected = reference(&wide(&h), &wide(&w), &targets, width);
         for (row, (&found, expected)) in out.nll().unwrap().iter().zip(&expected).enumerate() {
             assert!((f64::from(found) - expected).abs() < 1e-4, "row {row}: {found} against {expected}");
@@ -153,7 +153,7 @@ mod tests {
         // The gradient of a row alone, computed in one chunk. Its terms over the vocabulary nearly cancel, so that the
         // order of the sum shows in the fifth digit.
         for i in [0, 31, 69] {
-            let alone = head_loss(&h.rows(i, 1).unwrap(), &Weight::Dense(w.clone()), &targets[i..=i], 1.0, ALL);
+            let alone = head_loss(&h.rows(i, 1).unwrap(), &Table::Dense(w.clone()), &targets[i..=i], 1.0, ALL);
             close(&alone.unwrap().dhidden.unwrap(), &row(i), 3e-4);
         }
     }
@@ -162,14 +162,14 @@ mod tests {
     fn accuracy_is_that_of_the_first_most_likely_token() {
         let w = Tensor::from_slice(&[1f32, 2., 2.], &[3, 1], Tag::Workspace).unwrap();
         let h = Tensor::from_slice(&[1f32, 1., 1.], &[3, 1], Tag::Workspace).unwrap();
-        let out = head_loss(&h, &Weight::Dense(w), &[1, 2, IGNORE], 1.0, Wanted::default()).unwrap();
+        let out = head_loss(&h, &Table::Dense(w), &[1, 2, IGNORE], 1.0, Wanted::default()).unwrap();
         assert_eq!(out.correct().unwrap(), [true, false, true]);
         assert!(out.dhidden.is_none() && out.dhead.is_none());
     }
 
     #[test]
     fn labels_outside_of_the_vocabulary_are_named() {
-        let (h, w) = (random(&[2, 3], 1), Weight::Dense(random(&[5, 3], 2)));
+        let (h, w) = (random(&[2, 3], 1), Table::Dense(random(&[5, 3], 2)));
         for bad in [5, -1, -101] {
             let error = head_loss(&h, &w, &[0, bad], 1.0, Wanted::default()).unwrap_err().to_string();
             assert!(error.contains(&bad.to_string()) && error.contains("row 1"), "{error}");

@@ -12,7 +12,7 @@ use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 use rayon::prelude::*;
 
 /// Ids as table rows, checked against the size of the vocabulary.
-fn indices(ids: &[i32], vocab: usize) -> Result<Vec<usize>> {
+pub(crate) fn indices(ids: &[i32], vocab: usize) -> Result<Vec<usize>> {
     let checked = |(position, &id): (usize, &i32)| {
         usize::try_from(id).ok().filter(|&id| id < vocab).ok_or_else(|| {
             let what = format!("token id {id} at position {position} is outside of the vocabulary of {vocab}");

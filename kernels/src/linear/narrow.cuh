@@ -11,11 +11,23 @@
 
 constexpr int NARROW_WARPS = 8;
 
-// inner is a multiple of 8. COLUMNS: w is [inner, cols], cols even, rather than [cols, inner]. `store(row, col, a, b)`
-// gets the sums of columns col and col + 1, the second of which may lie beyond the last; neighbouring threads bring
-// neighbouring rows if STORE::DOWNWARDS, else columns.
-template <typename T, int NT, int MT, int WT, bool COLUMNS, bool DROP, typename STORE>
-__device__ __forceinline__ void narrow_product(const T* x, const T* w, u32 rows, u32 cols, u32 inner, Mask mask,
+// Eight neighbours of x as T: as they are, or from codes of 8 bits.
+template <typename T> __device__ __forceinline__ uint4 load_eight(const T* x, bool valid) {
+    return load_once(x, valid);
+}
+template <typename T> __device__ __forceinline__ uint4 load_eight(const signed char* x, bool valid) {
+    uint2 v = load_once8(x, valid);
+    auto two = [](u32 word, int at) {
+        return pair<T>((float)(signed char)(word >> at), (float)(signed char)(word >> (at + 8)));
+    };
+    return make_uint4(two(v.x, 0), two(v.x, 16), two(v.y, 0), two(v.y, 16));
+}
+
+// x is of T or of 8-bit codes. inner is a multiple of 8. COLUMNS: w is [inner, cols], cols even, rather than
+// [cols, inner]. `store(row, col, a, b)` gets the sums of columns col and col + 1, the second of which may lie beyond
+// the last; neighbouring threads bring neighbouring rows if STORE::DOWNWARDS, else columns.
+template <typename T, int NT, int MT, int WT, bool COLUMNS, bool DROP, typename X, typename STORE>
+__device__ __forceinline__ void narrow_product(const X* x, const T* w, u32 rows, u32 cols, u32 inner, Mask mask,
                                                STORE store) {
     constexpr int WK = NARROW_WARPS / WT, U = 4 / MT;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, i = lane % 4;
@@ -33,7 +45,7 @@ __device__ __forceinline__ void narrow_product(const T* x, const T* w, u32 rows,
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     u32 row = row0 + 16 * m + 8 * h, at = k0 + 32 * u + 8 * i;
-                    a[u][m][h] = load_once(x + (u64)row * inner + at, row < rows && at < inner);
+                    a[u][m][h] = load_eight<T>(x + (u64)row * inner + at, row < rows && at < inner);
                 }
             }
         }

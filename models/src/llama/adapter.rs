@@ -9,6 +9,7 @@ use nibble_kernels::{
     cast::{cast, into_dtype},
     linear::Weight,
     quantize::dequantize,
+    table::Table,
 };
 use nibble_runtime::{
     DType, ParamId, Tag, Tensor,
@@ -134,26 +135,37 @@ impl Llama {
         Adapter { config, tensors: linears.filter_map(pair).collect() }
     }
 
-    /// Makes every weight trainable, in f32 (quantized ones are dequantized).
+    /// Makes every weight trainable, in f32 (quantized linears are dequantized).
+    ///
+    /// # Errors
+    /// Embedding and head are held in 8 bits.
     pub fn train_all(&mut self) -> Result<()> {
         let mut next = 0;
         let mut id = || {
             next += 1;
             Some(ParamId(next - 1))
         };
-        let mut whole = |param: &mut Param| -> Result<()> {
+        fn whole(param: &mut Param, id: Option<ParamId>) -> Result<()> {
             param.value = into_dtype(param.value.clone(), DType::F32, Tag::Weights)?;
-            param.id = id();
+            param.id = id;
             Ok(())
-        };
-        whole(&mut self.embedding)?;
-        for layer in &mut self.layers {
-            whole(&mut layer.input_norm)?;
-            whole(&mut layer.post_norm)?;
         }
-        whole(&mut self.norm)?;
+        fn table(param: &mut Param<Table>, id: Option<ParamId>) -> Result<()> {
+            let Table::Dense(value) = &param.value else {
+                return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot train".into()));
+            };
+            param.value = Table::Dense(into_dtype(value.clone(), DType::F32, Tag::Weights)?);
+            param.id = id;
+            Ok(())
+        }
+        table(&mut self.embedding, id())?;
+        for layer in &mut self.layers {
+            whole(&mut layer.input_norm, id())?;
+            whole(&mut layer.post_norm, id())?;
+        }
+        whole(&mut self.norm, id())?;
         if let Some(head) = &mut self.head {
-            whole(head)?;
+            table(head, id())?;
         }
         for linear in self.layers.iter_mut().flat_map(|layer| layer.linears_mut()) {
             let dense = match &linear.weight {

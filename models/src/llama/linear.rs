@@ -15,15 +15,15 @@ use std::collections::BTreeMap;
 /// Gradients of a layer's parameters.
 pub(crate) type ParamGrads = BTreeMap<ParamId, Tensor>;
 
-/// A tensor that trains if it has an id.
+/// A tensor (or a table) that trains if it has an id.
 #[derive(Debug)]
-pub struct Param {
+pub struct Param<T = Tensor> {
     /// Name in files, without the adapter's prefix.
     pub name: String,
     /// Set if it trains.
     pub id: Option<ParamId>,
     /// f32 if it trains.
-    pub value: Tensor,
+    pub value: T,
 }
 
 /// A LoRA adapter of one linear layer.

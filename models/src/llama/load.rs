@@ -9,6 +9,7 @@ use nibble_kernels::{
     cast::into_dtype,
     linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
+    table::{Rows8, Table},
 };
 use nibble_runtime::{DType, Device, Tag, Tensor};
 use std::path::Path;
@@ -33,6 +34,8 @@ pub struct LoadOptions {
     pub dtype: DType,
     /// Where the model lives.
     pub device: Device,
+    /// Whether to hold embedding and head in 8 bits.
+    pub tables_in_8_bits: bool,
 }
 
 /// What the linear layers take, before and after quantization.
@@ -98,14 +101,31 @@ impl Loader<'_> {
         }
     }
 
-    /// A tensor that is never quantized.
-    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param> {
-        let value = match self.weight(name, shape)? {
-            CheckpointTensor::Dense(tensor) => self.stored(tensor)?,
+    /// The next tensor, which is none of a linear layer.
+    fn dense(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match self.weight(name, shape)? {
+            CheckpointTensor::Dense(tensor) => Ok(tensor),
             CheckpointTensor::Quantized(_) => {
                 let what = format!("{name} is quantized; nibble expects embedding, head and norms in 16 or 32 bits");
-                return Err(Error::unsupported(self.path, what));
+                Err(Error::unsupported(self.path, what))
             }
+        }
+    }
+
+    /// A norm.
+    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param> {
+        let tensor = self.dense(name, shape)?;
+        let value = self.stored(tensor)?;
+        self.footprint.other_bytes += value.size_bytes();
+        Ok(Param { name: name.to_string(), id: None, value })
+    }
+
+    /// Embedding or head.
+    fn table(&mut self, name: &str) -> Result<Param<Table>> {
+        let tensor = self.dense(name, &[self.config.vocab_size, self.config.hidden_size])?;
+        let value = match self.options.tables_in_8_bits {
+            true => Table::Rows8(Rows8::quantize(&tensor, Tag::Weights)?),
+            false => Table::Dense(self.stored(tensor)?),
         };
         self.footprint.other_bytes += value.size_bytes();
         Ok(Param { name: name.to_string(), id: None, value })
@@ -218,8 +238,7 @@ impl Llama {
 impl Loader<'_> {
     fn model(mut self, mut progress: impl FnMut(usize, usize)) -> Result<(Llama, Footprint)> {
         let config = self.config.clone();
-        let table = [config.vocab_size, config.hidden_size];
-        let mut embedding = self.param("model.embed_tokens.weight", &table)?;
+        let mut embedding = self.table("model.embed_tokens.weight")?;
         if self.options.device != Device::Cpu && !config.tie_word_embeddings {
             // A step reads one row a token: across the bus that takes about a millisecond, and a gigabyte of an 8B model
             // does not take device memory.
@@ -232,7 +251,7 @@ impl Loader<'_> {
             progress(i + 1, config.num_layers);
         }
         let norm = self.param("model.norm.weight", &[config.hidden_size])?;
-        let head = if config.tie_word_embeddings { None } else { Some(self.param("lm_head.weight", &table)?) };
+        let head = if config.tie_word_embeddings { None } else { Some(self.table("lm_head.weight")?) };
         self.release();
         nibble_runtime::memory::trim();
         nibble_runtime::memory::trim_of(self.options.device)?;

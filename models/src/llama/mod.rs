@@ -24,9 +24,8 @@ use crate::{Error, LlamaConfig, Result};
 use layer::LayerNode;
 use nibble_kernels::{
     cross_entropy::{self, Wanted},
-    embedding,
-    linear::{Weight, forward_as},
-    rms_norm,
+    embedding, rms_norm,
+    table::{self, Table},
 };
 use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Saving, Tag, Tape, Tensor, Var};
 use std::path::PathBuf;
@@ -39,13 +38,13 @@ pub struct Llama {
     /// Where the weights were read from.
     pub source: PathBuf,
     /// Token embedding `[V, D]`.
-    pub embedding: Param,
+    pub embedding: Param<Table>,
     /// The layers in order.
     pub layers: Vec<Layer>,
     /// Final norm, `[D]`.
     pub norm: Param,
     /// The head `[V, D]`; `None` if it is the embedding.
-    pub head: Option<Param>,
+    pub head: Option<Param<Table>>,
     /// Type of activations.
     pub dtype: DType,
     /// The layers before this one keep their input alone and run their forward pass again in the backward pass. (Those
@@ -74,10 +73,12 @@ impl Llama {
     pub fn parameters(&self) -> Vec<(ParamId, String, &Tensor)> {
         let mut all = Vec::new();
         let mut push = |id, name, value| all.push((id, name, value));
-        let whole = [Some(&self.embedding), Some(&self.norm), self.head.as_ref()];
-        for param in whole.into_iter().flatten() {
-            if let Some(id) = param.id {
-                push(id, param.name.clone(), &param.value);
+        if let Some(id) = self.norm.id {
+            push(id, self.norm.name.clone(), &self.norm.value);
+        }
+        for param in [Some(&self.embedding), self.head.as_ref()].into_iter().flatten() {
+            if let (Some(id), Table::Dense(value)) = (param.id, &param.value) {
+                push(id, param.name.clone(), value);
             }
         }
         self.layers.iter().for_each(|layer| layer.visit(&mut push));
@@ -89,9 +90,12 @@ impl Llama {
     pub fn parameters_mut(&mut self) -> Vec<(ParamId, &mut Tensor)> {
         let mut all = Vec::new();
         let Llama { embedding, norm, head, layers, .. } = self;
-        for param in [Some(embedding), Some(norm), head.as_mut()].into_iter().flatten() {
-            if let Some(id) = param.id {
-                all.push((id, &mut param.value));
+        if let Some(id) = norm.id {
+            all.push((id, &mut norm.value));
+        }
+        for param in [Some(embedding), head.as_mut()].into_iter().flatten() {
+            if let (Some(id), Table::Dense(value)) = (param.id, &mut param.value) {
+                all.push((id, value));
             }
         }
         layers.iter_mut().for_each(|layer| layer.visit_mut(&mut |id, value| all.push((id, value))));
@@ -99,18 +103,20 @@ impl Llama {
         all
     }
 
-    /// The head's weight.
-    fn head_param(&self) -> &Param {
+    /// The head, or the embedding that takes its place.
+    fn head_param(&self) -> &Param<Table> {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Hidden states `[T, D]` after the last layer, on the tape.
     fn run<'a>(&'a self, tape: &mut Tape<'a>, ids: &'a [i32], pass: &'a Pass) -> Result<Var> {
-        let table = match self.embedding.id {
-            Some(id) => tape.parameter(id, &self.embedding.value),
-            None => Var::constant(self.embedding.value.clone()),
+        let mut x = match (self.embedding.id, &self.embedding.value) {
+            (Some(id), Table::Dense(value)) => {
+                let table = tape.parameter(id, value);
+                tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table], Saving::Keep)?
+            }
+            (_, table) => Var::constant(table::gather(ids, table, self.dtype)?),
         };
-        let mut x = tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table], Saving::Keep)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let saving = if i < self.recomputed { Saving::Recompute } else { Saving::Keep };
             let mut inputs = vec![x];
@@ -129,8 +135,7 @@ impl Llama {
     pub fn evaluate(&self, batch: Packed) -> Result<cross_entropy::Output> {
         let pass = Pass::packed(&self.config, batch.lengths, None)?.to_device(self.device())?;
         let hidden = self.run(&mut Tape::inference(), batch.ids, &pass)?.value;
-        let head = Weight::Dense(self.head_param().value.clone());
-        Ok(cross_entropy::head_loss(&hidden, &head, batch.labels, 1.0, Wanted::default())?)
+        Ok(cross_entropy::head_loss(&hidden, &self.head_param().value, batch.labels, 1.0, Wanted::default())?)
     }
 
     /// Loss of a batch; the gradients of `scale · Σ nll` by every trainable parameter go to `sink`.
@@ -146,8 +151,7 @@ impl Llama {
         let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
         let wanted = Wanted { hidden: true, head: head.id.is_some() };
-        let weight = Weight::Dense(head.value.clone());
-        let mut output = cross_entropy::head_loss(&hidden.value, &weight, batch.labels, scale, wanted)?;
+        let mut output = cross_entropy::head_loss(&hidden.value, &head.value, batch.labels, scale, wanted)?;
         if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
             sink.parameter(id, grad)?;
         }
@@ -166,8 +170,7 @@ impl Llama {
 
     /// Logits f32 of final hidden states.
     fn project(&self, hidden: &Tensor) -> Result<Tensor> {
-        let head = Weight::Dense(self.head_param().value.clone());
-        Ok(forward_as(hidden, &head, DType::F32, Tag::Workspace)?)
+        Ok(table::project(hidden, &self.head_param().value)?)
     }
 
     /// An empty KV cache for up to `capacity` tokens of one sequence.
@@ -189,7 +192,7 @@ impl Llama {
             return Err(Error::Invalid("decoding needs a token and the cache that this model made".into()));
         }
         let pass = Pass::continued(&self.config, past, ids.len(), rope)?.to_device(self.device())?;
-        let mut x = embedding::forward(ids, &self.embedding.value, self.dtype)?;
+        let mut x = table::gather(ids, &self.embedding.value, self.dtype)?;
         for (layer, cache) in self.layers.iter().zip(cache) {
             x = layer.forward(&x, &pass, Some(cache))?.0;
         }
@@ -198,7 +201,7 @@ impl Llama {
     }
 }
 
-/// Token embedding as a tape node. Input: the table.
+/// Embedding by a table that trains, as a tape node. Input: the table.
 struct EmbeddingNode<'a> {
     ids: &'a [i32],
     dtype: DType,

@@ -2,21 +2,28 @@
 
 use super::{Layer, Llama};
 use crate::{
-    Result,
+    Error, Result,
     files::checkpoint::{CheckpointTensor, write_checkpoint},
 };
-use nibble_kernels::{cast::into_dtype, linear::Weight};
+use nibble_kernels::{cast::into_dtype, linear::Weight, table::Table};
 use nibble_runtime::{DType, Tag, Tensor};
 use std::path::Path;
 
 impl Llama {
     /// Writes the base weights (adapters apart) into `dir` as transformers reads them: quantized linears in bitsandbytes'
     /// format, everything else in `dtype`.
+    ///
+    /// # Errors
+    /// Embedding and head are held in 8 bits, for which there is no format; or a file cannot be written.
     pub fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
         let cast = |tensor: &Tensor| -> Result<CheckpointTensor> {
             Ok(CheckpointTensor::Dense(into_dtype(tensor.clone(), dtype, Tag::Workspace)?))
         };
-        let mut weights = vec![("model.embed_tokens.weight".to_string(), cast(&self.embedding.value)?)];
+        let table = |table: &Table| match table {
+            Table::Dense(tensor) => cast(tensor),
+            Table::Rows8(_) => Err(Error::Invalid("a model whose embedding is held in 8 bits cannot be saved".into())),
+        };
+        let mut weights = vec![("model.embed_tokens.weight".to_string(), table(&self.embedding.value)?)];
         for (i, layer) in self.layers.iter().enumerate() {
             let Layer { input_norm, post_norm, .. } = layer;
             let norms = [("input_layernorm", input_norm), ("post_attention_layernorm", post_norm)];
@@ -33,7 +40,7 @@ impl Llama {
         }
         weights.push(("model.norm.weight".into(), cast(&self.norm.value)?));
         if let Some(head) = &self.head {
-            weights.push(("lm_head.weight".into(), cast(&head.value)?));
+            weights.push(("lm_head.weight".into(), table(&head.value)?));
         }
         write_checkpoint(dir, &self.config, dtype, &weights)
     }

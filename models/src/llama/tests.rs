@@ -2,8 +2,10 @@
 
 use super::{composed, layer::LayerNode, *};
 use nibble_kernels::{
+    linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
     rotary::{RopeConfig, RopeScaling},
+    table::Rows8,
 };
 use nibble_runtime::rng::{Philox, Stream};
 use proptest::prelude::*;
@@ -79,8 +81,8 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
     });
     let layers = layers.collect();
     let table = [c.vocab_size, d];
-    let embedding = param("model.embed_tokens.weight", next(&table, 1.0));
-    let head = Some(param("lm_head.weight", next(&table, 1.0)));
+    let mut table = |name: &str| Param { name: name.into(), id: None, value: Table::Dense(next(&table, 1.0)) };
+    let (embedding, head) = (table("model.embed_tokens.weight"), Some(table("lm_head.weight")));
     let norm = param("model.norm.weight", next(&[d], 1.0));
     let source = PathBuf::from("random");
     let mut llama = Llama { config, source, embedding, layers, norm, head, dtype: DType::F32, recomputed: 0 };
@@ -354,6 +356,50 @@ fn decoding_with_a_cache_gives_the_logits_of_the_whole_sequence() {
         assert!(error < 1e-5, "{error} after {past}");
     }
     assert!(llama.next_logits(&[1], 20, &rope, &mut cache).is_err(), "the cache is full");
+}
+
+/// A model with tables in 8 bits is the one with the tables that they stand for: loss, gradients, decoding.
+#[test]
+fn tables_in_8_bits_are_the_tables_they_stand_for() {
+    let mut llama = model(config(2, 2, 4, 12, 10), true, Some((4, 0.1)), 5);
+    let (ids, lengths): (Vec<i32>, _) = ((0..14).map(|i| (i * 5) % 11).collect(), [9, 5]);
+    let labels: Vec<i32> = (0..14).map(|i| if i % 4 == 1 { -100 } else { (i * 3) % 11 }).collect();
+    let run = |llama: &Llama| {
+        let mut sink = Collected::default();
+        let batch = Packed { ids: &ids, labels: &labels, lengths: &lengths };
+        let out = llama.train(batch, 0.25, Some(DropoutKey { seed: 1, step: 2 }), &mut sink).unwrap();
+        let rope = llama.config.rope.table(llama.config.head_dim, 8).unwrap();
+        let next = llama.next_logits(&ids[..6], 0, &rope, &mut llama.cache(8).unwrap()).unwrap();
+        let mut all = vec![wide(&next), wide(&llama.logits(&ids, &lengths).unwrap())];
+        all.push(out.nll().unwrap().into_iter().map(f64::from).collect());
+        all.extend(sink.0.values().map(wide));
+        all
+    };
+    let before = run(&llama);
+    let eight = |param: &Param<Table>| match &param.value {
+        Table::Dense(tensor) => Rows8::quantize(tensor, Tag::Weights).unwrap(),
+        Table::Rows8(rows) => rows.clone(),
+    };
+    let (embedding, head) = (eight(&llama.embedding), eight(llama.head.as_ref().unwrap()));
+    let mut with = |make: &dyn Fn(&Rows8) -> Table| {
+        llama.embedding.value = make(&embedding);
+        llama.head.as_mut().unwrap().value = make(&head);
+        run(&llama)
+    };
+    let dense = with(&|rows| Table::Dense(rows.rows(0, 11, DType::F32, Tag::Weights).unwrap()));
+    let coded = with(&|rows| Table::Rows8(rows.clone()));
+    assert_eq!(dense.len(), 3 + 2 * 7 * 2);
+    for (i, (coded, dense)) in coded.iter().zip(&dense).enumerate() {
+        assert!(distance(coded, dense) < 1e-5, "{i}: {}", distance(coded, dense));
+    }
+    let change = distance(&coded[1], &before[1]);
+    assert!(change > 1e-5 && change < 0.05, "{change}");
+    // What has no trainable form says so.
+    let error = llama.train_all().unwrap_err().to_string();
+    assert!(error.contains("8 bits"), "{error}");
+    let dir = tempfile::tempdir().unwrap();
+    assert!(llama.save(&dir.path().join("model"), DType::F32).unwrap_err().to_string().contains("8 bits"));
+    assert!(!dir.path().join("model").exists());
 }
 
 #[test]

@@ -41,7 +41,10 @@ impl OutOfMemory {
                     "--recompute, which keeps one activation a layer",
                 ],
             ),
-            (held(Tag::Weights), &["--quant nf4 where the base is not quantized, or a smaller model"]),
+            (
+                held(Tag::Weights),
+                &["--quant nf4 where the base is not quantized, or a smaller model", "--embedding-bits 8"],
+            ),
             (
                 held(Tag::Optimizer) + held(Tag::Adapters) + held(Tag::Gradients),
                 &["--optimizer-bits 8", "a smaller --rank or fewer --targets"],

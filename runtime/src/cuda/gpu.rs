@@ -2,7 +2,7 @@
 
 use super::{
     copy::Staging,
-    driver::{MIN_CAPABILITY, check, devices},
+    driver::{check, devices, gpu_suffices},
     launch::Loaded,
     memory::DeviceMemory,
 };
@@ -135,12 +135,7 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)?,
         );
-        if capability < MIN_CAPABILITY {
-            let ((major, minor), (needed, point)) = (capability, MIN_CAPABILITY);
-            return Err(refuse(format!(
-                "the {name} has compute capability {major}.{minor}; nibble needs {needed}.{point} (Ampere) or newer"
-            )));
-        }
+        gpu_suffices(&name, capability).map_err(refuse)?;
         // SAFETY: `device` is valid; each call writes the one handle that it is given, and the new context is current
         // before a stream is made in it.
         unsafe {
