@@ -92,6 +92,9 @@ impl FromStr for Part {
     }
 }
 
+/// A tensor of the state, and whose it is.
+pub type Saved = (ParamId, Part, Tensor);
+
 /// The moments of one parameter, or of a part of it.
 #[derive(Debug)]
 pub(crate) enum Moments {
@@ -270,7 +273,7 @@ impl AdamW {
     ///
     /// # Errors
     /// The last update failed half way, or the device is lost.
-    pub fn state(&self) -> Result<Box<dyn Iterator<Item = Result<(ParamId, Part, Tensor)>> + '_>> {
+    pub fn state(&self) -> Result<Box<dyn Iterator<Item = Result<Saved>> + '_>> {
         self.check_whole()?;
         Ok(match &self.kept {
             Kept::Whole(moments) => Box::new(moments.iter().flat_map(|(&id, moments)| {
@@ -285,7 +288,7 @@ impl AdamW {
     ///
     /// # Errors
     /// A parameter lacks a part, has one twice or has one that does not go with the others. The state is as before then.
-    pub fn restore(&mut self, steps_done: u32, state: impl IntoIterator<Item = (ParamId, Part, Tensor)>) -> Result<()> {
+    pub fn restore(&mut self, steps_done: u32, state: impl IntoIterator<Item = Saved>) -> Result<()> {
         let mut saved: BTreeMap<(ParamId, Part), Tensor> = BTreeMap::new();
         for (id, part, tensor) in state {
             if saved.insert((id, part), tensor).is_some() {

@@ -51,7 +51,7 @@ impl Lease {
         let (Some(bytes), Some(end)) = (bytes, end) else {
             return Err(Error::shape("page", format!("{dtype} {shape:?} is larger than memory")));
         };
-        if end > lease.pages.len() * lease.pager.page_bytes() || offset % dtype.size() != 0 {
+        if end > lease.pages.len() * lease.pager.page_bytes() || !offset.is_multiple_of(dtype.size()) {
             return Err(Error::shape("page", format!("{dtype} {shape:?} at byte {offset} does not fit the page")));
         }
         let mut taken = lease.taken.lock().unwrap_or_else(PoisonError::into_inner);

@@ -50,11 +50,9 @@ impl Trace {
     pub(super) fn push(&mut self, pages: Range<usize>, what: What) {
         let at = self.begun.elapsed().as_secs_f64();
         // Pages that follow one another and share their fate are one moment.
-        if let Some(last) = self.moments.last_mut() {
-            if last.what == what && last.pages.end == pages.start {
-                last.pages.end = pages.end;
-                return;
-            }
+        if let Some(last) = self.moments.last_mut().filter(|last| last.what == what && last.pages.end == pages.start) {
+            last.pages.end = pages.end;
+            return;
         }
         self.moments.push(Moment { at, pages, what });
     }
