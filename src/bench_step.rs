@@ -65,6 +65,9 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     println!("{} x {} tokens, {recomputed} layers recomputed", settings.batch_size, settings.seq_len);
     println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
     println!("{}", report::memory_line(device));
+    if let Some(paging) = stepper.paging() {
+        println!("{}", paging.line());
+    }
     if args.decode > 0 {
         let prompt: Vec<u32> = batch.ids.iter().cycle().take(PROMPT).map(|&id| id.unsigned_abs()).collect();
         let decode = |count| generate(&model.llama, &prompt, count, &[], Sampling::GREEDY, |_| true).map(drop);

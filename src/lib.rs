@@ -11,6 +11,7 @@ pub mod eval;
 pub mod interrupt;
 mod loss_scale;
 pub mod model;
+pub mod paging;
 pub mod report;
 pub mod run_dir;
 pub mod settings;

@@ -1,11 +1,12 @@
 //! Settings of a training run: defaults, a TOML file, and the command line, each over the one before.
 
 use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};
+use crate::paging::{Bytes, PageMemory, PagedBudget};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use nibble_models::llama::TARGETS;
 use nibble_optim::{Schedule, StateBits};
-use nibble_runtime::DeviceRequest;
+use nibble_runtime::{DeviceRequest, pager::Policy};
 use serde::{Deserialize, Serialize, de};
 use std::{fmt::Display, path::PathBuf, str::FromStr};
 
@@ -123,6 +124,23 @@ pub struct TrainArgs {
     /// [default: none]
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "all")]
     pub recompute: Option<String>,
+    /// Device memory for the optimizer's pages (states and gradients): auto (what can be spared, given back when memory is
+    /// short), a size such as 512MiB, 0 (all in host memory) or off (no pages) [default: auto on a GPU from 256 MiB on]
+    #[arg(long, value_name = "BYTES")]
+    pub paged_budget: Option<String>,
+    /// What pages are made of: pinned, unified or auto [default: auto]
+    #[arg(long, value_name = "MEMORY")]
+    pub page_memory: Option<String>,
+    /// How pages beyond the budget are used: stream, in-place or lru [default: stream, or in-place in unified memory]
+    #[arg(long, value_name = "POLICY")]
+    pub page_policy: Option<String>,
+    /// Size of a page: a multiple of 64KiB, at least 256KiB [default: 6MiB]
+    #[arg(long, value_name = "BYTES")]
+    pub page_size: Option<String>,
+    /// Write a picture of where pages were during the last step to this file (SVG; or a Chrome trace where it ends in .json)
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub page_trace: Option<PathBuf>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -207,6 +225,16 @@ pub struct Settings {
     pub no_shuffle: bool,
     #[serde(with = "as_text")]
     pub recompute: Recompute,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub paged_budget: Option<PagedBudget>,
+    #[serde(with = "as_text")]
+    pub page_memory: PageMemory,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub page_policy: Option<Policy>,
+    #[serde(with = "as_text")]
+    pub page_size: Bytes,
+    #[serde(skip)]
+    pub page_trace: Option<PathBuf>,
 }
 
 /// How many layers, from the first on, run their forward pass again instead of keeping what it made.
@@ -273,6 +301,11 @@ impl Default for Settings {
             device: DeviceRequest::Auto,
             no_shuffle: false,
             recompute: Recompute::default(),
+            paged_budget: None,
+            page_memory: PageMemory::Auto,
+            page_policy: None,
+            page_size: Bytes(6 << 20),
+            page_trace: None,
         }
     }
 }
@@ -306,7 +339,8 @@ impl Settings {
             }
             merged.extend(table);
         }
-        let settings = Settings::deserialize(merged).context("settings")?;
+        let mut settings = Settings::deserialize(merged).context("settings")?;
+        settings.page_trace = args.page_trace.clone();
         settings.check()?;
         Ok(settings)
     }
@@ -353,6 +387,19 @@ impl Settings {
             self.method != Method::Full || self.adapter_init.is_none(),
             "--method full trains no adapter: leave --adapter-init out"
         );
+        let page = self.page_size.0;
+        ensure!(
+            page >= 256 << 10 && page.is_multiple_of(64 << 10),
+            "--page-size must be a multiple of 64KiB from 256KiB on, not {}",
+            self.page_size
+        );
+        if let Some(PagedBudget::Bytes(budget)) = self.paged_budget {
+            ensure!(
+                budget.0 == 0 || budget.0 >= page,
+                "--paged-budget {budget} is below one page of {}: give 0 (all pages in host memory), at least {0}, or auto",
+                self.page_size
+            );
+        }
         ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: a JSONL or text file to train on");
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! One optimizer step: forward and backward over the window's batches, global norm, clipping, update.
 
-use crate::{data::Batch, eval::packed, loss_scale::LossScale, settings::Settings};
+use crate::{data::Batch, eval::packed, loss_scale::LossScale, paging::Paging, settings::Settings};
 use anyhow::Result;
 use nibble_kernels::adamw::{AdamWConfig, DecayOrder};
 use nibble_models::{Llama, llama::DropoutKey};
 use nibble_optim::{AdamW, Gradients, Update};
 use nibble_runtime::{Tag, Tensor};
+use std::sync::Arc;
 
 /// What a step found.
 #[derive(Clone, Debug)]
@@ -27,6 +28,7 @@ pub struct Stepper {
     seed: u64,
     /// The parameters from before the last update, for when it turns out to have broken the model.
     good: Vec<Tensor>,
+    paging: Option<Paging>,
 }
 
 impl Stepper {
@@ -40,14 +42,33 @@ impl Stepper {
             decay_order: DecayOrder::Before,
             ..AdamWConfig::default()
         };
+        let paging = Paging::new(llama, settings)?;
+        let (optimizer, grads) = match &paging {
+            None => (AdamW::new(config, settings.optimizer_bits)?, Gradients::new()),
+            Some(Paging { state, .. }) => {
+                let optimizer = AdamW::paged(config, settings.optimizer_bits, Arc::clone(state))?;
+                (optimizer, Gradients::paged(Arc::clone(state))?)
+            }
+        };
         Ok(Stepper {
-            optimizer: AdamW::new(config, settings.optimizer_bits)?,
-            grads: Gradients::new(),
+            optimizer,
+            grads,
+            paging,
             scaling: LossScale::new(llama.dtype),
             max_grad_norm: settings.max_grad_norm,
             seed: settings.seed,
             good: snapshot(llama)?,
         })
+    }
+
+    /// The optimizer's pages, where it has any.
+    pub fn paging(&self) -> Option<&Paging> {
+        self.paging.as_ref()
+    }
+
+    /// The optimizer, to save and restore.
+    pub fn optimizer(&mut self) -> &mut AdamW {
+        &mut self.optimizer
     }
 
     /// One update by the mean loss over all labelled tokens of `batches`, the first of which is micro-batch `first` of the

@@ -141,14 +141,12 @@ fn run(case: &Case, device: Device, make: Option<Make>, restarted: Option<(usize
     let mut trainer = Trainer::new(&case, make).unwrap();
     let mut norms = Vec::new();
     for number in 0..5 {
-        if let Some((at, other)) = &restarted {
-            if *at == number {
-                let saved: Vec<_> = trainer.optimizer.state().unwrap().map(|saved| saved.unwrap()).collect();
-                let done = trainer.optimizer.steps_done();
-                case = other.clone();
-                trainer = Trainer::new(&case, make).unwrap();
-                trainer.optimizer.restore(done, saved).unwrap();
-            }
+        if let Some((_, other)) = restarted.as_ref().filter(|(at, _)| *at == number) {
+            let saved: Vec<_> = trainer.optimizer.state().unwrap().map(|saved| saved.unwrap()).collect();
+            let done = trainer.optimizer.steps_done();
+            case = other.clone();
+            trainer = Trainer::new(&case, make).unwrap();
+            trainer.optimizer.restore(done, saved).unwrap();
         }
         norms.push(trainer.step(&case, &mut params, &mut previous, number).unwrap());
     }

@@ -106,7 +106,7 @@ impl Checked {
                 self.touch(page, view, byte);
             }
             // The first half was not written.
-            self.pager.unstage(staged, if byte % 2 == 0 { self.page_bytes / 2 } else { 0 })?;
+            self.pager.unstage(staged, if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 })?;
             (page, lane) = (page + host, (lane + 1) % lanes);
         }
         self.pager.close_lanes()
