@@ -55,6 +55,17 @@ impl Event {
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.event) })
     }
 
+    /// Milliseconds between two marks that are reached, both made with timing.
+    pub(super) fn milliseconds_since(&self, earlier: &Event) -> Result<f64> {
+        self.gpu.bind()?;
+        let mut milliseconds = 0f32;
+        // SAFETY: both events are live handles of the current context; the call writes one number, and refuses events
+        // that are not reached or have no timing.
+        let status = unsafe { sys::cuEventElapsedTime(&mut milliseconds, earlier.event, self.event) };
+        check("cuEventElapsedTime", status)?;
+        Ok(f64::from(milliseconds))
+    }
+
     /// Makes everything given to `stream` from now on wait for the mark.
     pub fn hold(&self, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
@@ -92,10 +103,6 @@ impl Timer {
     pub fn milliseconds(self) -> Result<f64> {
         self.end.record(self.end.gpu.stream())?;
         self.end.wait()?;
-        let mut milliseconds = 0f32;
-        // SAFETY: both events belong to the current context, have timing and are reached.
-        let status = unsafe { sys::cuEventElapsedTime(&mut milliseconds, self.start.event, self.end.event) };
-        check("cuEventElapsedTime", status)?;
-        Ok(f64::from(milliseconds))
+        self.end.milliseconds_since(&self.start)
     }
 }

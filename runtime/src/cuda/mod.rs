@@ -4,6 +4,7 @@
 //! All operations run in order on the compute stream; nothing waits for the device but reading a tensor back,
 //! [`Gpu::synchronize`] and [`Timer::milliseconds`].
 
+mod bus;
 mod copy;
 mod driver;
 mod event;
@@ -22,6 +23,7 @@ mod testing;
 mod transfer;
 mod unified;
 
+pub use bus::BusRates;
 pub(crate) use copy::{copy, download, upload};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
 pub use event::{Event, Timer};
