@@ -214,7 +214,10 @@ impl PagedState {
     }
 
     /// Bytes that an update does not write at the start of each of the pages.
-    pub(crate) fn clean(&self, pages: Range<usize>) -> usize {
+    ///
+    /// # Panics
+    /// There are no such pages.
+    pub fn clean(&self, pages: Range<usize>) -> usize {
         let forms =
             self.pages[pages].iter().filter_map(|runs| runs.first()).map(|(id, _)| self.entries[id].form.clean());
         forms.min().unwrap_or(0)
