@@ -16,10 +16,11 @@
 //!   streamed one, gradients are not copied back); of a page used in place its elements' bytes count. *GB/s*: both
 //!   directions together, over the device's time.
 //! - *bound ms*: what a step takes at the ceilings. Of the state, the share of the pages that is not within the budget has
-//!   to be read across the bus, and its moments written: bound = max(read / in-rate, written / out-rate), by the rates of
-//!   copies with both directions busy. Padding does not count, nor that lanes take some of the budget: a step of 25 % is
-//!   held against 75 % of the state. With all pages within the budget, or without pages: 28 bytes an element (8-bit: 16.1)
-//!   by the rate of a copy in device memory. *bound/ms* is the bound's share of the device's time.
+//!   to be read across the bus, and its moments written: read / in-rate and written / out-rate, by the rates of copies with
+//!   both directions busy. Padding does not count, nor that lanes take some of the budget: a step of 25 % is held against
+//!   75 % of the state. And an update reads and writes 28 bytes an element (8-bit: 16.1), by the rate of a copy in device
+//!   memory. The bound is the largest of the three: the last one only where nothing crosses the bus. *bound/ms* is its
+//!   share of the device's time.
 //! - *peak*: most bytes of pages in device memory at once. *brought*, *evicted*, *streamed*, *in-place*: pages a step.
 //!
 //! The second table: *usual ms*, steps with all pages in device memory; *give back*, what `Pager::give_back` freed when asked
@@ -142,9 +143,9 @@ fn table(gpu: &'static Gpu, ceilings: &Ceilings, settings: &Settings) -> Vec<Row
     }
     if !rows.is_empty() {
         println!(
-            "in, out, GB/s: bytes across the bus by the pager's counters, over the device's time. bound: state outside the \
-             budget,\nmax(read / {:.1}, written / {:.1} GB/s), the rates with both directions busy; nothing outside: {:.0} \
-             GB/s of device memory.",
+            "in, out, GB/s: bytes across the bus by the pager's counters, over the device's time. bound: the largest of what \
+             is outside the budget,\nread at {:.1} GB/s, its moments written at {:.1} GB/s (the rates with both directions \
+             busy), and all that an update touches at {:.0} GB/s.",
             ceilings.bus.inward_of_both / 1e9,
             ceilings.bus.outward_of_both / 1e9,
             ceilings.device / 1e9

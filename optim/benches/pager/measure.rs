@@ -50,8 +50,7 @@ impl Ceilings {
         let inward = away * elements * read / self.bus.inward_of_both;
         let outward = away * elements * written / self.bus.outward_of_both;
         let device = elements * case.traffic() / self.device;
-        // With pages away the device has less to do for its own memory, but never takes longer than the bus then.
-        1e3 * inward.max(outward).max(if away > 0.0 { 0.0 } else { device })
+        1e3 * inward.max(outward).max(device)
     }
 }
 

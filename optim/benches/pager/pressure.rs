@@ -15,7 +15,7 @@ const STEPS: usize = 5;
 /// Pages that have not returned after as many steps will not.
 const PATIENCE: usize = 200;
 
-pub const HEADER: &str = "pressure                                 usual ms  give back MiB    ms    GB/s  until return: \
+pub const HEADER: &str = "pressure                                 usual ms  give back MiB      ms    GB/s  until return: \
                           steps, ms each  return ms   wall ms";
 
 /// The name, and what to run.
@@ -54,7 +54,7 @@ pub fn run(gpu: &'static Gpu, name: &str, store: Store, bits: StateBits) -> Resu
             }
         };
         println!(
-            "{:<40} {:8.3} {:14} {gave:5.0} {:7.1} {:21} {:8.3} {:10.3} {:9.3}",
+            "{:<40} {:8.3} {:14} {gave:7.1} {:7.1} {:21} {:8.3} {:10.3} {:9.3}",
             format!("{name}, {time}"),
             median(&mut usual),
             given >> 20,
