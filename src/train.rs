@@ -78,7 +78,8 @@ struct Summary {
     seconds: f64,
 }
 
-pub(crate) fn source(settings: &Settings) -> ModelSource {
+/// The model that a run is to load, and how.
+pub fn source(settings: &Settings) -> ModelSource {
     ModelSource {
         path: settings.model.clone(),
         quant: settings.quantization(),
@@ -92,7 +93,7 @@ pub(crate) fn source(settings: &Settings) -> ModelSource {
 }
 
 /// Makes parameters trainable, and says how many.
-pub(crate) fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
+pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
     let lora = LoraConfig {
         rank: settings.rank,
         alpha: settings.alpha,
