@@ -6,6 +6,7 @@ use crate::{
     eval::{EvalResult, answers, evaluate},
     interrupt,
     model::{Model, ModelSource},
+    page_trace,
     report::{self, StepLog, StepMetrics},
     run_dir::RunDir,
     settings::{Method, Settings},
@@ -204,6 +205,8 @@ fn optimize(
             step + 1
         );
         let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);
+        let picture = settings.page_trace.as_deref().filter(|_| step + 1 == total);
+        page_trace::begin(picture, stepper.paging());
         let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
         if let Some(fault) = fault {
             save(model, run, adapter_config, tokenizer)?;
@@ -216,6 +219,7 @@ fn optimize(
         }
         let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
         log.push(StepMetrics { step: step + 1, loss, grad_norm, lr, tokens, tok_s })?;
+        page_trace::finish(picture, stepper.paging());
     }
     Ok((log.finish(), false))
 }

@@ -252,6 +252,9 @@ impl Table {
     pub(super) fn settle(&mut self) -> Result<()> {
         self.calm = self.calm.saturating_add(1);
         self.short = false;
+        if let Some(trace) = &mut self.trace {
+            trace.sweep();
+        }
         if self.allowed < self.cap && self.calm >= self.wait {
             (self.allowed, self.calm) = (self.cap, 0);
         }

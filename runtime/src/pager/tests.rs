@@ -291,4 +291,5 @@ fn a_trace_says_what_happened_to_which_pages() {
     let seen: Vec<_> = trace.moments.iter().map(|moment| (moment.pages.clone(), moment.what)).collect();
     assert_eq!(seen, [(0..2, What::Bring), (0..2, What::Resident), (2..4, What::InPlace)]);
     assert!(trace.resident.is_empty() && trace.moments.is_sorted_by_key(|moment| moment.at));
+    assert!(trace.sweeps.len() == 1 && trace.sweeps[0] <= trace.moments[0].at);
 }
