@@ -249,6 +249,9 @@ mod tests {
         assert_eq!((at(0), at(3)), (&vec![0.0..1.0], &vec![0.0..1.0]));
         assert_eq!(at(4), &vec![0.0..59.0 * 1e-3, 80.1 * 1e-3..1.0]);
         assert!(at(5).is_empty() && at(11).is_empty());
+        let mut gone = Trace::new(vec![0]);
+        gone.moments.push(Moment { at: 0.5, pages: 0..1, what: What::Evict });
+        assert_eq!(residency(1, &gone, 1.0), [(0..1, vec![0.0..0.5])]);
     }
 
     #[test]
