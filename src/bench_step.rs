@@ -5,7 +5,7 @@ use crate::{
     data::Batch,
     default_task,
     model::Model,
-    report,
+    page_trace, report,
     settings::{Settings, TrainArgs},
     step::{Step, Stepper},
     train::{attach, source},
@@ -45,7 +45,10 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);
     let mut stepper = Stepper::new(&model.llama, &settings)?;
     let mut seconds = Vec::new();
-    for number in 0..args.warm + args.timed {
+    let total = args.warm + args.timed;
+    for number in 0..total {
+        let picture = settings.page_trace.as_deref().filter(|_| number + 1 == total);
+        page_trace::begin(picture, stepper.paging());
         let clock = Instant::now();
         let Step { loss, grad_norm, fault } =
             stepper.step(&mut model.llama, std::slice::from_ref(&batch), number, settings.lr)?;
@@ -56,6 +59,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
         if number >= args.warm {
             seconds.push(elapsed);
         }
+        page_trace::finish(picture, stepper.paging());
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];

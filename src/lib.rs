@@ -11,6 +11,7 @@ pub mod eval;
 pub mod interrupt;
 mod loss_scale;
 pub mod model;
+mod page_trace;
 pub mod paging;
 pub mod report;
 pub mod run_dir;

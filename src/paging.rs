@@ -24,6 +24,8 @@ impl FromStr for Bytes {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let unit = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
         let (number, unit) = text.split_at(unit);
+        let wrong = || format!("expected a size such as 512MiB, not {text:?}");
+        let number: f64 = number.trim().parse().map_err(|_| wrong())?;
         let shift = match unit.to_ascii_lowercase().as_str() {
             "" | "b" => 0,
             "k" | "kb" | "kib" => 10,
@@ -31,12 +33,11 @@ impl FromStr for Bytes {
             "g" | "gb" | "gib" => 30,
             _ => return Err(format!("unknown unit {unit:?} in {text:?}; expected KiB, MiB or GiB")),
         };
-        let number: f64 = number.trim().parse().map_err(|_| format!("expected a size such as 512MiB, not {text:?}"))?;
         let bytes = number * f64::from(1u32 << shift);
         // 2^53: the last whole number that a double is sure of.
         match (0.0..9e15).contains(&bytes) {
             true => Ok(Bytes(bytes as usize)),
-            false => Err(format!("expected a size such as 512MiB, not {text:?}")),
+            false => Err(wrong()),
         }
     }
 }
@@ -119,6 +120,24 @@ impl fmt::Display for PageMemory {
     }
 }
 
+type Store = Box<dyn PageStore>;
+
+/// Pages in the memory that was asked for. Where unified memory cannot be had they are in pinned memory, which every
+/// system has, and the reason comes with them.
+fn store_in(
+    memory: PageMemory,
+    unified: impl FnOnce() -> nibble_runtime::Result<Store>,
+    pinned: impl FnOnce() -> nibble_runtime::Result<Store>,
+) -> nibble_runtime::Result<(Store, Option<String>)> {
+    match memory {
+        PageMemory::Auto | PageMemory::Pinned => Ok((pinned()?, None)),
+        PageMemory::Unified => match unified() {
+            Ok(store) => Ok((store, None)),
+            Err(reason) => Ok((pinned()?, Some(reason.to_string()))),
+        },
+    }
+}
+
 /// The pages of a run. As long as this lives, memory that is short elsewhere on the GPU is taken from them.
 pub struct Paging {
     pub state: Arc<PagedState>,
@@ -148,31 +167,26 @@ impl Paging {
         let params = shapes.iter().map(|(id, shape)| (*id, &shape[..]));
         let mut fallen_back = None;
         let state = PagedState::new(params, settings.optimizer_bits, true, page_bytes, |pages| {
-            let (store, usual): (Box<dyn PageStore>, Policy) = match device {
-                Device::Cpu => (Box::new(HostPages::new(pages, page_bytes)?), Policy::Stream),
+            let store = match device {
+                Device::Cpu => Box::new(HostPages::new(pages, page_bytes)?),
                 Device::Cuda(_) => {
                     let gpu = Gpu::of(device)?;
-                    let unified = match settings.page_memory {
-                        PageMemory::Unified => {
-                            UnifiedPages::new(gpu, pages, page_bytes).map(Some).or_else(|error| {
-                                fallen_back = Some(error.to_string());
-                                Ok::<_, nibble_runtime::Error>(None)
-                            })?
-                        }
-                        PageMemory::Auto | PageMemory::Pinned => None,
-                    };
-                    match unified {
-                        Some(store) => (Box::new(store), Policy::InPlace),
-                        None => (Box::new(PinnedPages::new(gpu, pages, page_bytes)?), Policy::Stream),
-                    }
+                    let (store, reason) = store_in(
+                        settings.page_memory,
+                        || Ok(Box::new(UnifiedPages::new(gpu, pages, page_bytes)?)),
+                        || Ok(Box::new(PinnedPages::new(gpu, pages, page_bytes)?)),
+                    )?;
+                    fallen_back = reason;
+                    store
                 }
             };
+            let usual = if store.lanes() == 0 { Policy::InPlace } else { Policy::Stream };
             Pager::new(store, budget.min(pages * page_bytes), settings.page_policy.unwrap_or(usual))
         });
         let state = state.context("making the optimizer's pages (--paged-budget off does without)")?;
         let pager = state.pager();
         if let Some(reason) = fallen_back {
-            eprintln!("pages    not in unified memory: {reason}");
+            eprintln!("pages    not in unified memory but in pinned: {reason}");
         }
         eprintln!(
             "pages    {} of {} in {}, {} on the device at most; the others: {}",
@@ -221,6 +235,21 @@ impl Drop for Paging {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_unified_memory_pages_are_pinned_and_the_reason_is_kept() {
+        let made = |pages| Ok(Box::new(HostPages::new(pages, 64)?) as Store);
+        let refused = || Err(nibble_runtime::Error::Cuda { op: "test", what: "refused".into() });
+        for (memory, pages) in [(PageMemory::Auto, 1), (PageMemory::Pinned, 1), (PageMemory::Unified, 2)] {
+            let (store, reason) = store_in(memory, || made(2), || made(1)).unwrap();
+            assert_eq!((store.pages(), reason), (pages, None), "{memory}");
+        }
+        let (store, reason) = store_in(PageMemory::Unified, refused, || made(1)).unwrap();
+        assert!(store.pages() == 1 && reason.unwrap().contains("refused"));
+        // Nothing is left to fall back to.
+        assert!(store_in(PageMemory::Pinned, || made(2), refused).is_err());
+        assert!(store_in(PageMemory::Unified, refused, refused).is_err());
+    }
 
     #[test]
     fn sizes_as_people_write_them() {

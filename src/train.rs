@@ -6,6 +6,7 @@ use crate::{
     eval::{EvalResult, answers, evaluate},
     interrupt,
     model::{Model, ModelSource},
+    page_trace,
     report::{self, StepLog, StepMetrics},
     run_dir::RunDir,
     settings::{Method, Settings},
@@ -78,7 +79,8 @@ struct Summary {
     seconds: f64,
 }
 
-pub(crate) fn source(settings: &Settings) -> ModelSource {
+/// The model that a run is to load, and how.
+pub fn source(settings: &Settings) -> ModelSource {
     ModelSource {
         path: settings.model.clone(),
         quant: settings.quantization(),
@@ -92,7 +94,7 @@ pub(crate) fn source(settings: &Settings) -> ModelSource {
 }
 
 /// Makes parameters trainable, and says how many.
-pub(crate) fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
+pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
     let lora = LoraConfig {
         rank: settings.rank,
         alpha: settings.alpha,
@@ -203,6 +205,8 @@ fn optimize(
             step + 1
         );
         let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);
+        let picture = settings.page_trace.as_deref().filter(|_| step + 1 == total);
+        page_trace::begin(picture, stepper.paging());
         let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
         if let Some(fault) = fault {
             save(model, run, adapter_config, tokenizer)?;
@@ -215,6 +219,7 @@ fn optimize(
         }
         let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
         log.push(StepMetrics { step: step + 1, loss, grad_norm, lr, tokens, tok_s })?;
+        page_trace::finish(picture, stepper.paging());
     }
     Ok((log.finish(), false))
 }

@@ -37,6 +37,16 @@ fn usage() {
         (&["--seed", "18446744073709551615"], &["18446744073709551615"]),
         (&["--device", "cuda:99"], &["cuda:99", "--device cpu"]),
         (&["--device", "tpu"], &["tpu", "cuda:N"]),
+        (&["--paged-budget", "1MiB"], &["--paged-budget 1MiB", "one page of 6MiB", "auto"]),
+        (&["--paged-budget", "128KiB", "--page-size", "256KiB"], &["--paged-budget 128KiB", "one page of 256KiB"]),
+        (&["--paged-budget", "4TiB"], &["--paged-budget", "TiB", "GiB"]),
+        (&["--paged-budget", "most"], &["--paged-budget", "a size", "most", "auto"]),
+        (&["--paged-budget=-1"], &["--paged-budget", "-1"]),
+        (&["--page-size", "100KiB"], &["--page-size", "64KiB", "256KiB"]),
+        (&["--page-size", "300000"], &["--page-size", "300000", "64KiB"]),
+        (&["--page-size", "6 apples"], &["page-size", "apples"]),
+        (&["--page-memory", "tape"], &["--page-memory tape", "pinned", "unified"]),
+        (&["--page-policy", "fifo"], &["page-policy", "fifo", "in-place"]),
     ] {
         place.refuses_training(args, words);
     }

@@ -157,6 +157,35 @@ fn embedding_and_head_fit_in_8_bits() {
     place.refuses_training(&["--method", "full", "--embedding-bits", "8"], &["--embedding-bits", "--method full"]);
 }
 
+/// Budgets and pages change where the optimizer's state is, and no bit of what is trained. The picture is of the last step.
+#[test]
+fn pages_change_nothing() {
+    let place = Place::new();
+    let options = ["--rank", "64", "--batch-size", "4", "--grad-accum", "2"];
+    place.train("without", &options);
+    let small = ["--page-size", "256KiB"];
+    for (run, paging) in [
+        ("none", &["--paged-budget", "0", "--device", "cpu"][..]),
+        ("some", &["--paged-budget", "2MiB", "--page-trace", "pages.svg"]),
+        ("all", &["--paged-budget", "auto", "--page-trace", "pages.json"]),
+    ] {
+        let ran = place.train(run, &[&options[..], &small[..], paging].concat());
+        assert!(place.adapter(run) == place.adapter("without"), "{run}");
+        let said = ran.stderr.lines().find(|line| line.starts_with("pages "));
+        assert!(said.is_some_and(|line| line.contains("256.0 KiB in host memory")), "{}", ran.stderr);
+        assert!(place.read(&format!("{run}/settings.toml")).contains("paged-budget"));
+    }
+    let picture = place.read("pages.svg");
+    assert!(picture.starts_with("<svg") && picture.contains("streamed in") && picture.contains("2.0 MiB"), "{picture}");
+    let trace: serde_json::Value = serde_json::from_str(&place.read("pages.json")).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().len() > 20);
+    // No pages, no picture, and one that cannot be written costs no run.
+    let ran = place.train("pageless", &["--page-trace", "absent.svg"]);
+    assert!(ran.stderr.contains("absent.svg") && !place.path("absent.svg").exists(), "{}", ran.stderr);
+    let ran = place.train("unwritten", &["--paged-budget", "0", "--page-trace", "absent/pages.svg"]);
+    assert!(ran.stderr.contains("absent/pages.svg") && place.path("unwritten/adapter").exists(), "{}", ran.stderr);
+}
+
 #[test]
 fn an_adapter_trains_on() {
     let place = Place::new();

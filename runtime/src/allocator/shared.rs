@@ -11,6 +11,9 @@ use std::{
 /// blocks of the same [`Memory`], and may not allocate from it.
 pub type Reclaim = Arc<dyn Fn(usize) -> usize + Send + Sync>;
 
+/// How often a request asks for memory back, for twice as much each time: a hook that promises too much does not hang it.
+const MOST_ROUNDS: u32 = 16;
+
 /// An [`Allocator`] behind a lock, and who else can give memory back.
 pub struct Memory<S: AddressSpace, E: Events> {
     allocator: Mutex<Allocator<S, E>>,
@@ -40,21 +43,30 @@ impl<S: AddressSpace, E: Events> Memory<S, E> {
         *self.reclaim.lock().unwrap_or_else(PoisonError::into_inner) = hook;
     }
 
-    /// [`Allocator::allocate`]; where that finds no memory, once more after the hook gave some back.
+    /// [`Allocator::allocate`]; where that finds no memory, again after the hook gave some back. What it gives may lie
+    /// apart, so it is asked for more until that is enough or it has no more.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; or the device reports another failure.
     pub fn allocate(&self, bytes: usize, tag: Tag, stream: StreamId) -> Result<Block> {
-        let first = self.lock().allocate(bytes, tag, stream);
-        if !matches!(&first, Err(Error::OutOfMemory(report)) if !report.injected) {
-            return first;
+        let full = |found: &Result<Block>| matches!(found, Err(Error::OutOfMemory(report)) if !report.injected);
+        let mut found = self.lock().allocate(bytes, tag, stream);
+        if !full(&found) {
+            return found;
         }
         // The hook runs without the locks, so that it can free blocks.
         let hook = self.reclaim.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match hook {
-            Some(hook) if hook(bytes) > 0 => self.lock().allocate_quietly(bytes, tag, stream),
-            _ => first,
+        let Some(hook) = hook else { return found };
+        for round in 0..MOST_ROUNDS {
+            if hook(bytes.saturating_mul(1 << round)) == 0 {
+                break;
+            }
+            found = self.lock().allocate_quietly(bytes, tag, stream);
+            if !full(&found) {
+                break;
+            }
         }
+        found
     }
 
     /// [`Allocator::free`].

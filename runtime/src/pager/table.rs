@@ -107,6 +107,8 @@ pub(super) struct Table {
     /// Sweeps since memory was last short or pages came back, and how many to wait for before pages come back.
     calm: u32,
     wait: u32,
+    /// Whether memory was short since the last sweep began.
+    short: bool,
     counters: Counters,
     /// Tensors that transfers read, each with the ticket after which it can go.
     kept: VecDeque<(Ticket, Tensor)>,
@@ -129,6 +131,7 @@ impl Table {
             uses: 0,
             calm: 0,
             wait: 1,
+            short: false,
             counters: Counters::default(),
             kept: VecDeque::new(),
             keeping: Vec::new(),
@@ -248,6 +251,10 @@ impl Table {
     /// See [`super::Pager::settle`].
     pub(super) fn settle(&mut self) -> Result<()> {
         self.calm = self.calm.saturating_add(1);
+        self.short = false;
+        if let Some(trace) = &mut self.trace {
+            trace.sweep();
+        }
         if self.allowed < self.cap && self.calm >= self.wait {
             (self.allowed, self.calm) = (self.cap, 0);
         }
@@ -291,9 +298,11 @@ impl Table {
             if last.is_some_and(|ticket| self.store.finish(ticket).is_err()) {
                 return 0;
             }
-            // Pressure right after pages came back: they wait longer next time.
-            self.wait = if self.calm <= 1 { (self.wait * 2).min(LONGEST_WAIT) } else { 1 };
-            self.calm = 0;
+            // Pressure right after pages came back: they wait longer next time. All of a step's requests are one.
+            if !self.short {
+                self.wait = if self.calm <= 1 { (self.wait * 2).min(LONGEST_WAIT) } else { 1 };
+            }
+            (self.short, self.calm) = (true, 0);
             self.allowed = self.resident();
             self.counters.given_back += given as u64;
         }

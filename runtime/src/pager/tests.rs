@@ -247,7 +247,8 @@ fn what_was_given_back_returns_when_pressure_is_gone_and_later_when_it_returns()
     assert_eq!(pager.give_back(3 * PAGE - 1), 3 * PAGE);
     assert_eq!((pager.resident_bytes(), pager.budget()), (5 * PAGE, 5 * PAGE));
     assert!(pager.is_resident(4) && !pager.is_resident(5), "the last of the order leave first");
-    // Pressure right after pages came back, twice: they wait for 2 sweeps, then for 4.
+    // Pressure right after pages came back, twice: they wait for 2 sweeps, then for 4. A step's requests are
+    // one pressure, however many they are.
     for wait in [2, 4] {
         for _ in 1..wait {
             sweep(&pager);
@@ -255,7 +256,7 @@ fn what_was_given_back_returns_when_pressure_is_gone_and_later_when_it_returns()
         }
         sweep(&pager);
         assert_eq!(pager.resident_bytes(), 8 * PAGE);
-        pager.give_back(3 * PAGE);
+        (0..3).for_each(|_| assert_eq!(pager.give_back(PAGE), PAGE));
     }
     // After a calm while they wait no longer than at first.
     (0..20).for_each(|_| sweep(&pager));
@@ -290,4 +291,5 @@ fn a_trace_says_what_happened_to_which_pages() {
     let seen: Vec<_> = trace.moments.iter().map(|moment| (moment.pages.clone(), moment.what)).collect();
     assert_eq!(seen, [(0..2, What::Bring), (0..2, What::Resident), (2..4, What::InPlace)]);
     assert!(trace.resident.is_empty() && trace.moments.is_sorted_by_key(|moment| moment.at));
+    assert!(trace.sweeps.len() == 1 && trace.sweeps[0] <= trace.moments[0].at);
 }

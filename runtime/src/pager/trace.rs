@@ -40,15 +40,26 @@ pub struct Trace {
     pub resident: Vec<usize>,
     /// Everything since, in order.
     pub moments: Vec<Moment>,
+    /// When sweeps began, in seconds as for moments.
+    pub sweeps: Vec<f64>,
 }
 
 impl Trace {
-    pub(super) fn new(resident: Vec<usize>) -> Self {
-        Trace { begun: Instant::now(), resident, moments: Vec::new() }
+    /// A record that begins now, when these pages are resident.
+    pub fn new(resident: Vec<usize>) -> Self {
+        Trace { begun: Instant::now(), resident, moments: Vec::new(), sweeps: Vec::new() }
+    }
+
+    fn now(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+
+    pub(super) fn sweep(&mut self) {
+        self.sweeps.push(self.now());
     }
 
     pub(super) fn push(&mut self, pages: Range<usize>, what: What) {
-        let at = self.begun.elapsed().as_secs_f64();
+        let at = self.now();
         // Pages that follow one another and share their fate are one moment.
         if let Some(last) = self.moments.last_mut().filter(|last| last.what == what && last.pages.end == pages.start) {
             last.pages.end = pages.end;
