@@ -10,7 +10,7 @@ use crate::{
     step::{Step, Stepper},
     train::{attach, source},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nibble_models::{
     LlamaConfig,
     generate::{Sampling, generate},
@@ -60,6 +60,9 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
             seconds.push(elapsed);
         }
         page_trace::finish(picture, stepper.paging());
+    }
+    if let Some(fault) = stepper.finish(&mut model.llama)? {
+        bail!("step {total}: {fault}");
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];

@@ -134,7 +134,7 @@ pub struct TrainArgs {
     /// How pages beyond the budget are used: stream, in-place or lru [default: stream, or in-place in unified memory]
     #[arg(long, value_name = "POLICY")]
     pub page_policy: Option<String>,
-    /// Size of a page: a multiple of 64KiB, at least 256KiB [default: 6MiB]
+    /// Size of a page: a multiple of 64KiB, at least 256KiB [default: 3MiB]
     #[arg(long, value_name = "BYTES")]
     pub page_size: Option<String>,
     /// Write a picture of where pages were during the last step to this file (SVG; or a Chrome trace where it ends in .json)
@@ -304,7 +304,7 @@ impl Default for Settings {
             paged_budget: None,
             page_memory: PageMemory::Auto,
             page_policy: None,
-            page_size: Bytes(6 << 20),
+            page_size: Bytes(3 << 20),
             page_trace: None,
         }
     }

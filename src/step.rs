@@ -81,7 +81,7 @@ impl Stepper {
             let key = DropoutKey { seed: self.seed, step };
             outputs.push(llama.train(packed(batch), scale, Some(key), &mut self.grads)?);
         }
-        let mut clip = self.grads.clip(self.max_grad_norm, self.scaling.factor())?;
+        let mut clip = self.grads.clip_after(self.max_grad_norm, self.scaling.factor(), self.optimizer.late())?;
         let mut updates: Vec<Update> = llama
             .parameters_mut()
             .into_iter()
@@ -113,6 +113,17 @@ impl Stepper {
             self.optimizer.revoke();
         }
         Ok(Step { loss, grad_norm, fault })
+    }
+
+    /// Why the last update cannot stand, if it broke the model in a part that was still under way when its step ended. The
+    /// parameters are those from before it then. To be asked after the last step; until then the next step finds out.
+    pub fn finish(&mut self, llama: &mut Llama) -> Result<Option<String>> {
+        let sound = self.optimizer.late().map_or(Ok(true), |late| late.read().map(|late| late.parameters_finite))?;
+        if sound {
+            return Ok(None);
+        }
+        restore(llama, &self.good)?;
+        Ok(Some("the last update made parameters infinite".into()))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     settings::{Method, Settings},
     step::{Step, Stepper},
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use nibble_models::{
     files::{atomic::write_json, peft},
     llama::LoraConfig,
@@ -183,9 +183,11 @@ fn optimize(
     };
     let mut stepper = Stepper::new(&model.llama, settings)?;
     let mut log = StepLog::create(run.path(), total, model.llama.device())?;
+    let (mut interrupted, mut done) = (false, 0);
     for step in 0..total {
         if interrupt::requested() {
-            return Ok((log.finish(), true));
+            interrupted = true;
+            break;
         }
         let clock = Instant::now();
         // The window's batches; the last one of an epochs-long run may be short.
@@ -210,18 +212,27 @@ fn optimize(
         let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
         if let Some(fault) = fault {
             save(model, run, adapter_config, tokenizer)?;
-            bail!(
-                "step {}: {fault}; stopped. {} holds the last good parameters, from before the last update. Try a lower \
-                 --lr or a longer --warmup",
-                step + 1,
-                run.path().display()
-            );
+            return Err(broken(step + 1, &fault, run));
         }
         let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
         log.push(StepMetrics { step: step + 1, loss, grad_norm, lr, tokens, tok_s })?;
         page_trace::finish(picture, stepper.paging());
+        done = step + 1;
     }
-    Ok((log.finish(), false))
+    if let Some(fault) = stepper.finish(&mut model.llama)? {
+        save(model, run, adapter_config, tokenizer)?;
+        return Err(broken(done, &fault, run));
+    }
+    Ok((log.finish(), interrupted))
+}
+
+/// The error of a step that broke the model, whose last good parameters have been saved.
+fn broken(step: u32, fault: &str, run: &RunDir) -> anyhow::Error {
+    anyhow!(
+        "step {step}: {fault}; stopped. {} holds the last good parameters, from before the last update. Try a lower --lr \
+         or a longer --warmup",
+        run.path().display()
+    )
 }
 
 /// Writes what was trained: `adapter/`, or `model/` after full fine-tuning.

@@ -186,6 +186,8 @@ pub struct AdamW {
     kept: Kept,
     /// Whether an update failed half way: the state is neither that from before it nor that from after it.
     torn: bool,
+    /// What the part of the last update that goes on beside other work says about its parameters.
+    late: Option<Clip>,
 }
 
 impl AdamW {
@@ -195,7 +197,7 @@ impl AdamW {
     /// A setting is out of range.
     pub fn new(config: AdamWConfig, bits: StateBits) -> Result<Self> {
         config.validate()?;
-        Ok(AdamW { config, bits, step: 0, kept: Kept::Whole(BTreeMap::new()), torn: false })
+        Ok(AdamW { config, bits, step: 0, kept: Kept::Whole(BTreeMap::new()), torn: false, late: None })
     }
 
     /// An optimizer whose moments, zeros at first, are in the pages of `state`. Its updates are those of one without pages
@@ -224,7 +226,8 @@ impl AdamW {
 
     /// One update of `params` with learning rate `lr`, by gradients times the factor of `clip`, which was made of them.
     /// Where their norm is not finite nothing is updated, though the update counts: see [`AdamW::revoke`]. The result does
-    /// not depend on the number of threads. On a GPU nothing is waited for.
+    /// not depend on the number of threads. On a GPU nothing is waited for, and an update of pages that are streamed goes on
+    /// beside what the compute stream is given next: parameters are waited for when they are used.
     ///
     /// # Errors
     /// A parameter has no gradient or is named twice, types or shapes do not fit, a parameter's storage is shared, or a
@@ -241,12 +244,18 @@ impl AdamW {
                 let state = Arc::clone(state);
                 sweep::check(&state, params, grads)?;
                 self.torn = true;
-                sweep::step(&state, params, grads, &config, step, clip)?;
+                self.late = sweep::step(&state, params, grads, &config, step, clip)?;
                 self.torn = false;
             }
         }
         self.step = step;
         Ok(())
+    }
+
+    /// Whether the last update left every parameter finite, as far as the `clip` that it was given does not say: `None` if
+    /// that says all of it. An update of which a part goes on beside other work is known here first.
+    pub fn late(&self) -> Option<&Clip> {
+        self.late.as_ref()
     }
 
     fn check_whole(&self) -> Result<()> {

@@ -174,9 +174,18 @@ impl Gradients {
     /// # Errors
     /// There are none; or, of gradients in pages, not all.
     pub fn clip(&mut self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
+        self.clip_after(max_norm, loss_scale, None)
+    }
+
+    /// As [`Gradients::clip`]; where the update `before` ([`crate::AdamW::late`]) has made a parameter infinite, the next one
+    /// is left out.
+    ///
+    /// # Errors
+    /// As [`Gradients::clip`].
+    pub fn clip_after(&mut self, max_norm: f64, loss_scale: f32, before: Option<&Clip>) -> Result<Clip> {
         match &mut self.sums {
             Sums::Whole(sums) => Clip::new(&sums.values().collect::<Vec<_>>(), max_norm, loss_scale),
-            Sums::Paged(paged) => paged.squares()?.clip(max_norm, loss_scale),
+            Sums::Paged(paged) => paged.squares()?.clip(max_norm, loss_scale, before),
         }
     }
 }

@@ -50,7 +50,8 @@ pub(crate) fn check(state: &Arc<PagedState>, params: &[Update], grads: &Gradient
     }
 }
 
-/// One sweep over the pages: those in device memory and those used in place by one launch, the others lane by lane.
+/// One sweep over the pages: those in device memory and those used in place by one launch, the others lane by lane. What is
+/// returned says later whether the parameters of the latter are finite; `clip` says it of the others.
 pub(crate) fn step(
     state: &Arc<PagedState>,
     params: &mut [Update],
@@ -58,7 +59,7 @@ pub(crate) fn step(
     config: &AdamWConfig,
     step: u32,
     clip: &mut Clip,
-) -> Result<()> {
+) -> Result<Option<Clip>> {
     let pager = state.pager();
     pager.settle()?;
     let lanes = pager.open_lanes()?;
@@ -72,17 +73,20 @@ pub(crate) fn step(
             streamed.push(pages);
         }
     }
-    let count = lanes.map_or(1, |(lanes, _)| lanes);
+    let Some((count, _)) = lanes else { return Ok(None) };
+    // Nothing waits for the lanes: neither who reads the norm, nor a forward pass that starts with the first parameters.
+    let mut beside = clip.beside()?;
     for pages in streamed {
         let held = Held::Staged(pager.stage(pages.clone(), lane)?);
-        let kept = update(state, &held, pages.clone(), params, grads, config, step, clip, Some(lane))?;
+        let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(lane))?;
         kept.into_iter().for_each(|tensor| pager.keep(tensor));
         if let Held::Staged(staged) = held {
             pager.unstage(staged, state.clean(pages))?;
         }
         lane = (lane + 1) % count;
     }
-    pager.close_lanes()
+    pager.leave_lanes();
+    Ok(Some(beside))
 }
 
 /// The pages in groups that are updated together. With lanes, the groups of pages in host memory have at most `most` pages.

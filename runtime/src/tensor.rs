@@ -5,7 +5,7 @@
 
 use crate::{
     DType, Device, Element, Error, Float, Result, Tag,
-    cuda::{self, DeviceBuffer, Gpu},
+    cuda::{self, DeviceBuffer, Event, Gpu, Stream},
     memory::{Buffer, HostPage},
     pager::Lease,
 };
@@ -216,9 +216,28 @@ impl Tensor {
     /// # Errors
     /// The tensor is in host memory.
     pub fn device_pointer(&self) -> Result<u64> {
+        self.device_pointer_on(None)
+    }
+
+    /// As [`Tensor::device_pointer`], for use by another stream, which waits until the tensor may be used.
+    ///
+    /// # Errors
+    /// The tensor is in host memory.
+    pub fn device_pointer_on(&self, stream: Option<Stream>) -> Result<u64> {
         match &*self.storage {
-            Storage::Cuda(buffer) => Ok(buffer.pointer() + self.byte_range().start as u64),
+            Storage::Cuda(buffer) => {
+                buffer.ready(stream.unwrap_or(buffer.gpu().stream()))?;
+                Ok(buffer.pointer() + self.byte_range().start as u64)
+            }
             _ => Err(Error::invalid("launch", "a tensor is in host memory, not on the GPU")),
+        }
+    }
+
+    /// Lets the compute stream wait for `mark` before it uses the tensor's storage, or gives it to others: for what another
+    /// stream uses, after all that used it before. Nobody needs to know of it but who made the mark.
+    pub fn use_after(&self, mark: &Arc<Event>) {
+        if let Storage::Cuda(buffer) = &*self.storage {
+            buffer.use_after(mark);
         }
     }
 

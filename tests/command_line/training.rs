@@ -14,7 +14,7 @@ fn a_run_leaves_what_it_promises() {
     let ran =
         place.train("run", &["--steps", "3", "--eval-data", "ids.jsonl", "--schedule", "cosine", "--warmup", "1"]);
     assert_eq!(ran.stdout, "");
-    for word in ["cpu", "bits a weight", "held-out before", "held-out after", "run", "loss"] {
+    for word in ["device   c", "bits a weight", "held-out before", "held-out after", "run", "loss"] {
         assert!(ran.stderr.contains(word), "no {word:?} in\n{}", ran.stderr);
     }
     let metrics = place.metrics("run");

@@ -9,6 +9,7 @@ use nibble_runtime::{
     DType, Device, Error, Result, Tensor,
     cuda::{Args, Entry, Event, Gpu, Module, Stream},
 };
+use std::sync::Arc;
 
 pub(crate) static MODULE: Module = Module {
     name: "adamw",
@@ -20,7 +21,8 @@ pub(crate) static MODULE: Module = Module {
 const PIECE: usize = 4096;
 const THREADS: u32 = 256;
 
-/// See [`super::list::step_on`]; everything has been checked but where the tensors are.
+/// See [`super::list::step_on`]; everything has been checked, that what is written is not shared too, but where the tensors
+/// are.
 pub(super) fn step_on(
     jobs: &mut [Job],
     c: &Coefficients,
@@ -30,10 +32,10 @@ pub(super) fn step_on(
 ) -> Result<Vec<Tensor>> {
     let gpu = Gpu::of(device)?;
     let mut list = TensorList::new(PIECE);
-    for job in jobs {
+    for job in &mut *jobs {
         let Job { param, decay, previous, parts } = job;
-        let param = param.device_pointer_mut()?;
-        let previous = previous.as_mut().map_or(Ok(0), |previous| previous.device_pointer_mut())?;
+        let param = param.device_pointer_on(stream)?;
+        let previous = previous.as_ref().map_or(Ok(0), |previous| previous.device_pointer_on(stream))?;
         for Part { start, grad, moments } in parts {
             let of_grad = match grad.dtype() {
                 DType::F32 => 0,
@@ -42,18 +44,18 @@ pub(super) fn step_on(
                 found => return Err(Error::DType { op: "adamw", expected: "float".into(), found }),
             };
             let (m, v, m_absmax, v_absmax, eight) = match moments {
-                MomentsMut::F32 { m, v } => (m.device_pointer_mut()?, v.device_pointer_mut()?, 0, 0, 0),
+                MomentsMut::F32 { m, v } => (m.device_pointer_on(stream)?, v.device_pointer_on(stream)?, 0, 0, 0),
                 MomentsMut::Bits8 { m, v } => (
-                    m.codes.device_pointer_mut()?,
-                    v.codes.device_pointer_mut()?,
-                    m.absmax.device_pointer_mut()?,
-                    v.absmax.device_pointer_mut()?,
+                    m.codes.device_pointer_on(stream)?,
+                    v.codes.device_pointer_on(stream)?,
+                    m.absmax.device_pointer_on(stream)?,
+                    v.absmax.device_pointer_on(stream)?,
                     2,
                 ),
             };
             let skip = 4 * *start as u64;
             let previous = if previous == 0 { 0 } else { previous + skip };
-            let pointers = [param + skip, grad.device_pointer()?, m, v, m_absmax, v_absmax, previous];
+            let pointers = [param + skip, grad.device_pointer_on(stream)?, m, v, m_absmax, v_absmax, previous];
             list.push(&pointers, grad.numel(), u32::from(*decay) | eight | of_grad)?;
         }
     }
@@ -71,7 +73,7 @@ pub(super) fn step_on(
         .f32(c.eps)
         .f32(c.decay_before)
         .f32(c.decay_after)
-        .output(clip.state_mut())
+        .u64(clip.state_mut().device_pointer_on(stream)?)
         .input(&signed)
         .input(&unsigned);
     let on = stream.unwrap_or(gpu.stream());
@@ -82,5 +84,17 @@ pub(super) fn step_on(
         ready.hold(on)?;
     }
     gpu.launch_on(on, &MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)?;
+    if stream.is_some() {
+        let done = Event::new(gpu, false)?;
+        done.record(on)?;
+        let done = Arc::new(done);
+        clip.state_mut().use_after(&done);
+        for Job { param, previous, parts, .. } in jobs {
+            param.use_after(&done);
+            previous.iter().for_each(|previous| previous.use_after(&done));
+            // Moments are the stream's own.
+            parts.iter().for_each(|part| part.grad.use_after(&done));
+        }
+    }
     Ok(vec![table, signed, unsigned])
 }

@@ -83,9 +83,9 @@ pub fn step_all(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Cl
     step_on(jobs, config, step, clip, None).map(drop)
 }
 
-/// As [`step_all`], on another stream of a GPU, which first waits for what the compute stream has been given. Whoever
-/// gives a stream sees to it that nothing that takes part is used or freed before that stream is done; so also what is
-/// returned.
+/// As [`step_all`], on another stream of a GPU, which first waits for what the compute stream has been given. Parameters,
+/// gradients and `clip` know when they may be used again ([`Tensor::use_after`]); whoever gives the stream sees to the
+/// moments, and keeps what is returned until the stream is done.
 ///
 /// # Errors
 /// As [`step_all`].

@@ -12,7 +12,7 @@ pub(crate) static MODULE: Module = Module {
     ptx: include_str!("../../ptx/norm.ptx"),
     entries: &[
         Entry { name: "norm_pieces", floats: false, params: &[8, 4, 8] },
-        Entry { name: "norm_clip", floats: false, params: &[8, 4, 8, 4, 8] },
+        Entry { name: "norm_clip", floats: false, params: &[8, 4, 8, 4, 8, 8] },
     ],
 };
 
@@ -37,10 +37,10 @@ pub(super) fn put(partial: &mut Tensor, parts: &[(usize, &Tensor)]) -> Result<()
 }
 
 /// See [`super::Squares::clip`]: norm, factor, whether the norm is finite, and 1 for the parameters; f32 `[4]`.
-pub(super) fn clip(partial: &Tensor, max_norm: f64, loss_scale: f32) -> Result<Tensor> {
+pub(super) fn clip(partial: &Tensor, max_norm: f64, loss_scale: f32, before: Option<&Tensor>) -> Result<Tensor> {
     let mut clip = Tensor::empty(&[4], DType::F32, partial.device(), Tag::Workspace)?;
     let args = Args::new().input(partial).u32(size("norm", partial.numel())?);
-    let args = args.u64(max_norm.to_bits()).f32(loss_scale).output(&mut clip);
+    let args = args.u64(max_norm.to_bits()).f32(loss_scale).input_opt(before).output(&mut clip);
     Gpu::of(partial.device())?.launch(&MODULE, "norm_clip", [1, 1, 1], [THREADS, 1, 1], 0, args)?;
     Ok(clip)
 }

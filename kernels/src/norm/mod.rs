@@ -64,17 +64,21 @@ impl Squares {
         Ok(())
     }
 
-    /// What the gradients, which carry `loss_scale`, say about their update: see [`Clip::new`].
+    /// What the gradients, which carry `loss_scale`, say about their update: see [`Clip::new`]. If the update `before`
+    /// found that a parameter is not finite, this says so too, and its update is left out.
     ///
     /// # Errors
     /// The device is out of memory.
-    pub fn clip(&self, max_norm: f64, loss_scale: f32) -> Result<Clip> {
+    pub fn clip(&self, max_norm: f64, loss_scale: f32, before: Option<&Clip>) -> Result<Clip> {
+        let before = before.map(|before| &before.state);
         if self.partial.device() != Device::Cpu {
-            return Ok(Clip { state: cuda::clip(&self.partial, max_norm, loss_scale)? });
+            return Ok(Clip { state: cuda::clip(&self.partial, max_norm, loss_scale, before)? });
         }
+        let sound = before.map_or(Ok(true), |before| Ok::<_, Error>(before.as_slice::<f32>()?[3] == 1.0))?;
         let squares: f64 = self.partial.as_slice::<i64>()?.iter().map(|&word| f64::from_bits(word as u64)).sum();
         let norm = squares.sqrt() / f64::from(loss_scale);
-        let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, f32::from(norm.is_finite()), 1.0];
+        let finite = f32::from(sound && norm.is_finite());
+        let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, finite, f32::from(sound)];
         Ok(Clip { state: Tensor::from_slice(&state, &[4], Tag::Workspace)? })
     }
 }
@@ -119,7 +123,15 @@ impl Clip {
         }
         let mut squares = Squares::new(pieces, device)?;
         squares.put(&parts)?;
-        squares.clip(max_norm, loss_scale)
+        squares.clip(max_norm, loss_scale, None)
+    }
+
+    /// A copy for an update that goes on beside others, so that they need not wait for its word on parameters.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn beside(&self) -> Result<Clip> {
+        Ok(Clip { state: self.state.copy(Tag::Workspace)? })
     }
 
     /// What to multiply the gradients by, and whether they are finite: on the host.

@@ -66,9 +66,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_pieces(const Entry* t
     if (threadIdx.x == 0) partial[entry.partial + (blockIdx.x - entry.first_piece)] = sum;
 }
 
-// clip = {norm, factor, 1 if the norm is finite, 1 for parameters not yet found to be infinite}; one block.
+// clip = {norm, factor, 1 if the norm is finite, 1 for parameters not yet found to be infinite}; one block. Where the last
+// update (`before`, unless null) found infinite parameters, 0 for both: the next one must not be made.
 extern "C" __global__ void __launch_bounds__(THREADS)
-norm_clip(const double* partial, u32 pieces, double max_norm, float loss_scale, float* clip) {
+norm_clip(const double* partial, u32 pieces, double max_norm, float loss_scale, const float* before, float* clip) {
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < pieces; i += THREADS) sum += partial[i];
     sum = block_sum_double(sum);
@@ -78,6 +79,7 @@ norm_clip(const double* partial, u32 pieces, double max_norm, float loss_scale, 
     float rounded = (float)norm;
     clip[0] = rounded;
     clip[1] = (float)factor / loss_scale;
-    clip[2] = rounded < INFINITY ? 1.0f : 0.0f; // false for NaN too
-    clip[3] = 1.0f;
+    bool sound = before == nullptr || before[3] != 0.0f;
+    clip[2] = sound && rounded < INFINITY ? 1.0f : 0.0f; // false for NaN too
+    clip[3] = sound ? 1.0f : 0.0f;
 }

@@ -5,9 +5,9 @@ use nibble_runtime::pager::Policy;
 use std::fmt;
 
 /// The trainer's default.
-pub const PAGE: usize = 6 << 20;
+pub const PAGE: usize = 3 << 20;
 /// Sizes of pages to compare [`PAGE`] with.
-const OTHER_PAGES: [usize; 2] = [2 << 20, 16 << 20];
+const OTHER_PAGES: [usize; 2] = [6 << 20, 16 << 20];
 
 /// What pages are made of.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -84,6 +84,8 @@ impl Workload {
         let begun = Instant::now();
         let timer = Timer::start(self.gpu)?;
         self.optimizer.step(&mut updates, &self.grads, LR, &mut self.clip)?;
+        // All of it: also what would go on beside the next forward pass.
+        self.state.iter().try_for_each(|state| state.pager().close_lanes())?;
         let device = timer.milliseconds()?;
         self.gpu.synchronize()?;
         Ok(Took { device, wall: begun.elapsed().as_secs_f64() * 1e3 })

@@ -71,6 +71,7 @@ impl Staging {
 pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
     let gpu = target.gpu();
     gpu.bind()?;
+    target.ready(gpu.stream())?;
     let mut staging = lock(&gpu.staging);
     let mut done = 0;
     while done < bytes.len() {
@@ -98,6 +99,7 @@ pub(crate) fn download(source: &DeviceBuffer, offset: usize, bytes: &mut [u8]) -
     let gpu = source.gpu();
     gpu.bind()?;
     if !bytes.is_empty() {
+        source.ready(gpu.stream())?;
         let from = source.pointer() + offset as u64;
         // SAFETY: the source has the bytes (the caller's offset and length are within its tensor), the target is
         // borrowed exclusively, and the stream is waited for before the borrow ends.
@@ -121,6 +123,8 @@ pub(crate) fn copy(
     if count == 0 {
         return Ok(());
     }
+    target.ready(gpu.stream())?;
+    source.ready(gpu.stream())?;
     let (to, from) = (target.pointer() + to as u64, source.pointer() + from as u64);
     // SAFETY: both ranges lie within their tensors (the callers' offsets), and the target is borrowed exclusively.
     check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, count, gpu.stream().0) })

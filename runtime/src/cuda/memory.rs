@@ -1,8 +1,9 @@
 //! Device memory of tensors.
 
 use super::{
-    Gpu,
+    Event, Gpu, Stream,
     driver::check,
+    gpu::lock,
     space::{GpuEvents, GpuSpace, stream_id},
 };
 use crate::{
@@ -14,7 +15,7 @@ use cudarc::driver::sys;
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -51,12 +52,15 @@ impl Gpu {
 }
 
 /// A block of device memory. Freed in the order of the compute stream: what that stream was given before may still use
-/// it, and what uses it on another stream must be waited for by the compute stream first.
+/// it. What uses it on another stream leaves a mark ([`DeviceBuffer::use_after`]), which the compute stream waits for
+/// before it uses or frees the block.
 pub(crate) struct DeviceBuffer {
     gpu: &'static Gpu,
     memory: &'static DeviceMemory,
     place: Place,
     bytes: usize,
+    /// Marks in other streams that the compute stream has yet to wait for.
+    after: Mutex<Vec<Arc<Event>>>,
 }
 
 /// Where a [`DeviceBuffer`] is.
@@ -87,7 +91,7 @@ impl DeviceBuffer {
             0 => Place::Nowhere,
             _ => Place::Device(memory.allocate(bytes, tag, gpu.stream_id())?),
         };
-        let mut buffer = DeviceBuffer { gpu, memory, place, bytes };
+        let mut buffer = DeviceBuffer { gpu, memory, place, bytes, after: Mutex::default() };
         if POISON.load(Ordering::Relaxed) {
             buffer.fill(0xFF)?;
         }
@@ -99,7 +103,7 @@ impl DeviceBuffer {
     pub(crate) fn in_host_memory(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let memory = gpu.memory()?;
         if bytes == 0 {
-            return Ok(DeviceBuffer { gpu, memory, place: Place::Nowhere, bytes });
+            return Ok(DeviceBuffer { gpu, memory, place: Place::Nowhere, bytes, after: Mutex::default() });
         }
         gpu.bind()?;
         let (mut host, mut address) = (std::ptr::null_mut(), 0);
@@ -109,13 +113,13 @@ impl DeviceBuffer {
             check("cuMemHostAlloc", sys::cuMemHostAlloc(&mut host, bytes, flags))?;
             check("cuMemHostGetDevicePointer", sys::cuMemHostGetDevicePointer_v2(&mut address, host, 0))?;
         }
-        Ok(DeviceBuffer { gpu, memory, place: Place::Host(address), bytes })
+        Ok(DeviceBuffer { gpu, memory, place: Place::Host(address), bytes, after: Mutex::default() })
     }
 
     /// Memory of the pager at `address`, for as long as the lease keeps it there.
     pub(crate) fn in_pages(gpu: &'static Gpu, lease: Arc<Lease>, address: u64, bytes: usize) -> Result<Self> {
         let place = if bytes == 0 { Place::Nowhere } else { Place::Page { address, _lease: lease } };
-        Ok(DeviceBuffer { gpu, memory: gpu.memory()?, place, bytes })
+        Ok(DeviceBuffer { gpu, memory: gpu.memory()?, place, bytes, after: Mutex::default() })
     }
 
     /// Whether the memory belongs to the pager.
@@ -127,7 +131,23 @@ impl DeviceBuffer {
         self.gpu
     }
 
-    /// Address of the first byte, as the GPU sees it; null if there are none.
+    /// Lets nobody use the block before `mark`, which comes behind all marks that it had.
+    pub(crate) fn use_after(&self, mark: &Arc<Event>) {
+        *lock(&self.after) = vec![Arc::clone(mark)];
+    }
+
+    /// Lets `stream` wait until the block may be used.
+    pub(crate) fn ready(&self, stream: Stream) -> Result<()> {
+        let mut after = lock(&self.after);
+        after.iter().try_for_each(|mark| mark.hold(stream))?;
+        if stream == self.gpu.stream() {
+            after.clear();
+        }
+        Ok(())
+    }
+
+    /// Address of the first byte, as the GPU sees it; null if there are none. Whoever uses it sees that it is
+    /// [`DeviceBuffer::ready`].
     pub(crate) fn pointer(&self) -> u64 {
         match &self.place {
             Place::Nowhere => 0,
@@ -149,6 +169,7 @@ impl DeviceBuffer {
             return Ok(());
         }
         self.gpu.bind()?;
+        self.ready(self.gpu.stream())?;
         // SAFETY: the block has `bytes` bytes and is borrowed exclusively.
         let status = unsafe { sys::cuMemsetD8Async(self.pointer(), byte, self.bytes, self.gpu.stream().0) };
         check("cuMemsetD8Async", status)
@@ -157,6 +178,7 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
+        self.gpu.record_error(self.ready(self.gpu.stream()));
         match std::mem::replace(&mut self.place, Place::Nowhere) {
             Place::Nowhere | Place::Page { .. } => {}
             Place::Device(block) => self.memory.free(block, self.gpu.stream_id()),

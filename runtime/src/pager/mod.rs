@@ -224,6 +224,12 @@ impl Pager {
         self.lock().open_lanes()
     }
 
+    /// Ends a sweep. The lanes go on with what they were given; who uses a page afterwards waits for it, and what was
+    /// launched on a lane says itself when its results may be used ([`Tensor::use_after`]).
+    pub fn leave_lanes(&self) {
+        self.lock().leave_lanes();
+    }
+
     /// Ends streaming: everything given to the compute stream from now on comes after what the lanes do.
     ///
     /// # Errors
@@ -257,7 +263,7 @@ impl Pager {
         self.lock().lane(lane)
     }
 
-    /// Keeps a tensor alive until what the lanes have been given so far is done.
+    /// Keeps a tensor that the lanes use until they are closed: at the next sweep.
     pub fn keep(&self, tensor: Tensor) {
         self.lock().keep(tensor);
     }

@@ -88,6 +88,8 @@ struct Page {
 const LANES: usize = 4;
 /// A lane takes at most this many bytes: copies of several MiB run at the full speed of the bus.
 const LANE_BYTES: usize = 16 << 20;
+/// Lanes take this part of the budget, so that most of it keeps pages.
+const LANE_SHARE: usize = 16;
 /// Sweeps without pressure before pages come back, at most: the wait doubles while pressure returns.
 const LONGEST_WAIT: u32 = 64;
 
@@ -103,6 +105,8 @@ pub(super) struct Table {
     resident: usize,
     /// Lanes, and pages of each, while they are open.
     lanes: Option<(usize, usize)>,
+    /// Whether a sweep uses the lanes: they are then not given back.
+    sweeping: bool,
     uses: u64,
     /// Sweeps since memory was last short or pages came back, and how many to wait for before pages come back.
     calm: u32,
@@ -128,6 +132,7 @@ impl Table {
             allowed: 0,
             resident: 0,
             lanes: None,
+            sweeping: false,
             uses: 0,
             calm: 0,
             wait: 1,
@@ -278,8 +283,13 @@ impl Table {
 
     /// See [`super::Pager::give_back`]. A lost device has nothing to give.
     pub(super) fn give_back(&mut self, pages: usize) -> usize {
-        let before = self.resident;
-        let target = before.saturating_sub(pages);
+        let before = self.resident();
+        // Lanes first, which nobody needs until the next sweep.
+        if pages > 0 && !self.sweeping && self.close_lanes().is_err() {
+            return 0;
+        }
+        let evicted_before = self.resident;
+        let target = evicted_before.saturating_sub(pages.saturating_sub(before - self.resident));
         let mut at = self.pages.len();
         let mut last = None;
         while self.resident > target && at > 0 {
@@ -292,7 +302,7 @@ impl Table {
                 }
             }
         }
-        let given = before - self.resident;
+        let given = before - self.resident();
         if given > 0 {
             // The memory must be free when the allocator looks again.
             if last.is_some_and(|ticket| self.store.finish(ticket).is_err()) {
@@ -303,8 +313,8 @@ impl Table {
                 self.wait = if self.calm <= 1 { (self.wait * 2).min(LONGEST_WAIT) } else { 1 };
             }
             (self.short, self.calm) = (true, 0);
-            self.allowed = self.resident();
-            self.counters.given_back += given as u64;
+            self.allowed = self.resident().min(self.cap);
+            self.counters.given_back += (evicted_before - self.resident) as u64;
         }
         given
     }
@@ -398,20 +408,20 @@ impl Table {
         self.store.read(page, offset, bytes)
     }
 
-    /// Lanes, and pages of each, that the policy and the budget give: at most a quarter of the budget, so that most of it
-    /// keeps pages.
+    /// Lanes, and pages of each, that the policy and the budget give.
     fn lane_plan(&self) -> Option<(usize, usize)> {
         let lanes = self.store.lanes().min(LANES);
         if self.policy != Policy::Stream || lanes == 0 || self.allowed >= self.pages.len() {
             return None;
         }
         let most = (LANE_BYTES / self.store.page_bytes()).max(1);
-        let pages = (self.allowed / (4 * lanes)).clamp(1, most);
+        let pages = (self.allowed / (LANE_SHARE * lanes)).clamp(1, most);
         (lanes * pages <= self.allowed).then_some((lanes, pages))
     }
 
     /// See [`super::Pager::open_lanes`].
     pub(super) fn open_lanes(&mut self) -> Result<Option<(usize, usize)>> {
+        self.close_lanes()?;
         let Some((lanes, pages)) = self.lane_plan() else { return Ok(None) };
         self.shrink(self.allowed - lanes * pages)?;
         if self.resident + lanes * pages > self.allowed {
@@ -419,7 +429,7 @@ impl Table {
         }
         match self.store.open_lanes(pages) {
             Ok(()) => {
-                self.lanes = Some((lanes, pages));
+                (self.lanes, self.sweeping) = (Some((lanes, pages)), true);
                 self.count_peak();
                 Ok(self.lanes)
             }
@@ -427,7 +437,12 @@ impl Table {
         }
     }
 
+    pub(super) fn leave_lanes(&mut self) {
+        self.sweeping = false;
+    }
+
     pub(super) fn close_lanes(&mut self) -> Result<()> {
+        self.sweeping = false;
         if self.lanes.take().is_some() {
             self.store.close_lanes()?;
             self.keeping.clear();
