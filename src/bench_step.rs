@@ -47,7 +47,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let mut seconds = Vec::new();
     let total = args.warm + args.timed;
     for number in 0..total {
-        let picture = settings.page_trace.as_deref().filter(|_| number + 1 == total);
+        let picture = settings.trace.as_deref().filter(|_| number + 1 == total);
         page_trace::begin(picture, stepper.paging());
         let clock = Instant::now();
         let Step { loss, grad_norm, fault } =

@@ -140,7 +140,7 @@ pub struct TrainArgs {
     /// Write a picture of where pages were during the last step to this file (SVG; or a Chrome trace where it ends in .json)
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
-    pub page_trace: Option<PathBuf>,
+    pub trace: Option<PathBuf>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -234,7 +234,7 @@ pub struct Settings {
     #[serde(with = "as_text")]
     pub page_size: Bytes,
     #[serde(skip)]
-    pub page_trace: Option<PathBuf>,
+    pub trace: Option<PathBuf>,
 }
 
 /// How many layers, from the first on, run their forward pass again instead of keeping what it made.
@@ -305,7 +305,7 @@ impl Default for Settings {
             page_memory: PageMemory::Auto,
             page_policy: None,
             page_size: Bytes(3 << 20),
-            page_trace: None,
+            trace: None,
         }
     }
 }
@@ -340,7 +340,7 @@ impl Settings {
             merged.extend(table);
         }
         let mut settings = Settings::deserialize(merged).context("settings")?;
-        settings.page_trace = args.page_trace.clone();
+        settings.trace = args.trace.clone();
         settings.check()?;
         Ok(settings)
     }

@@ -207,7 +207,7 @@ fn optimize(
             step + 1
         );
         let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);
-        let picture = settings.page_trace.as_deref().filter(|_| step + 1 == total);
+        let picture = settings.trace.as_deref().filter(|_| step + 1 == total);
         page_trace::begin(picture, stepper.paging());
         let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
         if let Some(fault) = fault {

@@ -166,8 +166,8 @@ fn pages_change_nothing() {
     let small = ["--page-size", "256KiB"];
     for (run, paging) in [
         ("none", &["--paged-budget", "0", "--device", "cpu"][..]),
-        ("some", &["--paged-budget", "2MiB", "--page-trace", "pages.svg"]),
-        ("all", &["--paged-budget", "auto", "--page-trace", "pages.json"]),
+        ("some", &["--paged-budget", "2MiB", "--trace", "pages.svg"]),
+        ("all", &["--paged-budget", "auto", "--trace", "pages.json"]),
     ] {
         let ran = place.train(run, &[&options[..], &small[..], paging].concat());
         assert!(place.adapter(run) == place.adapter("without"), "{run}");
@@ -180,9 +180,9 @@ fn pages_change_nothing() {
     let trace: serde_json::Value = serde_json::from_str(&place.read("pages.json")).unwrap();
     assert!(trace["traceEvents"].as_array().unwrap().len() > 20);
     // No pages, no picture, and one that cannot be written costs no run.
-    let ran = place.train("pageless", &["--page-trace", "absent.svg"]);
+    let ran = place.train("pageless", &["--trace", "absent.svg"]);
     assert!(ran.stderr.contains("absent.svg") && !place.path("absent.svg").exists(), "{}", ran.stderr);
-    let ran = place.train("unwritten", &["--paged-budget", "0", "--page-trace", "absent/pages.svg"]);
+    let ran = place.train("unwritten", &["--paged-budget", "0", "--trace", "absent/pages.svg"]);
     assert!(ran.stderr.contains("absent/pages.svg") && place.path("unwritten/adapter").exists(), "{}", ran.stderr);
 }
 
