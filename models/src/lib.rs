@@ -6,6 +6,8 @@ mod error;
 pub mod files;
 pub mod generate;
 pub mod llama;
+pub mod sampling;
+pub mod stream;
 pub mod tokenizer;
 
 pub use config::LlamaConfig;
