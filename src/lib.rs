@@ -17,4 +17,5 @@ pub mod report;
 pub mod run_dir;
 pub mod settings;
 pub mod step;
+pub mod text;
 pub mod train;

@@ -4,4 +4,5 @@ mod faults;
 mod gguf;
 mod inference;
 mod support;
+mod text;
 mod training;
