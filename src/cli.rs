@@ -39,6 +39,10 @@ pub enum Command {
     Logits(LogitsArgs),
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
     Quantize(QuantizeArgs),
+    /// Write a model with adapters merged into its weights as a Hugging Face folder
+    Merge(MergeArgs),
+    /// Write a model, with adapters or without, as a GGUF file for llama.cpp
+    ExportGguf(ExportGgufArgs),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     BenchStep(Box<BenchStepArgs>),
     /// Say what a checkpoint, GGUF, adapter or data file holds
@@ -259,6 +263,76 @@ impl std::str::FromStr for AdapterChoice {
             Some(("", _)) | Some((_, "")) => Err(format!("expected DIR or NAME=DIR, not {text}")),
             Some((name, dir)) => Ok(AdapterChoice { name: name.into(), dir: Some(dir.into()) }),
         }
+    }
+}
+
+/// What to merge, and how to write it.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
+  train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter:0.7 --adapter runs/b/adapter:0.3 --out both
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --quant nf4 --out mine-nf4
+The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat).")]
+pub struct MergeArgs {
+    /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// PEFT adapter folder, and how much of it [default: 1]; may be given many times
+    #[arg(long, value_name = "DIR[:WEIGHT]", required = true)]
+    pub adapter: Vec<AdapterPart>,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// f32, bf16 or f16 [default: as the model's]
+    #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
+    pub dtype: DTypeChoice,
+    /// Quantize the linear layers again: nf4 or fp4
+    #[arg(long, value_name = "TYPE")]
+    pub quant: Option<QuantType>,
+    /// With --quant: keep the scales in f32
+    #[arg(long, requires = "quant")]
+    pub no_double_quant: bool,
+    /// With --quant: weights that share a scale (a power of two, 32 to 4096)
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub block_size: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama export-gguf --model Llama-3.2-1B-mine --type q8_0 --out mine.gguf
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf")]
+pub struct ExportGgufArgs {
+    /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// PEFT adapter folder to merge, and how much of it [default: 1]; may be given many times
+    #[arg(long, value_name = "DIR[:WEIGHT]")]
+    pub adapter: Vec<AdapterPart>,
+    /// File to make
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Type of the matrices: f32, f16, bf16, q8_0 or q4_0 (with embedding and head in q8_0)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub r#type: String,
+}
+
+/// An adapter to merge: `DIR` or `DIR:WEIGHT`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterPart {
+    pub dir: PathBuf,
+    pub weight: f32,
+}
+
+impl std::str::FromStr for AdapterPart {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let weighted = text.rsplit_once(':').and_then(|(dir, weight)| Some((dir, weight.parse::<f32>().ok()?)));
+        let (dir, weight) = weighted.unwrap_or((text, 1.0));
+        if dir.is_empty() || !weight.is_finite() {
+            return Err(format!("expected DIR or DIR:WEIGHT, not {text}"));
+        }
+        Ok(AdapterPart { dir: dir.into(), weight })
     }
 }
 

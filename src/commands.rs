@@ -5,7 +5,7 @@ use crate::{
     cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
-    interrupt,
+    export, interrupt,
     model::{Model, ModelSource},
     report,
     settings::{Settings, TrainArgs},
@@ -27,6 +27,8 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Eval(args)) => eval_command(&args),
         Some(Command::Logits(args)) => logits_command(&args).map(|()| 0),
         Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
+        Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
+        Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }

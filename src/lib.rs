@@ -8,6 +8,7 @@ pub mod commands;
 pub mod data;
 pub mod default_task;
 pub mod eval;
+mod export;
 pub mod interrupt;
 mod loss_scale;
 pub mod model;

@@ -1,5 +1,6 @@
 //! The program itself: what each command promises, and how it answers mistakes.
 
+mod export;
 mod faults;
 mod gguf;
 mod inference;
