@@ -17,6 +17,9 @@ use std::path::PathBuf;
   train-llama
   train-llama --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --eval-data test.jsonl --out runs/trec
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/trec/adapter --prompt 'Question: ...'
+  train-llama chat --model Llama-3.2-1B-Instruct --adapter runs/trec/adapter
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type q8_0 --out mine.gguf
   train-llama quantize --model Llama-3.2-1B --out Llama-3.2-1B-nf4")]
 pub struct Cli {
     #[command(subcommand)]

@@ -17,7 +17,7 @@ use nibble_models::{
     merge::{Loss, Merged, Part},
     tokenizer::{GgufVocab, Tokenizer},
 };
-use nibble_runtime::{DType, Tag, Tensor};
+use nibble_runtime::{DType, Tag};
 use std::path::Path;
 
 /// Files of a folder that tell how to use its model.
@@ -70,8 +70,8 @@ fn write_dense(merged: &Merged, dtype: DType, out: &Path) -> Result<Loss> {
     stream_safetensors(&out.join("model.safetensors"), &outlines, &[("format", "pt")], |i| {
         let (name, shape) = &weights[i];
         let exact = merged.weight(name, shape)?;
-        let written = exact.value.cast(dtype, Tag::Workspace)?;
-        loss.add(&exact, &written.to_f32()?)?;
+        let written = exact.value.clone().into_dtype(dtype, Tag::Workspace)?;
+        loss.add(&exact, &written)?;
         bar.inc(1);
         Ok(written)
     })?;
@@ -91,7 +91,7 @@ fn write_quantized(merged: &Merged, dtype: DType, args: &MergeArgs) -> Result<Lo
     let mut weights = Vec::new();
     for (name, shape) in all {
         let exact = merged.weight(&name, &shape)?;
-        let dense: Tensor = exact.value.cast(dtype, tag)?;
+        let dense = exact.value.clone().into_dtype(dtype, tag)?;
         let (weight, written) = match name.ends_with("_proj.weight") {
             true => {
                 let quantized = quantize(&dense, quant_type, block_size, scales, dtype, tag)?;
@@ -100,7 +100,7 @@ fn write_quantized(merged: &Merged, dtype: DType, args: &MergeArgs) -> Result<Lo
             }
             false => (CheckpointTensor::Dense(dense.clone()), dense),
         };
-        loss.add(&exact, &written.to_f32()?)?;
+        loss.add(&exact, &written)?;
         weights.push((name, weight));
         bar.inc(1);
     }

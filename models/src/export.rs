@@ -59,14 +59,16 @@ pub fn export_gguf(
         if let Some(heads) = heads {
             exact.value = interleave(&exact.value, heads)?;
         }
-        let values = exact.value.to_f32()?;
-        let bytes = encode(&values)?;
-        let mut written = vec![0.0; values.len()];
-        if !quants::dequantize(entry.kind, &bytes, &mut written) {
-            return Err(Error::Invalid(format!("{name} cannot be read back as {}", entry.kind)));
-        }
-        drop(values);
-        loss.add(&exact, &written)?;
+        let mut bytes = Vec::new();
+        loss.add_parts(&exact, |_, values| {
+            let part = encode(values)?;
+            let mut written = vec![0.0; values.len()];
+            if !quants::dequantize(entry.kind, &part, &mut written) {
+                return Err(Error::Invalid(format!("{name} cannot be read back as {}", entry.kind)));
+            }
+            bytes.extend(part);
+            Ok(written)
+        })?;
         done += 1;
         progress(done);
         Ok(bytes)

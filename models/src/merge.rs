@@ -112,6 +112,9 @@ impl<'a> Merged<'a> {
     }
 }
 
+/// Weights that are compared at a time: a whole number of blocks, and little beside a layer.
+const CHUNK: usize = 1 << 20;
+
 /// How far the weights that were written are from the exact ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Loss {
@@ -123,21 +126,40 @@ pub struct Loss {
 }
 
 impl Loss {
-    /// Takes `written`, which stands for `exact`, into account.
+    /// Takes `written`, which stands for all of `exact`, into account.
     ///
     /// # Errors
     /// They differ in length.
-    pub fn add(&mut self, exact: &Exact, written: &[f32]) -> Result<()> {
-        let value = exact.value.to_f32()?;
-        if value.len() != written.len() {
-            return Err(Error::Invalid(format!("{} weights were written as {}", value.len(), written.len())));
-        }
+    pub fn add(&mut self, exact: &Exact, written: &Tensor) -> Result<()> {
+        self.add_parts(exact, |start, exact| {
+            let mut values = vec![0.0; exact.len()];
+            written.read_f32(start, &mut values)?;
+            Ok(values)
+        })
+    }
+
+    /// As [`Loss::add`], in parts: `write` is given where a part starts and its exact values, and answers with those
+    /// that were written. Parts are whole blocks of any type.
+    ///
+    /// # Errors
+    /// Those of `write`, or an answer of another length.
+    pub fn add_parts(&mut self, exact: &Exact, mut write: impl FnMut(usize, &[f32]) -> Result<Vec<f32>>) -> Result<()> {
         self.change += exact.change;
-        for (x, y) in value.iter().zip(written) {
-            let difference = (x - y).abs();
-            self.largest = self.largest.max(difference);
-            self.difference += f64::from(difference) * f64::from(difference);
-            self.total += f64::from(*x) * f64::from(*x);
+        let total = exact.value.numel();
+        let mut values = vec![0.0; CHUNK.min(total)];
+        for start in (0..total).step_by(CHUNK) {
+            let count = CHUNK.min(total - start);
+            exact.value.read_f32(start, &mut values[..count])?;
+            let written = write(start, &values[..count])?;
+            if written.len() != count {
+                return Err(Error::Invalid(format!("{count} weights were written as {}", written.len())));
+            }
+            for (x, y) in values.iter().zip(&written) {
+                let difference = (x - y).abs();
+                self.largest = self.largest.max(difference);
+                self.difference += f64::from(difference) * f64::from(difference);
+                self.total += f64::from(*x) * f64::from(*x);
+            }
         }
         Ok(())
     }
