@@ -1,6 +1,7 @@
 """Checks this program against transformers, peft and bitsandbytes, in f32 on a CPU.
 
 usage: check_peft.py adapter MODEL_DIR ADAPTER_DIR...    adapters loaded by peft: logits as `train-llama logits --quant none`
+       check_peft.py merged MODEL_DIR ADAPTER_DIR...     `train-llama merge` in f32 against peft's merge_and_unload
        check_peft.py quantized DIR...                    folders of `train-llama quantize` loaded by transformers: logits as ours
        check_peft.py folder DIR...                       Hugging Face folders: logits as ours, with --quant none
        check_peft.py golden MODEL_DIR OUT_DIR            makes tests/golden/peft_interop: adapters and logits of peft
@@ -60,6 +61,20 @@ def adapter(model, *folders):
     return results
 
 
+def merged(model, *folders):
+    base = theirs(load(model))
+    results = []
+    for folder in folders:
+        expected = theirs(PeftModel.from_pretrained(load(model), folder).merge_and_unload())
+        with tempfile.TemporaryDirectory() as place:
+            out = os.path.join(place, "merged")
+            subprocess.run([PROGRAM, "merge", "--model", model, "--adapter", folder, "--dtype", "f32", "--out", out], check=True, stderr=subprocess.DEVNULL)
+            found = theirs(load(out))
+        effect = (expected - base).abs().max().item()
+        results.append(report(f"{folder} merged (moves logits by up to {effect:.2f})", found, expected, 1e-4))
+    return results
+
+
 def dequantized(model):
     """bitsandbytes' own dequantized values in f32 linears: its products on a CPU may round to bf16."""
     import bitsandbytes
@@ -113,7 +128,7 @@ def golden(model, out):
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (adapter, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
+    command = {f.__name__: f for f in (adapter, merged, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
     if command is None:
         sys.exit(__doc__)
     sys.exit(0 if all(command(*sys.argv[2:])) else 1)

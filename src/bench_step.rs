@@ -11,10 +11,7 @@ use crate::{
     train::{attach, source},
 };
 use anyhow::{Result, bail, ensure};
-use nibble_models::{
-    LlamaConfig,
-    generate::{Sampling, generate},
-};
+use nibble_models::{LlamaConfig, generate::generate, sampling::Sampling};
 use nibble_runtime::{
     cuda::Gpu,
     memory,

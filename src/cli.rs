@@ -1,8 +1,10 @@
 //! The command line.
 
 use crate::settings::TrainArgs;
+use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
+use nibble_models::sampling::Sampling;
 use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
 
@@ -15,6 +17,9 @@ use std::path::PathBuf;
   train-llama
   train-llama --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --eval-data test.jsonl --out runs/trec
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/trec/adapter --prompt 'Question: ...'
+  train-llama chat --model Llama-3.2-1B-Instruct --adapter runs/trec/adapter
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type q8_0 --out mine.gguf
   train-llama quantize --model Llama-3.2-1B --out Llama-3.2-1B-nf4")]
 pub struct Cli {
     #[command(subcommand)]
@@ -29,12 +34,18 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Talk with a model
+    Chat(ChatArgs),
     /// Mean NLL, perplexity and exact match on a data file
     Eval(EvalArgs),
     /// Write the logits of token ids to a safetensors file, for comparing with other programs
     Logits(LogitsArgs),
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
     Quantize(QuantizeArgs),
+    /// Write a model with adapters merged into its weights as a Hugging Face folder
+    Merge(MergeArgs),
+    /// Write a model, with adapters or without, as a GGUF file for llama.cpp
+    ExportGguf(ExportGgufArgs),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     BenchStep(Box<BenchStepArgs>),
     /// Say what a checkpoint, GGUF, adapter or data file holds
@@ -67,9 +78,9 @@ pub struct ModelArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder, .gguf file or random:SHAPE [default: the embedded model]
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
-    /// PEFT adapter folder
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    /// PEFT adapter folder, with a name if there are several; or none, for the base alone. May be given many times
+    #[arg(long, value_name = "[NAME=]DIR")]
+    pub adapter: Vec<AdapterChoice>,
     /// Quantization of the linear layers: nf4, fp4 or none [default: nf4, or as a 4-bit folder has them]
     #[arg(long, value_name = "TYPE")]
     pub quant: Option<QuantChoice>,
@@ -91,6 +102,10 @@ pub struct ModelArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95
+  train-llama generate --model M --adapter none --adapter a=runs/a/adapter --adapter b=runs/b/adapter --chat --prompt 'Hi'
+With several adapters the text of each follows a line with its name.")]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -100,9 +115,39 @@ pub struct GenerateArgs {
     /// Send the prompt as a user's message, by the model's chat template
     #[arg(long)]
     pub chat: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama chat --model SmolLM2-135M-Instruct.Q4_1.gguf --temperature 0.7 --top-p 0.9
+  train-llama chat --model Llama-3.2-1B-Instruct --adapter math=runs/math/adapter --adapter law=runs/law/adapter
+  echo 'How far is the moon?' | train-llama chat --model Llama-3.2-1B-Instruct > answer.txt
+
+While it runs:
+  /reset          forget the conversation
+  /adapter NAME   answer with this adapter from now on (none: the base alone); without a name: list them
+  /quit           end, as Ctrl-D does")]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// How text is chosen, in the order in which it applies: penalty, temperature, top-k, top-p, min-p.
+#[derive(Clone, Debug, Args)]
+pub struct SamplingArgs {
     /// Tokens to generate at most
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub max_new_tokens: usize,
+    #[arg(long, value_name = "N", default_value_t = 128, alias = "max-new-tokens")]
+    pub max_tokens: usize,
+    /// Makes tokens that are in the text already less likely: above 1; 1 for none
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f32,
     /// 0 takes the most likely token each time
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
@@ -112,9 +157,35 @@ pub struct GenerateArgs {
     /// Draw from the smallest set of tokens that reaches this probability
     #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
+    /// Draw from tokens at least this fraction as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub min_p: f32,
+    /// End the text before this string; may be given many times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// The same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+}
+
+/// More than any model is trained for; a larger number would only ask for the memory of its KV cache.
+const MAX_NEW_TOKENS: usize = 1 << 20;
+
+impl SamplingArgs {
+    /// The settings, once they make sense.
+    pub fn sampling(&self) -> anyhow::Result<Sampling> {
+        let &SamplingArgs { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = self;
+        ensure!(temperature >= 0.0 && temperature.is_finite(), "--temperature must not be negative");
+        ensure!(top_p > 0.0 && top_p <= 1.0, "--top-p must be above 0 and at most 1");
+        ensure!((0.0..=1.0).contains(&min_p), "--min-p must be from 0 to 1");
+        ensure!(
+            repetition_penalty > 0.0 && repetition_penalty.is_finite(),
+            "--repetition-penalty must be above 0 (1 for none)"
+        );
+        ensure!(self.max_tokens <= MAX_NEW_TOKENS, "--max-tokens must be at most {MAX_NEW_TOKENS}");
+        ensure!(self.stop.iter().all(|stop| !stop.is_empty()), "--stop must not be empty");
+        Ok(Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -161,6 +232,111 @@ pub struct QuantizeArgs {
     /// Weights that share a scale (a power of two, 32 to 4096)
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub block_size: usize,
+}
+
+/// An adapter to load: `DIR` or `NAME=DIR`, or `none` for the base alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterChoice {
+    /// The folder as it was written, where no name was given.
+    pub name: String,
+    /// `None` for the base.
+    pub dir: Option<PathBuf>,
+}
+
+impl AdapterChoice {
+    /// The name that stands for the base.
+    pub const NONE: &str = "none";
+
+    /// The name by which the model knows it.
+    pub fn key(&self) -> Option<&str> {
+        self.dir.as_ref().map(|_| &self.name[..])
+    }
+}
+
+impl std::str::FromStr for AdapterChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A name holds no separator, so that a path with an equals sign can be written as ./a=b.
+        let named = text.split_once('=').filter(|(name, _)| !name.contains(['/', '\\']));
+        match named {
+            None if text == Self::NONE => Ok(AdapterChoice { name: text.into(), dir: None }),
+            None => Ok(AdapterChoice { name: text.into(), dir: Some(text.into()) }),
+            Some((Self::NONE, _)) => Err("the name none is the base's".into()),
+            Some(("", _)) | Some((_, "")) => Err(format!("expected DIR or NAME=DIR, not {text}")),
+            Some((name, dir)) => Ok(AdapterChoice { name: name.into(), dir: Some(dir.into()) }),
+        }
+    }
+}
+
+/// What to merge, and how to write it.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
+  train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter:0.7 --adapter runs/b/adapter:0.3 --out both
+  train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --quant nf4 --out mine-nf4
+The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat).")]
+pub struct MergeArgs {
+    /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// PEFT adapter folder, and how much of it [default: 1]; may be given many times
+    #[arg(long, value_name = "DIR[:WEIGHT]", required = true)]
+    pub adapter: Vec<AdapterPart>,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// f32, bf16 or f16 [default: as the model's]
+    #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
+    pub dtype: DTypeChoice,
+    /// Quantize the linear layers again: nf4 or fp4
+    #[arg(long, value_name = "TYPE")]
+    pub quant: Option<QuantType>,
+    /// With --quant: keep the scales in f32
+    #[arg(long, requires = "quant")]
+    pub no_double_quant: bool,
+    /// With --quant: weights that share a scale (a power of two, 32 to 4096)
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub block_size: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama export-gguf --model Llama-3.2-1B-mine --type q8_0 --out mine.gguf
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf")]
+pub struct ExportGgufArgs {
+    /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// PEFT adapter folder to merge, and how much of it [default: 1]; may be given many times
+    #[arg(long, value_name = "DIR[:WEIGHT]")]
+    pub adapter: Vec<AdapterPart>,
+    /// File to make
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Type of the matrices: f32, f16, bf16, q8_0 or q4_0 (with embedding and head in q8_0)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub r#type: String,
+}
+
+/// An adapter to merge: `DIR` or `DIR:WEIGHT`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterPart {
+    pub dir: PathBuf,
+    pub weight: f32,
+}
+
+impl std::str::FromStr for AdapterPart {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let weighted = text.rsplit_once(':').and_then(|(dir, weight)| Some((dir, weight.parse::<f32>().ok()?)));
+        let (dir, weight) = weighted.unwrap_or((text, 1.0));
+        if dir.is_empty() || !weight.is_finite() {
+            return Err(format!("expected DIR or DIR:WEIGHT, not {text}"));
+        }
+        Ok(AdapterPart { dir: dir.into(), weight })
+    }
 }
 
 /// `none` or a code book.

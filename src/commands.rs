@@ -2,38 +2,33 @@
 
 use crate::{
     bench_step,
-    cli::{Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, GenerateArgs, LogitsArgs, QuantChoice, QuantizeArgs},
+    cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
-    interrupt,
+    export, interrupt,
     model::{Model, ModelSource},
     report,
     settings::{Settings, TrainArgs},
-    train,
+    text, train,
 };
 use anyhow::{Context, Result, bail, ensure};
 use nibble_kernels::quantize::QuantType;
-use nibble_models::{
-    chat::Message,
-    files::{inspect, safetensors::write_safetensors},
-    generate::{Sampling, generate},
-    tokenizer::Tokenizer,
-};
+use nibble_models::files::{inspect, safetensors::write_safetensors};
 use nibble_runtime::DeviceRequest;
 use std::{io::Write, path::Path};
-
-/// More than any model is trained for; a larger number would only ask for the memory of its KV cache.
-const MAX_NEW_TOKENS: usize = 1 << 20;
 
 /// Runs what the command line asks for; the exit code of the program.
 pub fn run(cli: Cli) -> Result<i32> {
     match cli.command {
         None => train_command(&cli.train),
         Some(Command::Train(args)) => train_command(&args),
-        Some(Command::Generate(args)) => generate_command(&args).map(|()| 0),
+        Some(Command::Generate(args)) => text::generate_command(&args).map(|()| 0),
+        Some(Command::Chat(args)) => text::chat_command(&args).map(|()| 0),
         Some(Command::Eval(args)) => eval_command(&args),
         Some(Command::Logits(args)) => logits_command(&args).map(|()| 0),
         Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
+        Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
+        Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }
@@ -46,88 +41,54 @@ fn train_command(args: &TrainArgs) -> Result<i32> {
     Ok(if outcome.interrupted { interrupt::EXIT_CODE } else { 0 })
 }
 
-fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
+/// The model with its adapters, of which the first is on the layers.
+pub(crate) fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
     let mut model = Model::load(&ModelSource::from(args))?;
-    if let Some(dir) = &args.adapter {
-        model.attach(dir)?;
-    }
-    Ok(model)
-}
-
-fn generate_command(args: &GenerateArgs) -> Result<()> {
-    ensure!(args.temperature >= 0.0, "--temperature must not be negative");
-    ensure!(args.top_p > 0.0 && args.top_p <= 1.0, "--top-p must be above 0 and at most 1");
-    ensure!(args.max_new_tokens <= MAX_NEW_TOKENS, "--max-new-tokens must be at most {MAX_NEW_TOKENS}");
-    let model = load(&args.model)?;
-    let tokenizer = model.needs_tokenizer()?;
-    let prompt = if args.chat {
-        let template = tokenizer.chat()?.context("this model has no chat template; leave --chat out")?;
-        // The template writes the special tokens itself.
-        let text = template.render(&[Message::new("user", &args.prompt)], true)?;
-        tokenizer.encode(&text, false)?
-    } else {
-        tokenizer.encode(&args.prompt, true)?
-    };
-    let stop = model.stop_ids(&tokenizer);
-    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let mut printed = Streaming::new(&tokenizer);
-    if !args.chat {
-        print(&args.prompt)?;
-    }
-    let mut failure = None;
-    generate(&model.llama, &prompt, args.max_new_tokens, &stop, sampling, |token| {
-        let result = if stop.contains(&token) { Ok(()) } else { printed.push(token) };
-        result.map_err(|error| failure = Some(error)).is_ok()
-    })?;
-    print("\n")?;
-    failure.map_or(Ok(()), Err)
-}
-
-/// Text that appears as its tokens come. A character may take several tokens, so only what can no longer change is shown.
-struct Streaming<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    shown: usize,
-}
-
-impl<'a> Streaming<'a> {
-    fn new(tokenizer: &'a Tokenizer) -> Self {
-        Streaming { tokenizer, ids: Vec::new(), shown: 0 }
-    }
-
-    fn push(&mut self, token: u32) -> Result<()> {
-        self.ids.push(token);
-        let text = self.tokenizer.decode(&self.ids, true)?;
-        let complete = text.trim_end_matches('\u{FFFD}');
-        if let Some(new) = complete.get(self.shown..) {
-            print(new)?;
-            self.shown = complete.len();
+    for adapter in &args.adapter {
+        if let Some(dir) = &adapter.dir {
+            model.add_adapter(&adapter.name, dir)?;
         }
-        Ok(())
     }
+    model.llama.switch_adapter(args.adapter.first().and_then(AdapterChoice::key))?;
+    Ok(model)
 }
 
 fn eval_command(args: &EvalArgs) -> Result<i32> {
     interrupt::listen().context("listening for Ctrl-C")?;
-    let model = load(&args.model)?;
+    let mut model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
     let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
     let examples = data::load_examples(&args.data, tokenizer.as_ref(), &options)?;
-    let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
-    let EvalResult { examples, tokens, nll, perplexity, exact_match } = result;
-    print(&match args.json {
-        true => serde_json::to_string(&result)? + "\n",
-        false => format!(
-            "examples     {examples}\ntokens       {tokens}\nmean NLL     {nll:.6}\nperplexity   {perplexity:.4}\n\
-             exact match  {:.2} %\n",
-            100.0 * exact_match
-        ),
-    })?;
+    for adapter in text::choices(&args.model.adapter) {
+        model.llama.switch_adapter(adapter.key())?;
+        let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
+        let several = args.model.adapter.len() > 1;
+        print(&evaluation(&result, several.then_some(&adapter.name), args.json)?)?;
+    }
     eprintln!("{}", report::memory_line(model.llama.device()));
     Ok(0)
 }
 
+/// A result for people or for programs; with the adapter's name where there are several.
+fn evaluation(result: &EvalResult, adapter: Option<&String>, json: bool) -> Result<String> {
+    if json {
+        let mut value = serde_json::to_value(result)?;
+        if let Some(name) = adapter {
+            value["adapter"] = name.as_str().into();
+        }
+        return Ok(value.to_string() + "\n");
+    }
+    let name = adapter.map_or(String::new(), |name| format!("== {name}\n"));
+    let EvalResult { examples, tokens, nll, perplexity, exact_match } = result;
+    Ok(format!(
+        "{name}examples     {examples}\ntokens       {tokens}\nmean NLL     {nll:.6}\n\
+         perplexity   {perplexity:.4}\nexact match  {:.2} %\n",
+        100.0 * exact_match
+    ))
+}
+
 fn logits_command(args: &LogitsArgs) -> Result<()> {
+    ensure!(args.model.adapter.len() <= 1, "logits are of one model: give --adapter once");
     let model = load(&args.model)?;
     let vocab = model.llama.config.vocab_size;
     if let Some(bad) = args.ids.iter().find(|&&id| id as usize >= vocab) {
@@ -172,8 +133,8 @@ fn inspect_command(path: &Path) -> Result<()> {
     print(&if path.is_file() && !tensors { data::describe(path)? } else { inspect::describe(path)? })
 }
 
-/// Writes to standard output, where a reader that has gone away is an error and no panic.
-fn print(text: &str) -> Result<()> {
+/// Writes to standard output at once, where a reader that has gone away is an error and no panic.
+pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
 }

@@ -7,11 +7,7 @@ use crate::{
     report,
 };
 use anyhow::Result;
-use nibble_models::{
-    generate::{Sampling, generate},
-    llama::Packed,
-    tokenizer::Tokenizer,
-};
+use nibble_models::{generate::generate, llama::Packed, sampling::Sampling, tokenizer::Tokenizer};
 use serde::Serialize;
 
 /// Tokens that are evaluated at a time (at least one example).

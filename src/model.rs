@@ -189,9 +189,16 @@ impl Model {
     pub fn attach(&mut self, dir: &Path) -> Result<peft::AdapterConfig> {
         let adapter = peft::read_adapter(dir)?;
         self.llama.set_adapter(&adapter, dir)?;
-        let rank = adapter.tensors.values().next().map_or(0, |(a, _)| a.shape()[0]);
-        eprintln!("adapter  {}: rank {rank} on {} layers", dir.display(), adapter.tensors.len());
+        eprintln!("adapter  {}: {}", dir.display(), described(&adapter));
         Ok(adapter.config)
+    }
+
+    /// Loads a PEFT adapter under a name; see [`Llama::switch_adapter`].
+    pub fn add_adapter(&mut self, name: &str, dir: &Path) -> Result<()> {
+        let adapter = peft::read_adapter(dir)?;
+        self.llama.add_adapter(name, &adapter, dir)?;
+        eprintln!("adapter  {name}: {}", described(&adapter));
+        Ok(())
     }
 
     /// Ids that end a text: those of the tokenizer, then those of the model's configuration.
@@ -202,6 +209,11 @@ impl Model {
         ids.dedup();
         ids
     }
+}
+
+fn described(adapter: &peft::Adapter) -> String {
+    let rank = adapter.tensors.values().next().map_or(0, |(a, _)| a.shape()[0]);
+    format!("rank {rank} on {} layers", adapter.tensors.len())
 }
 
 /// Seed of the weights of random models.

@@ -8,8 +8,9 @@ use nibble_models::{
     Llama,
     chat::Message,
     files::checkpoint::Checkpoint,
-    generate::{Sampling, generate},
+    generate::generate,
     llama::{LoadOptions, Packed, Quantization},
+    sampling::Sampling,
     tokenizer::Tokenizer,
 };
 use nibble_runtime::{DType, Device, Tag};

@@ -68,6 +68,33 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Names and shapes of all weights, in the order of the forward pass.
+    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
+        let (d, f, vocab) = (self.hidden_size, self.intermediate_size, self.vocab_size);
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let layer: [(&str, Vec<usize>); 9] = [
+            ("input_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![q, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, q]),
+            ("post_attention_layernorm", vec![d]),
+            ("mlp.gate_proj", vec![f, d]),
+            ("mlp.up_proj", vec![f, d]),
+            ("mlp.down_proj", vec![d, f]),
+        ];
+        let mut all = vec![("model.embed_tokens.weight".to_string(), vec![vocab, d])];
+        for i in 0..self.num_layers {
+            let of_layer = layer.iter().cloned();
+            all.extend(of_layer.map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape)));
+        }
+        all.push(("model.norm.weight".into(), vec![d]));
+        if !self.tie_word_embeddings {
+            all.push(("lm_head.weight".into(), vec![vocab, d]));
+        }
+        all
+    }
+
     /// A `config.json` that transformers loads, for weights stored as `dtype`. Rotary settings and the type are in both
     /// spellings, the one of transformers 4 and the one of 5.
     pub fn to_json(&self, dtype: DType) -> Value {

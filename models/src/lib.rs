@@ -3,9 +3,13 @@
 pub mod chat;
 pub mod config;
 mod error;
+pub mod export;
 pub mod files;
 pub mod generate;
 pub mod llama;
+pub mod merge;
+pub mod sampling;
+pub mod stream;
 pub mod tokenizer;
 
 pub use config::LlamaConfig;

@@ -6,7 +6,7 @@ use nibble_models::{
     Error, LlamaConfig,
     files::{
         checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
-        gguf::{GgmlType, GgufFile, gguf_name, quants::dequantize},
+        gguf::{GgmlType, GgufFile, gguf_name, quantize, quants::dequantize},
         inspect::describe,
         safetensors::SafetensorsFile,
     },
@@ -122,6 +122,26 @@ fn blocks_dequantize_as_ggmls_to_the_bit() {
         assert!(!dequantize(kind, &raw[1..], &mut found));
         assert!(!dequantize(kind, raw, &mut found[1..]));
     }
+}
+
+/// `gguf_encode.safetensors` is what the Python package `gguf` 0.19 writes for normal and heavy-tailed values, zeros, a
+/// constant and tiny ones.
+#[test]
+fn blocks_are_written_as_ggmls_to_the_bit() {
+    let golden = SafetensorsFile::open(&golden("gguf_encode.safetensors")).unwrap();
+    let input = golden.tensor("input", Tag::Workspace).unwrap();
+    let input = input.as_slice::<f32>().unwrap();
+    for kind in [GgmlType::F16, GgmlType::BF16, GgmlType::Q8_0, GgmlType::Q4_0] {
+        let found = quantize(kind, input).unwrap();
+        let expected = golden.view(&kind.to_string()).unwrap().bytes;
+        assert_eq!(found.len(), expected.len());
+        let different = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+        assert_eq!(different, 0, "{kind}: of {} bytes", found.len());
+        if kind.block > 1 {
+            assert!(quantize(kind, &input[1..]).is_none(), "{kind}: no whole blocks");
+        }
+    }
+    assert!(quantize(GgmlType::Q4_K, &input[..256]).is_none());
 }
 
 #[test]

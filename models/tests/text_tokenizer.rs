@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use nibble_models::Error;
+use nibble_models::stream::TextStream;
 use nibble_models::tokenizer::{GgufVocab, Tokenizer};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -134,6 +135,70 @@ fn vocabularies_that_do_not_fit_are_refused() {
     }
     let other = GgufVocab { model: "bert".to_owned(), ..byte_level("gpt-2") };
     assert!(matches!(build(&other), Err(Error::Unsupported { .. })));
+}
+
+/// A vocabulary made from a tokenizer gives a tokenizer that encodes the same, and the name of its cuts.
+#[test]
+fn tokenizers_become_gguf_vocabularies() {
+    let texts = ["ab ab12\n", "a<|end|>b", " abc", "cab bc ab", "é", "a1 2b12 "];
+    for pre in ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"] {
+        let tokenizer = build(&byte_level(pre)).unwrap();
+        let vocab = GgufVocab::from_tokenizer(&tokenizer).unwrap();
+        let expected = byte_level(pre);
+        assert_eq!(vocab.pre.as_deref(), Some(pre));
+        assert_eq!((&vocab.tokens, &vocab.token_types), (&expected.tokens, &expected.token_types));
+        assert_eq!((&vocab.merges, &vocab.chat_template), (&expected.merges, &expected.chat_template));
+        let again = build(&vocab).unwrap();
+        for text in texts {
+            assert_eq!(again.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap(), "{pre}: {text:?}");
+        }
+    }
+    for prefix in [true, false] {
+        let tokenizer = build(&GgufVocab { add_space_prefix: Some(prefix), ..sentencepiece() }).unwrap();
+        let vocab = GgufVocab::from_tokenizer(&tokenizer).unwrap();
+        assert_eq!((&vocab.model[..], vocab.add_space_prefix), ("llama", Some(prefix)));
+        assert_eq!((&vocab.tokens, &vocab.token_types), (&sentencepiece().tokens, &sentencepiece().token_types));
+        assert!(vocab.merges.is_empty());
+        let again = build(&vocab).unwrap();
+        for text in texts {
+            assert_eq!(again.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap(), "{text:?}");
+        }
+    }
+    // A way of cutting that no name stands for.
+    let json = json!({
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+        "pre_tokenizer": {"type": "Whitespace"},
+    });
+    let error = GgufVocab::from_tokenizer(&Tokenizer::from_json(&json.to_string()).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("Whitespace"), "{error}");
+}
+
+/// Rows of the embedding without a token stand for no text.
+#[test]
+fn padding_of_a_vocabulary_is_no_token() {
+    let mut vocab = byte_level("gpt-2");
+    vocab.tokens.extend(strings(&["[PAD12]", "[PAD99]"]));
+    vocab.token_types.extend([5, 5]);
+    let tokenizer = build(&vocab).unwrap();
+    assert_eq!((tokenizer.id_to_token(12), tokenizer.id_to_token(13).as_deref()), (None, Some("[PAD99]")));
+    assert_eq!(tokenizer.decode(&[1, 12, 2], true).unwrap(), "ab");
+}
+
+/// Text comes in whole characters and adds up to what the tokens say, spaces of SentencePiece included.
+#[test]
+fn streams_show_whole_characters() {
+    let tokenizer = build(&sentencepiece()).unwrap();
+    let mut stream = TextStream::new(&tokenizer, &tokenizer.encode("a", true).unwrap(), &[]);
+    let pieces: Vec<String> = [12, 3, 4, 11, 3, 6].iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert_eq!(pieces[..4], [" ab", "", "é", " a"]);
+    // A byte that becomes no character is shown as such, or not at all, once it is clear.
+    assert!(pieces[4].is_empty() && pieces[5].ends_with('a'), "{pieces:?}");
+    // Over a long text the window moves.
+    let ids = [11, 8, 3, 4, 12].repeat(40);
+    let mut stream = TextStream::new(&tokenizer, &[1], &["never".into()]);
+    let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    text += &stream.finish();
+    assert_eq!(text.trim_start(), " acé ab".repeat(40).trim_start());
 }
 
 #[test]

@@ -321,7 +321,7 @@ fn bad_tokenizers_and_prompts() {
     };
     generate(&["--prompt", "a", "--temperature", "-1"], &["--temperature"]);
     generate(&["--prompt", "a", "--top-p", "0"], &["--top-p"]);
-    generate(&["--prompt", "a", "--max-new-tokens", "99999999999999"], &["--max-new-tokens"]);
+    generate(&["--prompt", "a", "--max-tokens", "99999999999999"], &["--max-tokens"]);
     fs::write(text.join("tokenizer.json"), &whole[..whole.len() / 2]).unwrap();
     generate(&["--prompt", "a"], &["tokenizer.json"]);
     fs::write(text.join("tokenizer.json"), &whole).unwrap();

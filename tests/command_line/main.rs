@@ -1,7 +1,9 @@
 //! The program itself: what each command promises, and how it answers mistakes.
 
+mod export;
 mod faults;
 mod gguf;
 mod inference;
 mod support;
+mod text;
 mod training;

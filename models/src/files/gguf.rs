@@ -1,15 +1,19 @@
-//! GGUF files, versions 2 and 3: metadata, and tensors converted to f32.
+//! GGUF files, versions 2 and 3: metadata, and tensors converted to f32; and writing them.
 //!
 //! The file is memory-mapped and nothing in it is believed: every count, length, offset and size is checked against
 //! the file before it is used, and none decides an allocation. Source: `docs/gguf.md` of ggml.
 
+mod encode;
 mod llama;
 mod metadata;
 pub mod quants;
 mod types;
+mod write;
 
+pub use encode::quantize;
 pub use llama::{gguf_name, hf_name};
 pub use types::GgmlType;
+pub use write::{Entry, MetaValue, write_gguf};
 
 use super::mapped::MappedFile;
 use crate::{Error, Result};

@@ -29,6 +29,20 @@ pub struct Adapter {
     pub tensors: BTreeMap<String, (Tensor, Tensor)>,
 }
 
+/// What the product of B and A is multiplied by.
+pub(crate) fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {
+    let rank = rank as f64;
+    (if rslora { alpha / rank.sqrt() } else { alpha / rank }) as f32
+}
+
+impl Adapter {
+    /// What `B·A` of a module is multiplied by; 0 for one that it does not adapt.
+    pub fn scale(&self, module: &str) -> f32 {
+        let Some((a, _)) = self.tensors.get(module) else { return 0.0 };
+        scale(self.config.alpha_of(module), a.shape()[0], self.config.use_rslora)
+    }
+}
+
 /// Reads an adapter folder. Tensors of 16 bits are widened to f32.
 ///
 /// # Errors

@@ -170,26 +170,47 @@ impl SafetensorsFile {
     }
 }
 
-/// Writes tensors to a safetensors file, as [`atomic_write`] does. They are laid out as the reference implementation
-/// does it: larger alignments first, then by name.
+/// Writes tensors to a safetensors file, as [`stream_safetensors`] does.
 ///
 /// # Errors
-/// [`Error::Io`]: the file cannot be written. [`Error::Invalid`]: a name appears twice or is reserved.
+/// As [`stream_safetensors`].
 pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
-    let mut order: Vec<_> = tensors.iter().collect();
-    order.sort_by(|(a_name, a), (b_name, b)| {
-        to_format(b.dtype()).cmp(&to_format(a.dtype())).then_with(|| a_name.cmp(b_name))
+    let outline = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.dtype(), tensor.shape().to_vec());
+    let outlines: Vec<_> = tensors.iter().map(outline).collect();
+    stream_safetensors(path, &outlines, metadata, |i| Ok(tensors[i].1.clone()))
+}
+
+/// Writes a safetensors file, as [`atomic_write`] does, of tensors with these names, types and shapes. `tensor` is asked
+/// for one after another by its number, so that one is held. They are laid out as the reference implementation does it:
+/// larger alignments first, then by name.
+///
+/// # Errors
+/// [`Error::Io`]: the file cannot be written. [`Error::Invalid`]: a name appears twice or is reserved, or a tensor is not
+/// as announced. Errors of `tensor`.
+pub fn stream_safetensors(
+    path: &Path,
+    outlines: &[(String, DType, Vec<usize>)],
+    metadata: &[(&str, &str)],
+    mut tensor: impl FnMut(usize) -> Result<Tensor>,
+) -> Result<()> {
+    let mut order: Vec<usize> = (0..outlines.len()).collect();
+    order.sort_by(|&a, &b| {
+        let ((a_name, a, _), (b_name, b, _)) = (&outlines[a], &outlines[b]);
+        to_format(*b).cmp(&to_format(*a)).then_with(|| a_name.cmp(b_name))
     });
     let mut names = std::collections::HashSet::new();
     let mut offset = 0;
     let mut infos = Vec::with_capacity(order.len());
-    for (name, tensor) in &order {
+    for &i in &order {
+        let (name, dtype, shape) = &outlines[i];
         if name == "__metadata__" || !names.insert(name) {
             return Err(Error::Invalid(format!("{}: cannot write two tensors named \"{name}\"", path.display())));
         }
-        let end = offset + tensor.size_bytes();
-        let (dtype, shape) = (to_format(tensor.dtype()), tensor.shape().to_vec());
-        infos.push((name.clone(), TensorInfo { dtype, shape, data_offsets: (offset, end) }));
+        let end = offset + shape.iter().product::<usize>() * dtype.size();
+        infos.push((
+            name.clone(),
+            TensorInfo { dtype: to_format(*dtype), shape: shape.clone(), data_offsets: (offset, end) },
+        ));
         offset = end;
     }
     let text: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
@@ -198,12 +219,27 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[
     let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
     // Padding aligns the tensors' bytes.
     header.resize(header.len().next_multiple_of(8), b' ');
-    atomic_write(path, |file| {
+    // What failed while a tensor was made is no failure of the file.
+    let mut failure = None;
+    let written = atomic_write(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        order.iter().try_for_each(|(_, tensor)| {
-            let tensor = (*tensor).clone().into_device(Device::Cpu, Tag::Workspace).map_err(std::io::Error::other)?;
+        order.iter().try_for_each(|&i| {
+            let (name, dtype, shape) = &outlines[i];
+            let made = tensor(i).and_then(|tensor| match tensor.dtype() == *dtype && tensor.shape() == shape {
+                true => Ok(tensor.into_device(Device::Cpu, Tag::Workspace)?),
+                false => Err(Error::Invalid(format!(
+                    "{name} is {} {:?}, announced as {dtype} {shape:?}",
+                    tensor.dtype(),
+                    tensor.shape()
+                ))),
+            });
+            let tensor = made.map_err(|error| {
+                failure = Some(error);
+                std::io::Error::other("a tensor could not be made")
+            })?;
             file.write_all(tensor.bytes().map_err(std::io::Error::other)?)
         })
-    })
+    });
+    failure.map_or(written, Err)
 }

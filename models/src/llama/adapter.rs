@@ -3,7 +3,7 @@
 use super::{Linear, Llama, Lora, Param};
 use crate::{
     Error, Result,
-    files::peft::{Adapter, AdapterConfig, TargetModules},
+    files::peft::{Adapter, AdapterConfig, TargetModules, scale},
 };
 use nibble_kernels::{
     cast::{cast, into_dtype},
@@ -54,18 +54,13 @@ impl LoraConfig {
     }
 }
 
-fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {
-    let rank = rank as f64;
-    (if rslora { alpha / rank.sqrt() } else { alpha / rank }) as f32
-}
-
 /// The last part of a module path.
 fn leaf(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
 impl Llama {
-    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.layers.iter_mut().flat_map(|layer| layer.linears_mut())
     }
 
@@ -90,7 +85,7 @@ impl Llama {
             let a = Tensor::from_slice(&a, &[config.rank, k], Tag::Adapters)?.into_device(device, Tag::Adapters)?;
             let b = Tensor::zeros(&[n, config.rank], DType::F32, device, Tag::Adapters)?;
             let scale = scale(config.alpha, config.rank, config.rslora);
-            linear.set_lora(a, b, scale, config.dropout, &mut next);
+            linear.lora = Some(Lora::new(&linear.name, a, b, scale, config.dropout, &mut next));
         }
         Ok(())
     }
@@ -100,28 +95,38 @@ impl Llama {
     /// # Errors
     /// The adapter names a layer that the model lacks, or its shapes do not fit: it was made for another model.
     pub fn set_adapter(&mut self, adapter: &Adapter, path: &Path) -> Result<()> {
+        let loras = self.loras(adapter, path)?;
+        self.linears_mut().zip(loras).for_each(|(linear, lora)| linear.lora = lora);
+        Ok(())
+    }
+
+    /// What an adapter puts on each linear layer, in their order.
+    pub(super) fn loras(&self, adapter: &Adapter, path: &Path) -> Result<Vec<Option<Lora>>> {
         let mut left: Vec<&str> = adapter.tensors.keys().map(String::as_str).collect();
         let model = self.source.display().to_string();
         let other =
             |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
         let (device, mut next) = (self.device(), 0);
-        for linear in self.linears_mut() {
-            let Some((a, b)) = adapter.tensors.get(&linear.name) else { continue };
+        let mut loras = Vec::new();
+        for linear in self.layers.iter().flat_map(|layer| layer.linears()) {
+            let Some((a, b)) = adapter.tensors.get(&linear.name) else {
+                loras.push(None);
+                continue;
+            };
             let (n, k) = linear.weight.dims()?;
             let rank = a.shape().first().copied().unwrap_or(0);
             if a.shape() != [rank, k] || b.shape() != [n, rank] || rank == 0 {
                 let (a, b) = (a.shape(), b.shape());
                 return Err(other(format!("{}: A {a:?} and B {b:?} do not fit a layer [{n}, {k}]", linear.name)));
             }
-            let config = &adapter.config;
-            let scale = scale(config.alpha_of(&linear.name), rank, config.use_rslora);
+            let (scale, dropout) = (adapter.scale(&linear.name), adapter.config.lora_dropout as f32);
             let own = |tensor: &Tensor| cast(tensor, DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
-            linear.set_lora(own(a)?, own(b)?, scale, config.lora_dropout as f32, &mut next);
+            loras.push(Some(Lora::new(&linear.name, own(a)?, own(b)?, scale, dropout, &mut next)));
             left.retain(|name| *name != linear.name);
         }
         match left.first() {
             Some(name) => Err(other(format!("the model has no layer {name}"))),
-            None => Ok(()),
+            None => Ok(loras),
         }
     }
 
@@ -179,13 +184,14 @@ impl Llama {
     }
 }
 
-impl Linear {
-    fn set_lora(&mut self, a: Tensor, b: Tensor, scale: f32, dropout: f32, next: &mut usize) {
+impl Lora {
+    /// The adapter of the linear layer `name`; its parameters take the next two ids.
+    fn new(name: &str, a: Tensor, b: Tensor, scale: f32, dropout: f32, next: &mut usize) -> Lora {
         let mut param = |part: &str, value| {
             *next += 1;
-            Param { name: format!("{}.{part}.weight", self.name), id: Some(ParamId(*next - 1)), value }
+            Param { name: format!("{name}.{part}.weight"), id: Some(ParamId(*next - 1)), value }
         };
         let (a, b) = (param("lora_A", a), param("lora_B", b));
-        self.lora = Some(Lora { a, b, scale, dropout });
+        Lora { a, b, scale, dropout }
     }
 }

@@ -1,6 +1,7 @@
 //! Llama: embedding, layers, final norm and head, with forward and backward written by hand.
 
 mod adapter;
+mod adapters;
 mod layer;
 mod linear;
 mod load;
@@ -14,6 +15,7 @@ mod composed;
 mod tests;
 
 pub use adapter::{LoraConfig, TARGETS};
+pub use adapters::Adapters;
 pub use layer::{Layer, LayerCache};
 pub use linear::{Linear, Lora, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
@@ -50,6 +52,8 @@ pub struct Llama {
     /// The layers before this one keep their input alone and run their forward pass again in the backward pass. (Those
     /// behind are the first to be done with what they keep.)
     pub recomputed: usize,
+    /// Adapters by name; that of one is on the layers.
+    pub adapters: Adapters,
 }
 
 /// Sequences packed one after another, with the token that follows each.

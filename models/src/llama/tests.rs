@@ -1,6 +1,7 @@
 //! Hand-written backward = tape of primitives = finite differences of an f64 layer.
 
 use super::{composed, layer::LayerNode, *};
+use crate::{generate, sampling::Sampling};
 use nibble_kernels::{
     linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
@@ -85,7 +86,8 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
     let (embedding, head) = (table("model.embed_tokens.weight"), Some(table("lm_head.weight")));
     let norm = param("model.norm.weight", next(&[d], 1.0));
     let source = PathBuf::from("random");
-    let mut llama = Llama { config, source, embedding, layers, norm, head, dtype: DType::F32, recomputed: 0 };
+    let (dtype, adapters) = (DType::F32, Adapters::default());
+    let mut llama = Llama { config, source, embedding, layers, norm, head, dtype, recomputed: 0, adapters };
     match lora {
         None => llama.train_all().unwrap(),
         Some((rank, dropout)) => {
@@ -413,4 +415,58 @@ fn new_adapters_change_nothing() {
     assert_eq!(before.bytes().unwrap(), llama.logits(&[1, 2, 3], &[3]).unwrap().bytes().unwrap());
     assert!(llama.add_lora(&LoraConfig { targets: vec!["lm_head".into()], ..lora.clone() }, 1).is_err());
     assert!(llama.add_lora(&LoraConfig { rank: 0, ..lora }, 1).is_err());
+}
+
+/// Adapters on and off by name give the logits, to the bit, of a model that has never had another.
+#[test]
+fn switching_adapters_exchanges_them_whole() {
+    let ids = [1, 2, 3];
+    let plain = |seed| model(config(2, 1, 2, 8, 8), true, Some((seed as usize + 1, 0.0)), seed);
+    let adapter = |seed| plain(seed).adapter(LoraConfig::to_peft(&settings(seed as usize + 1), None));
+    fn settings(rank: usize) -> LoraConfig {
+        LoraConfig { rank, alpha: 3.0, dropout: 0.0, rslora: rank > 2, targets: TARGETS.map(String::from).to_vec() }
+    }
+    let bits = |llama: &Llama| llama.logits(&ids, &[3]).unwrap().bytes().unwrap().to_vec();
+    let base = || {
+        let mut llama = plain(5);
+        llama.linears_mut().for_each(|linear| linear.lora = None);
+        llama
+    };
+    let alone = |seed| {
+        let mut llama = base();
+        llama.set_adapter(&adapter(seed), "x".as_ref()).unwrap();
+        bits(&llama)
+    };
+    let all = [bits(&base()), alone(1), alone(2)];
+    assert!(all[0] != all[1] && all[1] != all[2]);
+    let mut llama = base();
+    for (name, seed) in [("one", 1), ("two", 2)] {
+        llama.add_adapter(name, &adapter(seed), "x".as_ref()).unwrap();
+    }
+    for (name, number) in [(None, 0), (Some("two"), 2), (Some("one"), 1), (Some("one"), 1), (None, 0), (Some("two"), 2)]
+    {
+        llama.switch_adapter(name).unwrap();
+        assert!(bits(&llama) == all[number], "{name:?}");
+        assert_eq!((llama.adapters.active(), llama.adapters.names()), (name, vec!["one", "two"]));
+    }
+    let error = llama.switch_adapter(Some("three")).unwrap_err().to_string();
+    assert!(error.contains("one, two"), "{error}");
+    assert!(llama.add_adapter("one", &adapter(1), "x".as_ref()).unwrap_err().to_string().contains("NAME=DIR"));
+    assert!(bits(&llama) == all[2], "mistakes change nothing");
+}
+
+/// What a conversation reads again, and what it does not, makes no difference to its text.
+#[test]
+fn a_sequence_continues_as_a_new_one_would() {
+    let llama = model(config(2, 1, 2, 8, 8), false, None, 1);
+    let limits = generate::Limits { max_new: 6, stop: &[] };
+    let mut sequence = generate::Sequence::with_capacity(&llama, 10).unwrap();
+    for text in [&[1, 2, 3][..], &[1, 2, 3, 4, 5, 6, 7], &[1, 2, 3], &[1, 3], &[5]] {
+        for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, seed: 3, ..Sampling::GREEDY }] {
+            let found = sequence.continue_with(&llama, text, limits, sampling, |_| true).unwrap();
+            let fresh = generate::generate(&llama, text, 6, &[], sampling, |_| true).unwrap();
+            assert_eq!(found, fresh, "{text:?}");
+        }
+    }
+    assert!(sequence.continue_with(&llama, &[], limits, Sampling::GREEDY, |_| true).is_err());
 }

@@ -3,6 +3,7 @@
 //! A GGUF file names the way with `tokenizer.ggml.pre`, a name that llama.cpp gives to each tokenizer it has met. The
 //! cuts are facts of those tokenizers: what a vocabulary's merges were learned on.
 
+use serde_json::Value;
 use tokenizers::SplitDelimiterBehavior::Isolated;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -58,4 +59,27 @@ pub(super) fn family(pre: &str) -> tokenizers::Result<Option<Family>> {
         "tekken" => Family { pre_tokenizer: split(TEKKEN)?, ignore_merges: true, add_bos: true },
         _ => return Ok(None),
     }))
+}
+
+/// The name by which [`family`] knows how `cuts`, the `pre_tokenizer` of a `tokenizer.json`, cuts a text; `None` for a way
+/// that has none.
+pub(super) fn name(cuts: &Value) -> Option<&'static str> {
+    let known = ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"];
+    known.into_iter().find(|name| {
+        let family = family(name).ok().flatten();
+        let own = family.and_then(|family| serde_json::to_value(family.pre_tokenizer).ok());
+        own.is_some_and(|own| outline(own) == outline(cuts.clone()))
+    })
+}
+
+/// What decides where a text is cut: offsets are not used, and a sequence of one is its part.
+fn outline(mut cuts: Value) -> Value {
+    if let Some(parts) = cuts["pretokenizers"].as_array_mut() {
+        let parts: Vec<Value> = parts.drain(..).map(outline).collect();
+        return if parts.len() == 1 { parts.into_iter().next().unwrap_or_default() } else { Value::Array(parts) };
+    }
+    if let Some(settings) = cuts.as_object_mut() {
+        settings.remove("trim_offsets");
+    }
+    cuts
 }

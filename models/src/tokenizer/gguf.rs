@@ -11,13 +11,6 @@ use super::{Specials, Tokenizer, byte_level, sentencepiece};
 use crate::files::gguf::GgufFile;
 use crate::{Error, Result};
 
-/// `tokenizer.ggml.token_type`: what a token is.
-const UNKNOWN: i32 = 2;
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const BYTE: i32 = 6;
-
 /// The `tokenizer.*` keys of a GGUF header.
 #[derive(Clone, Debug, Default)]
 pub struct GgufVocab {
@@ -44,6 +37,16 @@ pub struct GgufVocab {
     /// Whether SentencePiece puts a space before a text (it does unless this is `false`).
     pub add_space_prefix: Option<bool>,
     pub chat_template: Option<String>,
+}
+
+/// `tokenizer.ggml.token_type`: what a token is.
+impl GgufVocab {
+    pub const NORMAL: i32 = 1;
+    pub const UNKNOWN: i32 = 2;
+    pub const CONTROL: i32 = 3;
+    pub const USER_DEFINED: i32 = 4;
+    pub const UNUSED: i32 = 5;
+    pub const BYTE: i32 = 6;
 }
 
 impl Tokenizer {
@@ -146,11 +149,14 @@ impl GgufVocab {
     }
 
     fn kind(&self, id: usize) -> i32 {
-        self.token_types.get(id).copied().unwrap_or(NORMAL)
+        self.token_types.get(id).copied().unwrap_or(Self::NORMAL)
     }
 
     fn ids(&self) -> HashMap<String, u32> {
-        self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect()
+        // Rows of the embedding that no token has are called [PADn] by llama.cpp's converter; they stand for no text.
+        let padding = |id: usize, token: &str| self.kind(id) == Self::UNUSED && token == format!("[PAD{id}]");
+        let used = self.tokens.iter().enumerate().filter(|(id, token)| !padding(*id, token));
+        used.map(|(id, token)| (token.clone(), id as u32)).collect()
     }
 
     fn byte_level(&self, family: byte_level::Family) -> std::result::Result<tokenizers::Tokenizer, String> {
@@ -169,14 +175,14 @@ impl GgufVocab {
                     "a SentencePiece vocabulary needs tokenizer.ggml.scores or tokenizer.ggml.merges".to_owned()
                 );
             }
-            sentencepiece::merges(&self.tokens, &self.scores, |id| self.kind(id) == NORMAL)?
+            sentencepiece::merges(&self.tokens, &self.scores, |id| self.kind(id) == Self::NORMAL)?
         } else {
             split_merges(&self.merges)?
         };
         // Without byte tokens, falling back to bytes would fall through to nothing.
-        let bytes = self.token_types.contains(&BYTE) || self.tokens.iter().any(|token| token == "<0x0A>");
+        let bytes = self.token_types.contains(&Self::BYTE) || self.tokens.iter().any(|token| token == "<0x0A>");
         let unk = self.unk.map(|id| id as usize);
-        let unk = unk.or_else(|| (0..self.tokens.len()).find(|&id| self.kind(id) == UNKNOWN));
+        let unk = unk.or_else(|| (0..self.tokens.len()).find(|&id| self.kind(id) == Self::UNKNOWN));
         let model = bpe(self.ids(), merges, |builder| {
             let builder = builder.fuse_unk(true).byte_fallback(bytes);
             match unk {
@@ -194,12 +200,15 @@ impl GgufVocab {
 
     /// Control and user-defined tokens are found in a text before anything else, whole.
     fn add_tokens(&self, inner: &mut tokenizers::Tokenizer) -> std::result::Result<(), String> {
-        let special =
-            |id: usize| self.kind(id) == CONTROL || [self.bos, self.eos, self.eot, self.pad].contains(&Some(id as u32));
+        let special = |id: usize| {
+            self.kind(id) == Self::CONTROL || [self.bos, self.eos, self.eot, self.pad].contains(&Some(id as u32))
+        };
         let mut added = Vec::new();
         for (id, token) in self.tokens.iter().enumerate() {
-            if !token.is_empty() && (special(id) || self.kind(id) == USER_DEFINED || self.kind(id) == UNKNOWN) {
-                let special = special(id) || self.kind(id) == UNKNOWN;
+            if !token.is_empty()
+                && (special(id) || self.kind(id) == Self::USER_DEFINED || self.kind(id) == Self::UNKNOWN)
+            {
+                let special = special(id) || self.kind(id) == Self::UNKNOWN;
                 added.push(AddedToken::from(token.as_str(), special).normalized(false));
             }
         }

@@ -9,6 +9,7 @@ mod folder;
 mod gguf;
 mod sentencepiece;
 mod template;
+mod to_gguf;
 
 pub use gguf::GgufVocab;
 

@@ -1,0 +1,214 @@
+//! The next token from logits: the repetition penalty, then temperature, top-k, top-p and min-p, then a draw.
+//!
+//! Order and definitions are those of transformers' logits processors, so that a setting means here what it means there.
+
+use nibble_runtime::rng::{Philox, Stream};
+use std::cmp::Ordering;
+
+/// [`Stream::purpose`] of draws.
+const PURPOSE: u32 = 3;
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token; above, logits are divided by it before one is drawn.
+    pub temperature: f32,
+    /// Draw from the k most likely tokens alone (and from those as likely as the last of them); 0 for all.
+    pub top_k: usize,
+    /// Draw from the smallest set of tokens whose probabilities reach p; 1 for all.
+    pub top_p: f32,
+    /// Draw from the tokens that are at least this fraction as likely as the most likely one; 0 for all.
+    pub min_p: f32,
+    /// Makes tokens that the text already holds less likely: their logits are divided by it where positive and multiplied
+    /// where negative (Keskar et al., "CTRL", arXiv 1909.05858); 1 for none. Counts when greedy, too.
+    pub repetition_penalty: f32,
+    /// Key of the draws: the same seed gives the same text.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// Always the most likely token.
+    pub const GREEDY: Sampling =
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
+
+    /// The token that follows `text` given the `logits` after its last token. Draws depend on the seed and on the length
+    /// of the text; the first of equals is taken when greedy.
+    pub fn choose(&self, logits: &mut [f32], text: &[u32]) -> u32 {
+        self.penalize(logits, text);
+        if self.temperature <= 0.0 {
+            let best = (0..logits.len()).reduce(|a, b| if logits[b] > logits[a] { b } else { a });
+            return best.unwrap_or(0) as u32;
+        }
+        let candidates = self.candidates(logits);
+        let rng = Philox::new(self.seed, Stream { purpose: PURPOSE, step: text.len() as u32, layer: 0 });
+        let mut left = f64::from(rng.uniform(0));
+        let drawn = candidates.iter().find(|(_, probability)| {
+            left -= probability;
+            left < 0.0
+        });
+        drawn.or(candidates.last()).map_or(0, |(token, _)| *token)
+    }
+
+    fn penalize(&self, logits: &mut [f32], text: &[u32]) {
+        if self.repetition_penalty == 1.0 {
+            return;
+        }
+        let mut seen = text.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+            }
+        }
+    }
+
+    /// The tokens that may be drawn with their probabilities, which add up to 1; likely ones first, then by id.
+    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
+        let order = |a: &usize, b: &usize| -> Ordering { logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)) };
+        let mut tokens: Vec<usize> = (0..logits.len()).collect();
+        if self.top_k > 0 && self.top_k < tokens.len() {
+            // The rest of a vocabulary need not be sorted.
+            let (_, &mut last, _) = tokens.select_nth_unstable_by(self.top_k - 1, order);
+            tokens.retain(|&token| logits[token] >= logits[last]);
+        }
+        tokens.sort_unstable_by(order);
+        let Some(&best) = tokens.first() else { return Vec::new() };
+        let weight = |token: usize| f64::from((logits[token] - logits[best]) / self.temperature).exp();
+        let mut kept: Vec<(u32, f64)> = tokens.iter().map(|&token| (token as u32, weight(token))).collect();
+
+        let limit = f64::from(self.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        let mut before = 0.0;
+        let enough = |&(_, weight): &(u32, f64)| {
+            let reached = before >= limit;
+            before += weight;
+            reached
+        };
+        // 1 takes all, whatever the sum loses to rounding; nothing leaves fewer than one.
+        if self.top_p < 1.0 {
+            let count = kept.iter().position(enough).unwrap_or(kept.len());
+            kept.truncate(count.max(1));
+        }
+        // The most likely token's weight is 1.
+        let count = kept.iter().take_while(|(_, weight)| *weight >= f64::from(self.min_p)).count();
+        kept.truncate(count.max(1));
+        let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+        kept.iter_mut().for_each(|(_, weight)| *weight /= total);
+        kept
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Probabilities 1/2, 1/4, 1/8, 1/16, 1/16 at temperature 1, in another order.
+    fn halves() -> [f32; 5] {
+        [0.25f32, 0.0625, 0.5, 0.125, 0.0625].map(f32::ln)
+    }
+
+    const HOT: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+
+    fn assert_distribution(sampling: Sampling, expected: &[(u32, f64)]) {
+        let found = sampling.candidates(&halves());
+        assert_eq!(found.len(), expected.len(), "{sampling:?}: {found:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-6, "{sampling:?}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_first_maximum() {
+        assert_eq!(Sampling::GREEDY.choose(&mut [0.0, 3.0, 1.0, 3.0, -2.0], &[]), 1);
+    }
+
+    #[test]
+    fn distributions_computed_by_hand() {
+        let sixteenth = 1.0 / 16.0;
+        assert_distribution(HOT, &[(2, 0.5), (0, 0.25), (3, 0.125), (1, sixteenth), (4, sixteenth)]);
+        // Half the temperature squares the weights: 64, 16, 4, 1, 1 out of 86.
+        let cold = Sampling { temperature: 0.5, ..HOT };
+        let of_86 = [(2, 64.0 / 86.0), (0, 16.0 / 86.0), (3, 4.0 / 86.0), (1, 1.0 / 86.0), (4, 1.0 / 86.0)];
+        assert_distribution(cold, &of_86);
+        assert_distribution(Sampling { top_k: 2, ..HOT }, &[(2, 2.0 / 3.0), (0, 1.0 / 3.0)]);
+        // Those as likely as the fourth are as good as the fourth.
+        assert_eq!(Sampling { top_k: 4, ..HOT }.candidates(&halves()).len(), 5);
+        let sevenths = [(2, 4.0 / 7.0), (0, 2.0 / 7.0), (3, 1.0 / 7.0)];
+        assert_distribution(Sampling { top_p: 0.76, ..HOT }, &sevenths);
+        assert_distribution(
+            Sampling { top_p: 0.74, ..HOT },
+            &sevenths[..2].iter().map(|x| (x.0, x.1 * 7.0 / 6.0)).collect::<Vec<_>>(),
+        );
+        assert_distribution(Sampling { top_p: 1e-9, ..HOT }, &[(2, 1.0)]);
+        assert_distribution(Sampling { min_p: 0.24, ..HOT }, &sevenths);
+        assert_distribution(Sampling { min_p: 1.0, ..HOT }, &[(2, 1.0)]);
+        // The temperature comes first: 64 : 16 : 4 leaves only the first two above a tenth.
+        assert_distribution(Sampling { min_p: 0.1, ..cold }, &[(2, 0.8), (0, 0.2)]);
+        // top-p counts what top-k left: of 2/3 and 1/3, the first reaches 0.6.
+        assert_distribution(Sampling { top_k: 2, top_p: 0.6, ..HOT }, &[(2, 1.0)]);
+    }
+
+    #[test]
+    fn repeated_tokens_become_less_likely_on_both_sides_of_zero() {
+        let penalty = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
+        let mut logits = [3.0, 2.0, -1.0, -1.0];
+        // Once, however often the text holds a token; ids beyond the vocabulary are nobody's.
+        assert_eq!(penalty.choose(&mut logits, &[0, 2, 0, 99]), 1);
+        assert_eq!(logits, [1.5, 2.0, -2.0, -1.0]);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities_and_the_seed() {
+        let mut counts = [0f64; 5];
+        let mut text = Vec::new();
+        for _ in 0..20_000 {
+            text.push(0);
+            counts[Sampling { seed: 5, ..HOT }.choose(&mut halves(), &text) as usize] += 1.0;
+        }
+        for (count, logit) in counts.iter().zip(halves()) {
+            assert!((count / 20_000.0 - f64::from(logit.exp())).abs() < 0.015, "{counts:?}");
+        }
+        let draw =
+            |seed| (0..50).map(|n| Sampling { seed, ..HOT }.choose(&mut halves(), &text[..n])).collect::<Vec<_>>();
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
+
+    proptest! {
+        #[test]
+        fn top_p_keeps_the_smallest_set_that_reaches_p(
+            logits in prop::collection::vec(-8f32..8.0, 1..60),
+            top_p in 0.01f32..1.0,
+            temperature in 0.2f32..3.0,
+        ) {
+            let sampling = Sampling { temperature, ..HOT };
+            let all = sampling.candidates(&logits);
+            let kept = Sampling { top_p, ..sampling }.candidates(&logits);
+            let mass = |count: usize| all[..count].iter().map(|(_, p)| p).sum::<f64>();
+            let p = f64::from(top_p);
+            prop_assert!(mass(kept.len()) >= p - 1e-9);
+            prop_assert!(mass(kept.len() - 1) < p + 1e-9);
+            prop_assert!(kept.iter().zip(&all).all(|(a, b)| a.0 == b.0), "the likely ones");
+        }
+
+        #[test]
+        fn every_filter_keeps_what_it_says(
+            logits in prop::collection::vec(-8f32..8.0, 1..60),
+            top_k in 1usize..70,
+            min_p in 0f32..=1.0,
+        ) {
+            let k = Sampling { top_k, ..HOT }.candidates(&logits);
+            let worst = k.iter().map(|(token, _)| logits[*token as usize]).fold(f32::INFINITY, f32::min);
+            prop_assert!(k.len() >= top_k.min(logits.len()));
+            prop_assert!(logits.iter().filter(|&&logit| logit > worst).count() < top_k);
+            let m = Sampling { min_p, ..HOT }.candidates(&logits);
+            let all = HOT.candidates(&logits);
+            let wanted = all.iter().filter(|(_, p)| *p >= f64::from(min_p) * all[0].1 * (1.0 + 1e-12)).count();
+            prop_assert!(m.len().abs_diff(wanted.max(1)) <= 1);
+            for kept in [k, m] {
+                prop_assert!((kept.iter().map(|(_, p)| p).sum::<f64>() - 1.0).abs() < 1e-9);
+            }
+        }
+    }
+}

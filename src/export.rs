@@ -1,0 +1,165 @@
+//! Models for other programs: adapters merged into a Hugging Face folder, and GGUF files.
+
+use crate::{
+    cli::{AdapterPart, DTypeChoice, ExportGgufArgs, MergeArgs},
+    report,
+};
+use anyhow::{Context, Result, bail, ensure};
+use nibble_kernels::quantize::{ScaleRounding, dequantize, quantize};
+use nibble_models::{
+    export::{KINDS, export_gguf},
+    files::{
+        atomic::{atomic_write, write_json},
+        checkpoint::{Checkpoint, CheckpointTensor, write_checkpoint},
+        peft::read_adapter,
+        safetensors::stream_safetensors,
+    },
+    merge::{Loss, Merged, Part},
+    tokenizer::{GgufVocab, Tokenizer},
+};
+use nibble_runtime::{DType, Tag};
+use std::path::Path;
+
+/// Files of a folder that tell how to use its model.
+const COMPANIONS: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.model",
+];
+
+fn parts(adapters: &[AdapterPart]) -> Result<Vec<Part>> {
+    let read = |part: &AdapterPart| {
+        Ok(Part { path: part.dir.clone(), adapter: read_adapter(&part.dir)?, weight: part.weight })
+    };
+    adapters.iter().map(read).collect()
+}
+
+/// Writes a model with adapters merged into it as a Hugging Face folder.
+pub fn merge_command(args: &MergeArgs) -> Result<()> {
+    let out = &args.out;
+    if out.join("config.json").exists() || out.is_file() {
+        bail!("{} already holds a model; choose another --out or move it away", out.display());
+    }
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let dtype = match args.dtype {
+        DTypeChoice(Some(dtype)) => dtype,
+        DTypeChoice(None) => checkpoint.dtype()?,
+    };
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
+    let loss = match args.quant {
+        None => write_dense(&merged, dtype, out)?,
+        Some(_) => write_quantized(&merged, dtype, args)?,
+    };
+    companions(&checkpoint, out)?;
+    let form = args.quant.map_or(dtype.to_string(), |quant| quant.to_string());
+    report_loss(&loss, &form);
+    eprintln!("wrote {}", out.display());
+    Ok(())
+}
+
+/// Weight by weight, then the configuration.
+fn write_dense(merged: &Merged, dtype: DType, out: &Path) -> Result<Loss> {
+    let weights = merged.weights();
+    let outlines: Vec<_> = weights.iter().map(|(name, shape)| (name.clone(), dtype, shape.clone())).collect();
+    std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    let bar = report::bar("merge", weights.len());
+    let mut loss = Loss::default();
+    stream_safetensors(&out.join("model.safetensors"), &outlines, &[("format", "pt")], |i| {
+        let (name, shape) = &weights[i];
+        let exact = merged.weight(name, shape)?;
+        let written = exact.value.clone().into_dtype(dtype, Tag::Workspace)?;
+        loss.add(&exact, &written)?;
+        bar.inc(1);
+        Ok(written)
+    })?;
+    bar.finish_and_clear();
+    write_json(&out.join("config.json"), &merged.checkpoint().config().to_json(dtype))?;
+    Ok(loss)
+}
+
+/// As `quantize` writes a folder: linear weights in 4 bits, the others as they are.
+fn write_quantized(merged: &Merged, dtype: DType, args: &MergeArgs) -> Result<Loss> {
+    let quant_type = args.quant.context("a merged model is quantized if --quant says so")?;
+    let (tag, block_size) = (Tag::Weights, args.block_size);
+    let scales = (!args.no_double_quant).then(ScaleRounding::default);
+    let all = merged.weights();
+    let bar = report::bar("merge", all.len());
+    let mut loss = Loss::default();
+    let mut weights = Vec::new();
+    for (name, shape) in all {
+        let exact = merged.weight(&name, &shape)?;
+        let dense = exact.value.clone().into_dtype(dtype, tag)?;
+        let (weight, written) = match name.ends_with("_proj.weight") {
+            true => {
+                let quantized = quantize(&dense, quant_type, block_size, scales, dtype, tag)?;
+                let written = dequantize(&quantized, Tag::Workspace)?;
+                (CheckpointTensor::Quantized(quantized), written)
+            }
+            false => (CheckpointTensor::Dense(dense.clone()), dense),
+        };
+        loss.add(&exact, &written)?;
+        weights.push((name, weight));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    write_checkpoint(&args.out, merged.checkpoint().config(), dtype, &weights)?;
+    Ok(loss)
+}
+
+/// Tokenizer, chat template and generation settings: as they are from a folder, made from a GGUF's header.
+fn companions(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+    if let Some(gguf) = checkpoint.gguf() {
+        return Ok(Tokenizer::from_gguf(gguf)?.save(out)?);
+    }
+    let folder = checkpoint.shards().map_or(checkpoint.path(), |shards| shards.folder());
+    for name in COMPANIONS {
+        let path = folder.join(name);
+        if path.is_file() {
+            let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            atomic_write(&out.join(name), |file| file.write_all(&bytes))?;
+        }
+    }
+    if !out.join("tokenizer.json").exists() {
+        eprintln!("warning: {} has no tokenizer.json, so none was written", folder.display());
+    }
+    Ok(())
+}
+
+/// Writes a model, with adapters merged into it if there are any, as a GGUF file.
+pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
+    let out = &args.out;
+    ensure!(!out.exists(), "{} exists already; choose another --out or move it away", out.display());
+    let wanted = args.r#type.to_uppercase();
+    let kind = KINDS.into_iter().map(|(kind, _)| kind).find(|kind| kind.to_string() == wanted);
+    let kind = kind.with_context(|| format!("--type: expected f32, f16, bf16, q8_0 or q4_0, not {}", args.r#type))?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
+    let vocab = match checkpoint.gguf() {
+        Some(gguf) => GgufVocab::read(gguf)?,
+        None => {
+            let folder = checkpoint.shards().map_or(checkpoint.path(), |shards| shards.folder());
+            GgufVocab::from_tokenizer(&Tokenizer::from_folder(folder)?)?
+        }
+    };
+    let bar = report::bar("export", merged.weights().len());
+    let loss = export_gguf(&merged, &vocab, kind, out, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    report_loss(&loss, &kind.to_string());
+    eprintln!("wrote {}", out.display());
+    Ok(())
+}
+
+fn report_loss(loss: &Loss, form: &str) {
+    let change = loss.of_change().map_or(String::new(), |of| format!(", {of:.3e} of what the adapters changed"));
+    eprintln!(
+        "lossy    weights as {form} differ by at most {:.3e}, by {:.3e} of their norm{change}",
+        loss.largest,
+        loss.relative()
+    );
+    if loss.of_change().is_some_and(|of| of > 0.5) {
+        eprintln!("warning: rounding to {form} is about as large as what the adapters learned; compare with eval");
+    }
+}
