@@ -6,7 +6,12 @@ use super::{atomic::atomic_write, mapped::MappedFile};
 use crate::{Error, Result};
 use nibble_runtime::{DType, Device, Tag, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use std::{collections::BTreeMap, collections::HashMap, ops::Range, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::{self, Write},
+    ops::Range,
+    path::Path,
+};
 
 /// The format's own limit on the header.
 const MAX_HEADER: usize = 100_000_000;
@@ -180,30 +185,60 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[
     order.sort_by(|(a_name, a), (b_name, b)| {
         to_format(b.dtype()).cmp(&to_format(a.dtype())).then_with(|| a_name.cmp(b_name))
     });
-    let mut names = std::collections::HashSet::new();
-    let mut offset = 0;
-    let mut infos = Vec::with_capacity(order.len());
-    for (name, tensor) in &order {
-        if name == "__metadata__" || !names.insert(name) {
-            return Err(Error::Invalid(format!("{}: cannot write two tensors named \"{name}\"", path.display())));
+    let layout = order.iter().map(|(name, tensor)| (name.clone(), tensor.dtype(), tensor.shape().to_vec()));
+    let header = header(layout, metadata).map_err(|what| Error::Invalid(format!("{}: {what}", path.display())))?;
+    atomic_write(path, |file| {
+        file.write_all(&header)?;
+        order.iter().try_for_each(|(_, tensor)| write_tensor(file, tensor))
+    })
+}
+
+/// Writes a safetensors file's bytes to `out`: tensors of the names, types and shapes of `layout`, in that order, each
+/// asked for when the one before has been written, so that they need not be in memory together.
+///
+/// # Errors
+/// `out` or an item of `tensors` fails, a tensor is not as `layout` says, or a name appears twice or is reserved.
+pub fn write_streamed(
+    out: &mut dyn Write,
+    layout: &[(String, DType, Vec<usize>)],
+    tensors: impl IntoIterator<Item = io::Result<Tensor>>,
+) -> io::Result<()> {
+    out.write_all(&header(layout.iter().cloned(), &[]).map_err(io::Error::other)?)?;
+    let mut tensors = tensors.into_iter();
+    for (name, dtype, shape) in layout {
+        let tensor =
+            tensors.next().unwrap_or_else(|| Err(io::Error::other(format!("tensor \"{name}\" is missing"))))?;
+        if (tensor.dtype(), tensor.shape()) != (*dtype, &shape[..]) {
+            return Err(io::Error::other(format!("tensor \"{name}\" is {tensor:?}; expected {shape:?} {dtype}")));
         }
-        let end = offset + tensor.size_bytes();
-        let (dtype, shape) = (to_format(tensor.dtype()), tensor.shape().to_vec());
-        infos.push((name.clone(), TensorInfo { dtype, shape, data_offsets: (offset, end) }));
+        write_tensor(out, &tensor)?;
+    }
+    Ok(())
+}
+
+/// What comes before the tensors' bytes; its length is a multiple of 8, which aligns them.
+fn header(
+    layout: impl IntoIterator<Item = (String, DType, Vec<usize>)>,
+    metadata: &[(&str, &str)],
+) -> std::result::Result<Vec<u8>, String> {
+    let mut names = std::collections::HashSet::new();
+    let (mut offset, mut infos) = (0, Vec::new());
+    for (name, dtype, shape) in layout {
+        if name == "__metadata__" || !names.insert(name.clone()) {
+            return Err(format!("cannot write two tensors named \"{name}\""));
+        }
+        let end = offset + shape.iter().product::<usize>() * dtype.size();
+        infos.push((name, TensorInfo { dtype: to_format(dtype), shape, data_offsets: (offset, end) }));
         offset = end;
     }
     let text: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    let invalid = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", path.display()));
-    let header = Metadata::new((!text.is_empty()).then_some(text), infos).map_err(|e| invalid(&e))?;
-    let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
-    // Padding aligns the tensors' bytes.
+    let header = Metadata::new((!text.is_empty()).then_some(text), infos).map_err(|e| e.to_string())?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| e.to_string())?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    atomic_write(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        order.iter().try_for_each(|(_, tensor)| {
-            let tensor = (*tensor).clone().into_device(Device::Cpu, Tag::Workspace).map_err(std::io::Error::other)?;
-            file.write_all(tensor.bytes().map_err(std::io::Error::other)?)
-        })
-    })
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
+}
+
+fn write_tensor(out: &mut dyn Write, tensor: &Tensor) -> io::Result<()> {
+    let tensor = tensor.clone().into_device(Device::Cpu, Tag::Workspace).map_err(io::Error::other)?;
+    out.write_all(tensor.bytes().map_err(io::Error::other)?)
 }
