@@ -3,13 +3,15 @@
 //! [`train::train`] is a whole run, in the order in which data walks through it.
 
 mod bench_step;
+pub mod best;
+pub mod checkpoint;
 pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod default_task;
 pub mod eval;
 pub mod interrupt;
-mod loss_scale;
+pub mod loss_scale;
 pub mod model;
 mod page_trace;
 pub mod paging;
