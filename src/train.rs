@@ -94,13 +94,8 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     if new {
         dir.create(settings)?;
     }
-    let Optimized { log, interrupted, evaluations } = optimize(&mut model, &setup, checkpoint, origin, before)?;
-    save(&model, &setup, &dir.join(setup.trained()))?;
+    let Optimized { log, interrupted, evaluations, after } = optimize(&mut model, &setup, checkpoint, origin, before)?;
     report::loss_curve(&dir.join("loss.svg"), &log, &format!("training loss of {}", dir.path().display()))?;
-    let after = match interrupted {
-        true => None,
-        false => evaluate_and_show("after", &model, tokenizer.as_ref(), held_out)?,
-    };
 
     let (seconds, best) = (started.elapsed().as_secs_f64(), evaluations.best());
     let summary = Summary { before, after, best, steps: log.len(), interrupted, seconds };
@@ -247,9 +242,11 @@ struct Optimized {
     /// Whether the user stopped them.
     interrupted: bool,
     evaluations: Evaluations,
+    /// On the held-out examples, where there are any, after a run that was not stopped.
+    after: Option<EvalResult>,
 }
 
-/// The optimizer steps, from the first one or from a checkpoint on.
+/// The optimizer steps, from the first one or from a checkpoint on, and what they made.
 fn optimize(
     model: &mut Model,
     setup: &Setup,
@@ -298,8 +295,7 @@ fn optimize(
                 let best = state.evaluations.record(metrics.step, result.nll);
                 log.say(&format!("step {}: {result}{}", metrics.step, if best { ", the best so far" } else { "" }));
                 if best {
-                    atomic_folder(&dir.join("best"), |folder| save(model, setup, folder))
-                        .with_context(|| saver.advice(metrics.step))?;
+                    keep(model, setup, "best").with_context(|| saver.advice(metrics.step))?;
                 }
                 metrics.eval_nll = Some(result.nll);
                 metrics.eval_perplexity = Some(result.perplexity);
@@ -309,8 +305,7 @@ fn optimize(
             state.unreported = None;
             if saver.due(metrics.step) {
                 sound(&mut stepper, model, setup, metrics.step)?;
-                let saved = log.sync().and_then(|()| saver.save(&mut state, &model.llama, &stepper));
-                saved.with_context(|| saver.advice(metrics.step))?;
+                save_state(&mut saver, &mut state, model, &stepper, &log)?;
             }
         }
         if state.step >= deal.total {
@@ -327,11 +322,28 @@ fn optimize(
         state.step += 1;
     };
     sound(&mut stepper, model, setup, state.step)?;
-    if interrupted && state.step > 0 {
-        let saved = log.sync().and_then(|()| saver.save(&mut state, &model.llama, &stepper));
-        saved.with_context(|| saver.advice(state.step))?;
+    if interrupted {
+        save_state(&mut saver, &mut state, model, &stepper, &log)?;
     }
-    Ok(Optimized { log: log.finish(), interrupted, evaluations: state.evaluations })
+    keep(model, setup, setup.trained()).with_context(|| saver.advice(state.step))?;
+    let after = match interrupted {
+        true => None,
+        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out)?,
+    };
+    let interrupted = interrupted || (after.is_none() && !setup.held_out.is_empty());
+    if interrupted {
+        save_state(&mut saver, &mut state, model, &stepper, &log)?;
+    }
+    Ok(Optimized { log: log.finish(), interrupted, evaluations: state.evaluations, after })
+}
+
+/// Makes a checkpoint, if any step has been made since the last one.
+fn save_state(saver: &mut Saver, state: &mut State, model: &Model, stepper: &Stepper, log: &StepLog) -> Result<()> {
+    if state.step == 0 {
+        return Ok(());
+    }
+    let saved = log.sync().and_then(|()| saver.save(state, &model.llama, stepper));
+    saved.with_context(|| saver.advice(state.step))
 }
 
 /// Which examples each step gets, and how many steps there are: functions of data and settings.
@@ -419,7 +431,7 @@ fn sound(stepper: &mut Stepper, model: &mut Model, setup: &Setup, step: u32) -> 
 
 /// Saves the last good parameters of a model that a step broke; the error of that step.
 fn broken(model: &Model, setup: &Setup, step: u32, fault: &str) -> anyhow::Error {
-    if let Err(error) = save(model, setup, &setup.dir.join(setup.trained())) {
+    if let Err(error) = keep(model, setup, setup.trained()) {
         return error.context(format!("step {step}: {fault}; stopped, and could not save the last good parameters"));
     }
     anyhow!(
@@ -427,6 +439,11 @@ fn broken(model: &Model, setup: &Setup, step: u32, fault: &str) -> anyhow::Error
          or a longer --warmup",
         setup.dir.path().display()
     )
+}
+
+/// Writes what was trained to the folder `name` of the run, in place of what was there.
+fn keep(model: &Model, setup: &Setup, name: &str) -> Result<()> {
+    atomic_folder(&setup.dir.join(name), |folder| save(model, setup, folder))
 }
 
 /// Writes what was trained to `folder`: an adapter, or a model after full fine-tuning.

@@ -3,5 +3,7 @@
 mod faults;
 mod gguf;
 mod inference;
+#[cfg(unix)]
+mod resume;
 mod support;
 mod training;
