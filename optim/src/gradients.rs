@@ -40,9 +40,14 @@ struct Paged {
     present: BTreeSet<ParamId>,
     /// Squares of what was at hand when it was on its way to a page in host memory, which need not be read again.
     squares: Option<Squares>,
+    /// Gradients and sums whose squares are yet to be put there, by piece of the norm.
+    at_hand: Vec<(usize, Tensor)>,
     /// Runs whose squares are not among them, by page and by piece of the norm.
     unread: BTreeMap<(usize, usize), Run>,
 }
+
+/// Gradients that are kept at hand at most: about a layer's.
+const AT_HAND: usize = 16;
 
 impl Paged {
     fn parameter(&mut self, id: ParamId, grad: &Tensor) -> Result<()> {
@@ -54,10 +59,9 @@ impl Paged {
             return Err(Error::shape(op, what));
         }
         let pager = self.state.pager();
-        let squares = match &mut self.squares {
-            Some(squares) => squares,
-            none => none.insert(Squares::new(self.state.pieces(), grad.device())?),
-        };
+        if self.squares.is_none() {
+            self.squares = Some(Squares::new(self.state.pieces(), grad.device())?);
+        }
         let (flat, first) = (grad.reshape(&[grad.numel()])?, !self.present.contains(&id));
         for &run in &entry.runs {
             let piece = entry.first_piece + run.start / PIECE;
@@ -75,15 +79,30 @@ impl Paged {
             if resident {
                 self.unread.insert((run.page, piece), run);
             } else {
-                squares.put(&[(piece, &sum)])?;
+                self.at_hand.push((piece, sum));
             }
+        }
+        // A view of a page keeps it where it is, and the next micro-batch may come for it.
+        if self.at_hand.len() >= AT_HAND || !first {
+            self.put_squares()?;
         }
         self.present.insert(id);
         Ok(())
     }
 
+    /// Puts the squares of what is at hand: many at a time, since each time is a launch.
+    fn put_squares(&mut self) -> Result<()> {
+        let parts: Vec<_> = self.at_hand.iter().map(|(piece, values)| (*piece, values)).collect();
+        if let Some(squares) = self.squares.as_mut().filter(|_| !parts.is_empty()) {
+            squares.put(&parts)?;
+        }
+        self.at_hand.clear();
+        Ok(())
+    }
+
     /// The squares of all sums.
     fn squares(&mut self) -> Result<&Squares> {
+        self.put_squares()?;
         let missing = self.state.len() - self.present.len();
         let squares = self.squares.as_mut().filter(|_| missing == 0);
         let squares = squares.ok_or_else(|| {
@@ -119,7 +138,8 @@ impl Gradients {
             return Err(Error::invalid("gradients", "these pages have no room for gradients"));
         }
         let (present, unread) = (BTreeSet::new(), BTreeMap::new());
-        Ok(Gradients { sums: Sums::Paged(Paged { state, present, squares: None, unread }) })
+        let at_hand = Vec::new();
+        Ok(Gradients { sums: Sums::Paged(Paged { state, present, squares: None, at_hand, unread }) })
     }
 
     /// The gradient of a parameter, f32, if it has one: where it is, or copied to host memory out of its pages.
@@ -161,8 +181,9 @@ impl Gradients {
     pub fn clear(&mut self) {
         match &mut self.sums {
             Sums::Whole(sums) => sums.clear(),
-            Sums::Paged(Paged { present, squares, unread, .. }) => {
+            Sums::Paged(Paged { present, squares, at_hand, unread, .. }) => {
                 present.clear();
+                at_hand.clear();
                 unread.clear();
                 *squares = None;
             }

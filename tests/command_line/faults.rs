@@ -37,7 +37,7 @@ fn usage() {
         (&["--seed", "18446744073709551615"], &["18446744073709551615"]),
         (&["--device", "cuda:99"], &["cuda:99", "--device cpu"]),
         (&["--device", "tpu"], &["tpu", "cuda:N"]),
-        (&["--paged-budget", "1MiB"], &["--paged-budget 1MiB", "one page of 6MiB", "auto"]),
+        (&["--paged-budget", "1MiB"], &["--paged-budget 1MiB", "one page of 3MiB", "auto"]),
         (&["--paged-budget", "128KiB", "--page-size", "256KiB"], &["--paged-budget 128KiB", "one page of 256KiB"]),
         (&["--paged-budget", "4TiB"], &["--paged-budget", "TiB", "GiB"]),
         (&["--paged-budget", "most"], &["--paged-budget", "a size", "most", "auto"]),

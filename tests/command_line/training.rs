@@ -161,11 +161,11 @@ fn embedding_and_head_fit_in_8_bits() {
 #[test]
 fn pages_change_nothing() {
     let place = Place::new();
-    let options = ["--rank", "64", "--batch-size", "4", "--grad-accum", "2"];
+    let options = ["--rank", "64", "--batch-size", "4", "--grad-accum", "2", "--device", "cpu"];
     place.train("without", &options);
     let small = ["--page-size", "256KiB"];
     for (run, paging) in [
-        ("none", &["--paged-budget", "0", "--device", "cpu"][..]),
+        ("none", &["--paged-budget", "0"][..]),
         ("some", &["--paged-budget", "2MiB", "--trace", "pages.svg"]),
         ("all", &["--paged-budget", "auto", "--trace", "pages.json"]),
     ] {

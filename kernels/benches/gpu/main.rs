@@ -1,9 +1,11 @@
 //! Times every operation on the GPU at the sizes of an 8B model, beside the ceilings of the same run.
 //!
-//! `cargo bench -p nibble-kernels --bench gpu [-- NAME]`. Prints for each case the median time, bytes and floating-point
+//! `cargo bench -p nibble-kernels --bench gpu [-- NAME…]`. Prints for each case the median time, bytes and floating-point
 //! operations a second, and the share of the copy rate; with `NIBBLE_PEAK_TFLOPS` (what the GPU's best matrix product
-//! reaches, measured by you) the share of that too. With `NIBBLE_BENCH_PROFILE=1` every case runs once to warm up and once
-//! for a profiler to record, and only its name is printed: `ncu --profile-from-start off PROGRAM NAME`.
+//! reaches, measured by you) the share of that too. A NAME is an operation of [`OPERATIONS`], or part of a case's name and
+//! shape as printed, with one space between them: `linear "nf4 lora gate up 8192"`. With `NIBBLE_BENCH_PROFILE=1` every case
+//! runs once to warm up and once for a profiler to record, and only its name is printed:
+//! `ncu --profile-from-start off PROGRAM NAME…`.
 
 mod attention;
 mod linear;
@@ -30,16 +32,17 @@ pub struct Bench {
     peak_tflops: Option<f64>,
     /// Each case is shown to a profiler instead of being timed.
     profile: bool,
-    filter: Option<String>,
+    /// Parts of the cases that run; all do if there are none.
+    cases: Vec<String>,
 }
 
 impl Bench {
-    fn new(filter: Option<String>) -> Result<Self> {
+    fn new(cases: Vec<String>) -> Result<Self> {
         let device = Device::Cuda(0);
         let gpu = Gpu::of(device)?;
         let peak_tflops = std::env::var("NIBBLE_PEAK_TFLOPS").ok().and_then(|text| text.parse().ok());
         let profile = std::env::var_os("NIBBLE_BENCH_PROFILE").is_some_and(|value| value != "0");
-        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, profile, filter };
+        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, profile, cases };
         let source = Tensor::zeros(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let mut target = Tensor::empty(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let milliseconds = bench.median(&mut || target.copy_from(0, &source))?;
@@ -89,8 +92,8 @@ impl Bench {
         flops: f64,
         mut run: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        let operation = |filter: &String| OPERATIONS.iter().any(|(name, _)| name == filter);
-        if self.filter.as_ref().is_some_and(|filter| !operation(filter) && !name.contains(filter.as_str())) {
+        let case = format!("{name} {shape}");
+        if !self.cases.is_empty() && !self.cases.iter().any(|part| case.contains(part.as_str())) {
             return Ok(());
         }
         if self.profile {
@@ -114,9 +117,10 @@ impl Bench {
 }
 
 fn main() {
-    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
-    match Bench::new(filter) {
-        Ok(bench) => run(&bench),
+    let names = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
+    let (operations, cases): (Vec<_>, Vec<_>) = names.partition(|name| OPERATIONS.iter().any(|(one, _)| one == name));
+    match Bench::new(cases) {
+        Ok(bench) => run(&bench, &operations),
         Err(error) => println!("skipped: {error}"),
     }
 }
@@ -132,10 +136,9 @@ const OPERATIONS: &[Operation] = &[
     ("skinny", skinny::run),
 ];
 
-fn run(bench: &Bench) {
-    // The name of an operation runs all of its cases, anything else the cases whose names contain it.
-    let one = OPERATIONS.iter().find(|(name, _)| bench.filter.as_deref() == Some(name));
-    for (name, operation) in OPERATIONS.iter().filter(|(name, _)| one.is_none_or(|(one, _)| one == name)) {
+/// Runs the operations that are named, or all.
+fn run(bench: &Bench, named: &[String]) {
+    for (name, operation) in OPERATIONS.iter().filter(|(name, _)| named.is_empty() || named.iter().any(|n| n == name)) {
         if let Err::<(), Error>(error) = operation(bench) {
             println!("{name}: {error}");
         }

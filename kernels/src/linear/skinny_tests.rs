@@ -209,21 +209,46 @@ fn weight_gradients(
     }
 }
 
-/// Large enough for the tiles, blocks and slices that small shapes do not reach on a GPU of 132 processors.
+// Large enough for the tiles, blocks and slices that small shapes do not reach on a GPU of 132 processors. One test an
+// operation, since a checker makes them slow.
+
+fn coded(block_size: usize, dtype: DType) -> Kind {
+    Kind::Codes { quant_type: QuantType::Nf4, double: true, block_size, dtype }
+}
+
 #[test]
-fn gpu_large_shapes_match_the_cpu() {
+fn gpu_large_products_match_the_cpu() {
     let Some(device) = gpu() else { return };
-    let coded = |block_size, dtype| Kind::Codes { quant_type: QuantType::Nf4, double: true, block_size, dtype };
     for kind in [Kind::Dense(DType::F32), Kind::Dense(DType::BF16), coded(64, DType::BF16)] {
         agree(device, tolerance, products((2100, 1028, 92), kind, [DType::F32; 2], 1));
     }
+}
+
+#[test]
+fn gpu_large_weight_gradients_match_the_cpu() {
+    let Some(device) = gpu() else { return };
     agree(device, tolerance, weight_gradients((100, 2052, 1028), [DType::F32; 2], 2));
     agree(device, tolerance, weight_gradients((300, 1544, 1544), [DType::BF16; 2], 3));
     agree(device, tolerance, weight_gradients((5000, 72, 136), [DType::BF16; 2], 4));
+}
+
+#[test]
+fn gpu_long_lora_products_match_the_cpu() {
+    let Some(device) = gpu() else { return };
     for r in [8, 16, 24, 70] {
         agree(device, tolerance, lora_products((8500, 72, 104, r), DType::BF16, r != 8, 5));
     }
+}
+
+#[test]
+fn gpu_wide_lora_products_match_the_cpu() {
+    let Some(device) = gpu() else { return };
     agree(device, tolerance, lora_products((90, 2088, 4104, 16), DType::F16, true, 6));
+}
+
+#[test]
+fn gpu_large_decoding_products_match_the_cpu() {
+    let Some(device) = gpu() else { return };
     for kind in [coded(64, DType::BF16), Kind::Dense(DType::BF16)] {
         for t in [1, 9] {
             agree(device, |_| 1e-2, products((t, 17_003, 128), kind, [DType::BF16; 2], 7));

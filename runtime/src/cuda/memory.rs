@@ -178,7 +178,10 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        self.gpu.record_error(self.ready(self.gpu.stream()));
+        // Pages are not freed: whoever has them next waits for their ticket.
+        if !self.is_paged() {
+            self.gpu.record_error(self.ready(self.gpu.stream()));
+        }
         match std::mem::replace(&mut self.place, Place::Nowhere) {
             Place::Nowhere | Place::Page { .. } => {}
             Place::Device(block) => self.memory.free(block, self.gpu.stream_id()),

@@ -183,7 +183,8 @@ impl PageStore for PinnedPages {
     fn evict(&mut self, page: usize) -> std::result::Result<Ticket, Refusal> {
         // Where no more can be pinned the page stays.
         let to = self.home(page).map_err(Refusal::Transfer)?;
-        let (stream, memory) = (self.outward, self.gpu().memory().map_err(Refusal::Lost)?);
+        // On the stream that brings pages: the next one gets this one's block, and no more memory is taken.
+        let (stream, memory) = (self.inward, self.gpu().memory().map_err(Refusal::Lost)?);
         let Some(block) = self.frames.remove(&page) else {
             return Err(Refusal::Transfer(Error::invalid("pager", format!("page {page} is not resident"))));
         };
