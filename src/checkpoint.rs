@@ -390,3 +390,85 @@ fn sum(path: &Path) -> io::Result<String> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::Model,
+        settings::Method,
+        train::{attach, source},
+    };
+    use nibble_runtime::Tensor;
+
+    /// A model with an adapter of `rank`, and what trains it, in f16.
+    fn start(rank: usize) -> (Model, Stepper, Settings) {
+        let settings = Settings {
+            model: Some("random:tiny".into()),
+            method: Method::Lora,
+            rank,
+            dtype: DTypeChoice(Some(DType::F16)),
+            device: nibble_runtime::DeviceRequest::Exactly(Device::Cpu),
+            ..Settings::default()
+        };
+        let mut model = Model::load(&source(&settings)).unwrap();
+        attach(&mut model, &settings).unwrap();
+        let stepper = Stepper::new(&model.llama, &settings).unwrap();
+        (model, stepper, settings)
+    }
+
+    #[test]
+    fn what_is_saved_comes_back_and_only_the_newest_are_kept() {
+        let place = tempfile::tempdir().unwrap();
+        let (model, mut stepper, settings) = start(4);
+        let run = RunDir::plan(&Settings { out: Some(place.path().into()), ..settings.clone() }).unwrap();
+        assert!(Checkpoint::latest(&run).unwrap().is_none());
+        let mut scaling = LossScale::new(DType::F16);
+        for finite in [true, false, true, true] {
+            scaling.update(finite);
+        }
+        stepper.set_scaling(scaling);
+        let mut evaluations = Evaluations::default();
+        evaluations.record(7, 0.1 + 0.2);
+        let metrics = r#"{"step":9,"loss":0.30000000000000004,"grad_norm":null,"lr":1e-5,"tokens":3,"tok_s":0.1}"#;
+        let mut state = State {
+            step: 0,
+            updates: 0,
+            dtype: settings.dtype,
+            loss_scale: LossScale::new(DType::F32),
+            before: None,
+            unreported: Some(serde_json::from_str(metrics).unwrap()),
+            evaluations,
+            origin: Origin { model: "m".into(), adapter: String::new(), data: digest(&[]), eval_data: digest(&[]) },
+            settings: settings.clone(),
+        };
+        let mut saver = Saver::new(&run, &settings, None);
+        for step in [7, 8, 9] {
+            state.step = step;
+            saver.save(&mut state, &model.llama, &stepper).unwrap();
+        }
+        assert_eq!(found(&folder_of(&run)).unwrap().into_keys().collect::<Vec<_>>(), [8, 9]);
+        let saved = Checkpoint::latest(&run).unwrap().unwrap();
+        assert_eq!((&saved.state, saved.state.loss_scale), (&state, scaling));
+
+        let (mut other, mut restored, _) = start(4);
+        other.llama.parameters_mut().into_iter().for_each(|(_, value)| {
+            *value = Tensor::zeros(value.shape(), DType::F32, Device::Cpu, Tag::Adapters).unwrap();
+        });
+        saved.load_parameters(&mut other.llama).unwrap();
+        saved.load_optimizer(&other.llama, &mut restored).unwrap();
+        let bytes = |model: &Model| -> Vec<Vec<u8>> {
+            model.llama.parameters().iter().map(|(.., value)| value.bytes().unwrap().to_vec()).collect()
+        };
+        assert!(bytes(&other) == bytes(&model));
+        assert_eq!(restored.scaling(), scaling);
+        let (mut wider, ..) = start(8);
+        assert!(saved.load_parameters(&mut wider.llama).is_err());
+
+        // A run that went on from step 8 because that of step 9 was damaged ends up without it.
+        let mut saver = Saver::new(&run, &settings, Some(7));
+        state.step = 8;
+        saver.save(&mut state, &model.llama, &stepper).unwrap();
+        assert_eq!(found(&folder_of(&run)).unwrap().into_keys().collect::<Vec<_>>(), [8]);
+    }
+}

@@ -209,6 +209,9 @@ fn a_run_goes_on_after_kills_at_random_moments() {
     eprintln!("{done} kills");
 }
 
+/// Damages the bytes of a file.
+type Spoil = fn(&mut Vec<u8>);
+
 /// Where a checkpoint is damaged, the one before is taken.
 #[test]
 fn damaged_checkpoints_are_left_out() {
@@ -218,7 +221,7 @@ fn damaged_checkpoints_are_left_out() {
     killed(&origin, &args);
     let steps = checkpoints(&origin);
     let (newest, before) = (steps[steps.len() - 1], steps[steps.len() - 2]);
-    let damage: [(&str, fn(&mut Vec<u8>)); 5] = [
+    let damage: [(&str, Spoil); 5] = [
         ("parameters.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1),
         ("optimizer.safetensors", |bytes| bytes.truncate(bytes.len() / 2)),
         ("optimizer.safetensors", Vec::clear),
@@ -226,7 +229,7 @@ fn damaged_checkpoints_are_left_out() {
         ("SHA256SUMS", |bytes| bytes[3] = b'x'),
     ];
     let file = |step: u32, name: &str| format!("run/checkpoints/step-{step}/{name}");
-    let spoil = |place: &Place, step, name: &str, spoil: fn(&mut Vec<u8>)| {
+    let spoil = |place: &Place, step, name: &str, spoil: Spoil| {
         let mut bytes = place.bytes(&file(step, name));
         spoil(&mut bytes);
         place.write(&file(step, name), bytes);
