@@ -16,6 +16,7 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   train-llama
   train-llama --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --eval-data test.jsonl --out runs/trec
+  train-llama --resume runs/trec
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/trec/adapter --prompt 'Question: ...'
   train-llama chat --model Llama-3.2-1B-Instruct --adapter runs/trec/adapter
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine

@@ -8,6 +8,7 @@ use crate::{
     export, interrupt,
     model::{Model, ModelSource},
     report,
+    run_dir::RunDir,
     settings::{Settings, TrainArgs},
     text, train,
 };
@@ -35,9 +36,23 @@ pub fn run(cli: Cli) -> Result<i32> {
 }
 
 fn train_command(args: &TrainArgs) -> Result<i32> {
-    let settings = Settings::resolve(args, default_task::RECIPE)?;
-    interrupt::listen().context("listening for Ctrl-C")?;
-    let outcome = train::train(&settings)?;
+    let outcome = match &args.resume {
+        None => {
+            let settings = Settings::resolve(args, default_task::RECIPE)?;
+            interrupt::listen().context("listening for Ctrl-C")?;
+            train::train(&settings)?
+        }
+        Some(path) => {
+            let run = RunDir::open(path.as_deref())?;
+            let settings = Settings::resume(args, &run.settings())?;
+            if let Some(steps) = run.finished() {
+                eprintln!("{} is finished, after {steps} steps; there is nothing to continue", run.path().display());
+                return Ok(0);
+            }
+            interrupt::listen().context("listening for Ctrl-C")?;
+            train::resume(&settings, run)?
+        }
+    };
     Ok(if outcome.interrupted { interrupt::EXIT_CODE } else { 0 })
 }
 

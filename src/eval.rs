@@ -8,13 +8,13 @@ use crate::{
 };
 use anyhow::Result;
 use nibble_models::{generate::generate, llama::Packed, sampling::Sampling, tokenizer::Tokenizer};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Tokens that are evaluated at a time (at least one example).
 const TOKENS: usize = 2048;
 
 /// Result of an evaluation.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalResult {
     /// Examples evaluated.
     pub examples: usize,

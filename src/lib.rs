@@ -3,6 +3,8 @@
 //! [`train::train`] is a whole run, in the order in which data walks through it.
 
 mod bench_step;
+pub mod best;
+pub mod checkpoint;
 pub mod cli;
 pub mod commands;
 pub mod data;
@@ -10,7 +12,7 @@ pub mod default_task;
 pub mod eval;
 mod export;
 pub mod interrupt;
-mod loss_scale;
+pub mod loss_scale;
 pub mod model;
 mod page_trace;
 pub mod paging;

@@ -5,12 +5,13 @@
 //! "Mixed Precision Training", arXiv 1710.03740).
 
 use nibble_runtime::DType;
+use serde::{Deserialize, Serialize};
 
 /// Good steps after which the factor doubles.
 const GROW_AFTER: u32 = 200;
 
 /// The current factor.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossScale {
     factor: f32,
     good: u32,

@@ -19,7 +19,8 @@ use nibble_models::{
     llama::{Footprint, LoadOptions, Quantization},
     tokenizer::Tokenizer,
 };
-use nibble_runtime::{DType, DeviceRequest};
+use nibble_runtime::{DType, Device, DeviceRequest, Tag, Tensor};
+use sha2::{Digest, Sha256};
 use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
@@ -183,6 +184,31 @@ impl Model {
     /// The type of the weights in the checkpoint.
     pub fn stored_dtype(&self) -> Result<DType> {
         Ok(self.checkpoint.as_ref().map_or(Ok(DType::BF16), Checkpoint::dtype)?)
+    }
+
+    /// A digest of what the model was loaded as: its shape and its first layer, in which another model differs.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn digest(&self) -> Result<String> {
+        let mut sum = Sha256::new();
+        sum.update(format!("{:?}", self.llama.config));
+        let mut add = |tensor: &Tensor| -> Result<()> {
+            let tensor = tensor.clone().into_device(Device::Cpu, Tag::Workspace)?;
+            sum.update(tensor.bytes()?);
+            Ok(())
+        };
+        for layer in self.llama.layers.iter().take(1) {
+            add(&layer.input_norm.value)?;
+            add(&layer.post_norm.value)?;
+            for linear in layer.linears() {
+                match &linear.weight {
+                    Weight::Dense(tensor) => add(tensor)?,
+                    Weight::Quantized(quantized) => add(&quantized.packed)?,
+                }
+            }
+        }
+        Ok(format!("{:x}", sum.finalize()))
     }
 
     /// Puts a PEFT adapter on the model.

@@ -1,26 +1,27 @@
 //! What a run shows and leaves behind: the progress bar, `metrics.jsonl`, the loss curve.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 pub use nibble_runtime::memory::readable as bytes;
 use nibble_runtime::{Device, cuda::Gpu, memory};
 use plotters::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{
-    fs::File,
-    io::{IsTerminal, Write},
+    fs::{File, TryLockError},
+    io::{BufRead, BufReader, IsTerminal, Seek, SeekFrom, Write},
     path::Path,
     time::{Duration, Instant},
 };
 
 /// One optimizer step, as a line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// From 1.
     pub step: u32,
     /// Mean loss of the labelled tokens of the step.
     pub loss: f64,
     /// Global norm of the gradient, before clipping.
+    #[serde(deserialize_with = "number_or_null")]
     pub grad_norm: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -28,6 +29,20 @@ pub struct StepMetrics {
     pub tokens: usize,
     /// Tokens a second in the step.
     pub tok_s: f64,
+    /// Of the held-out examples, if they were evaluated after the step: mean negative log-likelihood,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_nll: Option<f64>,
+    /// its exponential,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_perplexity: Option<f64>,
+    /// and the share that greedy decoding gets right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_exact_match: Option<f64>,
+}
+
+/// JSON has no infinity, which the gradient of a step in f16 may have: it is null there.
+fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
 
 /// A bar over `total` units on a terminal; elsewhere nothing.
@@ -38,6 +53,23 @@ pub fn bar(what: &str, total: usize) -> ProgressBar {
     bar.set_prefix(what.to_string());
     bar
 }
+
+/// The next value of a running mean.
+fn smooth(mean: Option<f64>, value: f64) -> f64 {
+    mean.map_or(value, |mean| 0.9 * mean + 0.1 * value)
+}
+
+/// Keeps other processes from writing the metrics in `dir`, for as long as the file is open. Where files cannot be locked, as
+/// on some network disks, nothing does.
+fn claim(file: &File, dir: &Path) -> Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => bail!("another process is training in {}", dir.display()),
+        _ => Ok(()),
+    }
+}
+
+/// File of the steps.
+const METRICS: &str = "metrics.jsonl";
 
 /// Steps of a run, as they happen.
 pub struct StepLog {
@@ -56,17 +88,64 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 impl StepLog {
     /// Starts `metrics.jsonl` in `dir`, for a model on `device`.
     pub fn create(dir: &Path, total: u32, device: Device) -> Result<Self> {
-        let path = dir.join("metrics.jsonl");
+        let path = dir.join(METRICS);
         let file = File::create_new(&path).with_context(|| format!("creating {}", path.display()))?;
+        claim(&file, dir)?;
+        Ok(StepLog::new(file, Vec::new(), total, device))
+    }
+
+    /// Goes on with `metrics.jsonl` in `dir` after step `done`: what follows in the file is cut off.
+    ///
+    /// # Errors
+    /// The file cannot be used, or another process is writing it.
+    pub fn resume(dir: &Path, done: u32, total: u32, device: Device) -> Result<Self> {
+        let path = dir.join(METRICS);
+        let context = || format!("going on with {}", path.display());
+        let open = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let mut file = open.with_context(context)?;
+        claim(&file, dir)?;
+        let (mut steps, mut kept): (Vec<StepMetrics>, _) = (Vec::new(), 0);
+        let mut reader = BufReader::new(&file);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).with_context(context)? > 0 {
+            // The last line may be torn.
+            let metrics = serde_json::from_slice::<StepMetrics>(&line).ok().filter(|_| line.ends_with(b"\n"));
+            let Some(metrics) = metrics.filter(|metrics| metrics.step <= done) else { break };
+            steps.push(metrics);
+            kept += line.len() as u64;
+            line.clear();
+        }
+        file.set_len(kept).and_then(|()| file.seek(SeekFrom::End(0))).with_context(context)?;
+        if steps.len() != done as usize {
+            eprintln!("warning: {} has {} lines of the {done} steps so far", path.display(), steps.len());
+        }
+        Ok(StepLog::new(file, steps, total, device))
+    }
+
+    fn new(file: File, steps: Vec<StepMetrics>, total: u32, device: Device) -> Self {
         let bar = bar("train", total as usize);
-        Ok(StepLog { bar, file, steps: Vec::new(), total, smoothed: None, last_line: Instant::now(), device })
+        bar.set_position(steps.last().map_or(0, |last| u64::from(last.step)));
+        bar.reset_eta();
+        let smoothed = steps.iter().fold(None, |mean, step| Some(smooth(mean, step.loss)));
+        StepLog { bar, file, steps, total, smoothed, last_line: Instant::now(), device }
+    }
+
+    /// Makes the lines so far durable: a checkpoint is not to know of more steps than the file.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| format!("writing {METRICS}"))
+    }
+
+    /// Says something beside the bar.
+    pub fn say(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
     }
 
     /// Records a step.
     pub fn push(&mut self, metrics: StepMetrics) -> Result<()> {
         let line = serde_json::to_string(&metrics)?;
-        writeln!(self.file, "{line}").context("writing metrics.jsonl")?;
-        let smoothed = self.smoothed.map_or(metrics.loss, |old| 0.9 * old + 0.1 * metrics.loss);
+        // In one piece: a reader sees whole lines, and so does a run that goes on after a full disk.
+        self.file.write_all(format!("{line}\n").as_bytes()).with_context(|| format!("writing {METRICS}"))?;
+        let smoothed = smooth(self.smoothed, metrics.loss);
         self.smoothed = Some(smoothed);
         let held = bytes(memory::usage_of(self.device).total);
         let text = format!("loss {smoothed:.4}  {:.0} tok/s  mem {held}", metrics.tok_s);
@@ -96,7 +175,7 @@ pub fn loss_curve(path: &Path, steps: &[StepMetrics], title: &str) -> Result<()>
     let mut mean = Vec::with_capacity(losses.len());
     let mut smoothed = None;
     for &(step, loss) in &losses {
-        let value = smoothed.map_or(loss, |old| 0.9 * old + 0.1 * loss);
+        let value = smooth(smoothed, loss);
         smoothed = Some(value);
         mean.push((step, value));
     }
@@ -153,10 +232,46 @@ pub fn memory_line(device: Device) -> String {
 mod tests {
     use super::*;
 
+    fn metrics(step: u32) -> StepMetrics {
+        StepMetrics {
+            step,
+            loss: 2.0,
+            grad_norm: 1.0,
+            lr: 1e-3,
+            tokens: 8,
+            tok_s: 4.0,
+            eval_nll: None,
+            eval_perplexity: None,
+            eval_exact_match: None,
+        }
+    }
+
+    #[test]
+    fn steps_go_on_where_they_were_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS);
+        let steps =
+            [metrics(1), StepMetrics { grad_norm: f64::INFINITY, eval_nll: Some(0.5), ..metrics(2) }, metrics(3)];
+        let mut log = StepLog::create(dir.path(), 4, Device::Cpu).unwrap();
+        steps.iter().for_each(|&step| log.push(step).unwrap());
+        let busy = StepLog::resume(dir.path(), 2, 4, Device::Cpu).err().unwrap();
+        assert!(busy.to_string().contains("another process"), "{busy}");
+        drop(log);
+        let whole = std::fs::read(&path).unwrap();
+        // A torn line follows.
+        std::fs::write(&path, [&whole[..], br#"{"step":4,"lo"#].concat()).unwrap();
+        drop(StepLog::resume(dir.path(), 4, 4, Device::Cpu).unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
+        let mut log = StepLog::resume(dir.path(), 2, 4, Device::Cpu).unwrap();
+        assert_eq!(log.steps, steps[..2]);
+        log.push(steps[2]).unwrap();
+        assert_eq!((log.finish(), std::fs::read(&path).unwrap()), (steps.to_vec(), whole));
+    }
+
     #[test]
     fn the_curve_is_drawn_even_for_one_step_or_a_broken_one() {
         let dir = tempfile::tempdir().unwrap();
-        let step = |step, loss| StepMetrics { step, loss, grad_norm: 1.0, lr: 1e-3, tokens: 8, tok_s: 4.0 };
+        let step = |step, loss| StepMetrics { loss, ..metrics(step) };
         for (name, steps) in
             [("one", vec![step(1, 2.0)]), ("nan", vec![step(1, 2.0), step(2, f64::NAN)]), ("no", vec![])]
         {

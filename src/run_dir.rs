@@ -2,14 +2,17 @@
 
 use crate::settings::Settings;
 use anyhow::{Context, Result, bail};
-use nibble_models::files::atomic::atomic_write;
+use nibble_models::files::atomic::{atomic_write, read_json_object};
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
+/// File of a run's settings.
+const SETTINGS: &str = "settings.toml";
+
 /// What a folder that holds a run contains.
-const MARKS: [&str; 4] = ["settings.toml", "metrics.jsonl", "adapter", "model"];
+const MARKS: [&str; 4] = [SETTINGS, "metrics.jsonl", "adapter", "model"];
 
 /// Where a run writes.
 #[derive(Clone, Debug)]
@@ -40,11 +43,39 @@ impl RunDir {
         Ok(RunDir { path })
     }
 
+    /// The run in `path`, or the latest one under `runs/`, to continue.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn open(path: Option<&Path>) -> Result<RunDir> {
+        let path = match path {
+            Some(path) => path.to_path_buf(),
+            None => {
+                latest(Path::new("runs")).context("there is no run under runs/ to continue; name one: --resume DIR")?
+            }
+        };
+        if !path.join(SETTINGS).is_file() {
+            bail!("{} holds no run to continue: it has no {SETTINGS}", path.display());
+        }
+        Ok(RunDir { path })
+    }
+
+    /// The number of its steps, if the run went to its end.
+    pub fn finished(&self) -> Option<u64> {
+        let summary = read_json_object(&self.join("summary.json")).ok()?;
+        summary.get("steps")?.as_u64().filter(|_| summary.get("interrupted") == Some(&false.into()))
+    }
+
+    /// The file of the exact settings.
+    pub fn settings(&self) -> PathBuf {
+        self.join(SETTINGS)
+    }
+
     /// Makes the folder and writes the exact settings.
     pub fn create(&self, settings: &Settings) -> Result<()> {
         fs::create_dir_all(&self.path).with_context(|| format!("creating {}", self.path.display()))?;
         let text = toml::to_string(settings).context("writing the settings")?;
-        atomic_write(&self.join("settings.toml"), |out| out.write_all(text.as_bytes()))?;
+        atomic_write(&self.settings(), |out| out.write_all(text.as_bytes()))?;
         Ok(())
     }
 
@@ -63,4 +94,16 @@ impl RunDir {
 fn stem(path: &Path) -> String {
     let name = path.file_stem().or(path.file_name());
     name.map_or("model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The run under `folder` that was written to last.
+fn latest(folder: &Path) -> Option<PathBuf> {
+    let runs = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let written = |run: PathBuf| {
+        let times =
+            ["metrics.jsonl", SETTINGS].map(|name| fs::metadata(run.join(name)).and_then(|file| file.modified()).ok());
+        // The settings come first: without them it is no run.
+        times[1].map(|settings| (times[0].unwrap_or(settings), run))
+    };
+    runs.filter_map(written).max().map(|(_, run)| run)
 }

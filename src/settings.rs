@@ -8,10 +8,30 @@ use nibble_models::llama::TARGETS;
 use nibble_optim::{Schedule, StateBits};
 use nibble_runtime::{DeviceRequest, pager::Policy};
 use serde::{Deserialize, Serialize, de};
-use std::{fmt::Display, path::PathBuf, str::FromStr};
+use std::{
+    collections::BTreeSet,
+    fmt::Display,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 /// The largest whole number that TOML, in which settings are written, can hold.
 const MAX_SEED: u64 = i64::MAX as u64;
+
+/// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
+/// otherwise.
+const FREE: [&str; 10] = [
+    "out",
+    "save-every",
+    "save-minutes",
+    "keep",
+    "device",
+    "recompute",
+    "paged-budget",
+    "page-memory",
+    "page-policy",
+    "page-size",
+];
 
 /// What a user gives on the command line or in a file; everything may be left out.
 #[derive(Clone, Debug, Default, Args, Serialize)]
@@ -36,6 +56,26 @@ pub struct TrainArgs {
     /// Folder for the results; must not hold a run [default: runs/<model>-<method>-<number>]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Continue the run in this folder, or the latest one in runs/, from its last checkpoint. Its settings are the run's; only
+    /// those that change no result may be given again (checkpoints, device, pages, --recompute)
+    #[arg(long, value_name = "RUN_DIR", num_args = 0..=1, conflicts_with_all = ["config", "out"])]
+    #[serde(skip)]
+    pub resume: Option<Option<PathBuf>>,
+    /// Make a checkpoint every N steps
+    #[arg(long, value_name = "N")]
+    pub save_every: Option<u32>,
+    /// Make a checkpoint when the last one is this old; 0 turns that off [default: 30]
+    #[arg(long, value_name = "MINUTES", allow_negative_numbers = true)]
+    pub save_minutes: Option<f64>,
+    /// Checkpoints to keep [default: 2]
+    #[arg(long, value_name = "K")]
+    pub keep: Option<usize>,
+    /// Evaluate on the --eval-data every N steps, and keep the best in best/
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<u32>,
+    /// Stop when this many evaluations in a row were no better than the best [default: never]
+    #[arg(long, value_name = "P")]
+    pub patience: Option<u32>,
     /// qlora, lora or full [default: qlora]
     #[arg(long, value_name = "METHOD")]
     pub method: Option<String>,
@@ -188,6 +228,14 @@ pub struct Settings {
     pub adapter_init: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub out: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_every: Option<u32>,
+    pub save_minutes: f64,
+    pub keep: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u32>,
     pub method: Method,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epochs: Option<u32>,
@@ -273,6 +321,11 @@ impl Default for Settings {
             eval_data: None,
             adapter_init: None,
             out: None,
+            save_every: None,
+            save_minutes: 30.0,
+            keep: 2,
+            eval_every: None,
+            patience: None,
             method: Method::Qlora,
             epochs: None,
             steps: None,
@@ -345,6 +398,45 @@ impl Settings {
         Ok(settings)
     }
 
+    /// The settings of the run that wrote `written`, with those of `args` that a continued run may have otherwise.
+    ///
+    /// # Errors
+    /// `written` cannot be read, a value makes no sense, or `args` change what the run computes.
+    pub fn resume(args: &TrainArgs, written: &Path) -> Result<Settings> {
+        let text = std::fs::read_to_string(written).with_context(|| format!("reading {}", written.display()))?;
+        let table: toml::Table = text.parse().with_context(|| format!("{} is not TOML", written.display()))?;
+        let run = Settings::deserialize(table.clone()).with_context(|| format!("settings in {}", written.display()))?;
+        let mut merged = table;
+        merged.extend(toml::Table::try_from(args).context("reading the command line")?);
+        let mut settings = Settings::deserialize(merged).context("settings")?;
+        settings.trace = args.trace.clone();
+        settings.refuse_changes(&run)?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// Refuses to continue a run of the settings `run` with these.
+    ///
+    /// # Errors
+    /// They differ in more than what changes no result; the error names it.
+    pub fn refuse_changes(&self, run: &Settings) -> Result<()> {
+        let (now, then) = (toml::Table::try_from(self)?, toml::Table::try_from(run)?);
+        let text = |value: Option<&toml::Value>| value.map_or("not given".into(), |value| value.to_string());
+        let keys: BTreeSet<&String> = now.keys().chain(then.keys()).collect();
+        let changed: Vec<String> = keys
+            .into_iter()
+            .filter(|key| !FREE.contains(&key.as_str()) && now.get(*key) != then.get(*key))
+            .map(|key| format!("{key} is {} and was {}", text(now.get(key)), text(then.get(key))))
+            .collect();
+        ensure!(
+            changed.is_empty(),
+            "a run cannot be continued with other settings: {}. Leave them as they were, or start a new run (--adapter-init \
+             trains an adapter on)",
+            changed.join("; ")
+        );
+        Ok(())
+    }
+
     fn check(&self) -> Result<()> {
         let positive = |name, value: usize| {
             ensure!(value > 0, "--{name} must be at least 1");
@@ -400,6 +492,17 @@ impl Settings {
                 self.page_size
             );
         }
+        ensure!(self.save_every != Some(0), "--save-every must be at least 1");
+        // A year, which is as good as never and far from what a clock can count.
+        ensure!((0.0..=525_600.0).contains(&self.save_minutes), "--save-minutes must be 0 to 525600");
+        positive("keep", self.keep)?;
+        ensure!(self.eval_every != Some(0), "--eval-every must be at least 1");
+        ensure!(self.patience != Some(0), "--patience must be at least 1");
+        ensure!(self.patience.is_none() || self.eval_every.is_some(), "--patience needs --eval-every");
+        ensure!(
+            self.eval_every.is_none() || self.eval_data.is_some() || self.data.is_none(),
+            "--eval-every needs --eval-data: a JSONL or text file to evaluate on"
+        );
         ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: a JSONL or text file to train on");
         Ok(())
     }
@@ -412,7 +515,7 @@ impl Settings {
 }
 
 /// Serde for types that parse and print.
-mod as_text {
+pub(crate) mod as_text {
     use super::*;
 
     pub fn serialize<T: Display, S: serde::Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {

@@ -66,9 +66,24 @@ impl Stepper {
         self.paging.as_ref()
     }
 
-    /// The optimizer, to save and restore.
-    pub fn optimizer(&mut self) -> &mut AdamW {
+    /// The optimizer, to save.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// The optimizer, to restore.
+    pub fn optimizer_mut(&mut self) -> &mut AdamW {
         &mut self.optimizer
+    }
+
+    /// What the next loss will be scaled by, to save.
+    pub fn scaling(&self) -> LossScale {
+        self.scaling
+    }
+
+    /// Scales the next loss by this, to restore.
+    pub fn set_scaling(&mut self, scaling: LossScale) {
+        self.scaling = scaling;
     }
 
     /// One update by the mean loss over all labelled tokens of `batches`, the first of which is micro-batch `first` of the

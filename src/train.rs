@@ -1,10 +1,14 @@
 //! A training run, in the order in which data walks through it.
 
 use crate::{
-    data::{self, Example, Sampler, collate},
+    best::{Best, Evaluations},
+    checkpoint::{self, Checkpoint, Origin, Saver, State},
+    cli::DTypeChoice,
+    data::{self, Batch, Example, Sampler, collate},
     default_task,
     eval::{EvalResult, answers, evaluate},
     interrupt,
+    loss_scale::LossScale,
     model::{Model, ModelSource},
     page_trace,
     report::{self, StepLog, StepMetrics},
@@ -14,12 +18,18 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow, ensure};
 use nibble_models::{
-    files::{atomic::write_json, peft},
+    files::{
+        atomic::{atomic_folder, write_json},
+        peft,
+    },
     llama::LoraConfig,
     tokenizer::Tokenizer,
 };
 use serde::Serialize;
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 /// How a run ended.
 #[derive(Clone, Debug)]
@@ -35,38 +45,95 @@ pub struct Outcome {
 
 /// Fine-tunes a model: load → attach adapters → data → loop {forward, loss, backward, clip, update} → save.
 pub fn train(settings: &Settings) -> Result<Outcome> {
+    run(settings, RunDir::plan(settings)?, None, true)
+}
+
+/// Continues a run from its last whole checkpoint, or from the beginning if it has none.
+pub fn resume(settings: &Settings, dir: RunDir) -> Result<Outcome> {
+    let checkpoint = Checkpoint::latest(&dir)?;
+    let path = dir.path().display();
+    match &checkpoint {
+        Some(Checkpoint { state, .. }) => {
+            settings.refuse_changes(&state.settings)?;
+            eprintln!("resume   {path} from the checkpoint of step {}", state.step);
+        }
+        None => eprintln!("resume   {path} from the beginning: it has no whole checkpoint"),
+    }
+    run(settings, dir, checkpoint, false)
+}
+
+fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bool) -> Result<Outcome> {
     let started = Instant::now();
-    let run = RunDir::plan(settings)?;
-    let mut model = Model::load(&source(settings))?;
+    // A continued run computes in the type that it began in, whatever the device's usual one is.
+    let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
+    let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     let tokenizer = model.tokenizer()?;
+    let digest = model.digest()?;
     let adapter_config = attach(&mut model, settings)?;
     let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
-
-    let before = evaluate_and_show("before", &model, tokenizer.as_ref(), &held_out)?;
-    if interrupt::requested() {
-        eprintln!("stopped before the first step; nothing was written");
-        return Ok(Outcome { dir: run.path().to_path_buf(), interrupted: true, before, after: None });
-    }
-    run.create(settings)?;
-    let (log, interrupted) = optimize(&mut model, &examples, settings, &run, &adapter_config, tokenizer.as_ref())?;
-    save(&model, &run, &adapter_config, tokenizer.as_ref())?;
-    report::loss_curve(&run.join("loss.svg"), &log, &format!("training loss of {}", run.path().display()))?;
-    let after = match interrupted {
-        true => None,
-        false => evaluate_and_show("after", &model, tokenizer.as_ref(), &held_out)?,
+    let origin = Origin {
+        model: digest,
+        adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),
+        data: checkpoint::digest(&examples),
+        eval_data: checkpoint::digest(&held_out),
     };
+    let setup = Setup { settings, dir, new, adapter_config, tokenizer, examples, held_out };
+    let Setup { dir, tokenizer, held_out, .. } = &setup;
 
-    let seconds = started.elapsed().as_secs_f64();
-    write_json(&run.join("summary.json"), &Summary { before, after, steps: log.len(), interrupted, seconds })?;
+    let before = match &checkpoint {
+        Some(Checkpoint { state, .. }) => {
+            origin.refuse_other(&state.origin)?;
+            state.before
+        }
+        None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out)?,
+    };
+    if checkpoint.is_none() && interrupt::requested() {
+        eprintln!("stopped before the first step; nothing was written");
+        return Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None });
+    }
+    if new {
+        dir.create(settings)?;
+    }
+    let Optimized { log, interrupted, evaluations, after } = optimize(&mut model, &setup, checkpoint, origin, before)?;
+    report::loss_curve(&dir.join("loss.svg"), &log, &format!("training loss of {}", dir.path().display()))?;
+
+    let (seconds, best) = (started.elapsed().as_secs_f64(), evaluations.best());
+    let summary = Summary { before, after, best, steps: log.len(), interrupted, seconds };
+    write_json(&dir.join("summary.json"), &summary)?;
     eprintln!("{}", report::memory_line(model.llama.device()));
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out before: {before}\nheld-out after:  {after}");
     }
-    let how = if interrupted { "stopped" } else { "finished" };
-    eprintln!("{how} after {} steps and {seconds:.1} s; results are in {}", log.len(), run.path().display());
-    let trained = if settings.method == Method::Full { "model/" } else { "adapter/" };
-    eprintln!("  {trained}  metrics.jsonl  loss.svg  settings.toml  summary.json");
-    Ok(Outcome { dir: run.path().to_path_buf(), interrupted, before, after })
+    if let Some(Best { step, nll }) = best {
+        eprintln!("best:            nll {nll:.4} after step {step}, in best/");
+    }
+    let (how, path) = (if interrupted { "stopped" } else { "finished" }, dir.path().display());
+    eprintln!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
+    eprintln!("  {}/  metrics.jsonl  loss.svg  settings.toml  summary.json", setup.trained());
+    if interrupted {
+        eprintln!("--resume {path} continues");
+    }
+    Ok(Outcome { dir: dir.path().to_path_buf(), interrupted, before, after })
+}
+
+/// What a run works with, besides the model.
+struct Setup<'a> {
+    settings: &'a Settings,
+    dir: RunDir,
+    /// Whether the folder is a new one.
+    new: bool,
+    /// `None` for full fine-tuning.
+    adapter_config: Option<peft::AdapterConfig>,
+    tokenizer: Option<Tokenizer>,
+    examples: Vec<Example>,
+    held_out: Vec<Example>,
+}
+
+impl Setup<'_> {
+    /// The folder of what was trained.
+    fn trained(&self) -> &'static str {
+        if self.settings.method == Method::Full { "model" } else { "adapter" }
+    }
 }
 
 /// `summary.json`.
@@ -74,8 +141,12 @@ pub fn train(settings: &Settings) -> Result<Outcome> {
 struct Summary {
     before: Option<EvalResult>,
     after: Option<EvalResult>,
+    /// Of the evaluations while it trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    best: Option<Best>,
     steps: usize,
     interrupted: bool,
+    /// Since it began, or was continued.
     seconds: f64,
 }
 
@@ -165,90 +236,224 @@ fn evaluate_and_show(
     Ok(Some(result))
 }
 
-/// The optimizer steps. Returns their metrics, and whether the user stopped them.
-fn optimize(
-    model: &mut Model,
-    examples: &[Example],
-    settings: &Settings,
-    run: &RunDir,
-    adapter_config: &Option<peft::AdapterConfig>,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<(Vec<StepMetrics>, bool)> {
-    let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
-    let window = settings.grad_accum;
-    let epochs = settings.epochs.unwrap_or(1) as usize;
-    let total = match settings.steps {
-        Some(steps) => steps,
-        None => u32::try_from((epochs * sampler.steps_per_epoch()).div_ceil(window)).context("too many steps")?,
-    };
-    let mut stepper = Stepper::new(&model.llama, settings)?;
-    let mut log = StepLog::create(run.path(), total, model.llama.device())?;
-    let (mut interrupted, mut done) = (false, 0);
-    for step in 0..total {
-        if interrupt::requested() {
-            interrupted = true;
-            break;
-        }
-        let clock = Instant::now();
-        // The window's batches; the last one of an epochs-long run may be short.
-        let last =
-            settings.steps.map_or(epochs * sampler.steps_per_epoch(), |steps| (steps as usize).saturating_mul(window));
-        let first = (step as usize).saturating_mul(window);
-        let batches: Vec<_> = (first..first.saturating_add(window).min(last))
-            .map(|index| {
-                let chosen: Vec<&Example> = sampler.batch_indices(index).into_iter().map(|i| &examples[i]).collect();
-                collate(&chosen)
-            })
-            .collect();
-        let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();
-        ensure!(
-            batches.iter().any(|batch| batch.unmasked() > 0),
-            "step {}: no token of its examples is labelled",
-            step + 1
-        );
-        let lr = settings.lr * settings.schedule.factor(step, settings.warmup, total);
-        let picture = settings.trace.as_deref().filter(|_| step + 1 == total);
-        page_trace::begin(picture, stepper.paging());
-        let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, first as u32, lr)?;
-        if let Some(fault) = fault {
-            save(model, run, adapter_config, tokenizer)?;
-            return Err(broken(step + 1, &fault, run));
-        }
-        let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
-        log.push(StepMetrics { step: step + 1, loss, grad_norm, lr, tokens, tok_s })?;
-        page_trace::finish(picture, stepper.paging());
-        done = step + 1;
-    }
-    if let Some(fault) = stepper.finish(&mut model.llama)? {
-        save(model, run, adapter_config, tokenizer)?;
-        return Err(broken(done, &fault, run));
-    }
-    Ok((log.finish(), interrupted))
+/// What the optimizer steps came to.
+struct Optimized {
+    log: Vec<StepMetrics>,
+    /// Whether the user stopped them.
+    interrupted: bool,
+    evaluations: Evaluations,
+    /// On the held-out examples, where there are any, after a run that was not stopped.
+    after: Option<EvalResult>,
 }
 
-/// The error of a step that broke the model, whose last good parameters have been saved.
-fn broken(step: u32, fault: &str, run: &RunDir) -> anyhow::Error {
+/// The optimizer steps, from the first one or from a checkpoint on, and what they made.
+fn optimize(
+    model: &mut Model,
+    setup: &Setup,
+    checkpoint: Option<Checkpoint>,
+    origin: Origin,
+    before: Option<EvalResult>,
+) -> Result<Optimized> {
+    let Setup { settings, dir, examples, .. } = setup;
+    let deal = Deal::new(examples, settings)?;
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.load_parameters(&mut model.llama)?;
+    }
+    let mut stepper = Stepper::new(&model.llama, settings)?;
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.load_optimizer(&model.llama, &mut stepper)?;
+    }
+    let mut saver = Saver::new(dir, settings, checkpoint.as_ref().map(|checkpoint| checkpoint.state.step));
+    let mut state = match checkpoint {
+        Some(checkpoint) => checkpoint.state,
+        None => State {
+            step: 0,
+            updates: 0,
+            dtype: DTypeChoice(Some(model.llama.dtype)),
+            loss_scale: LossScale::new(model.llama.dtype),
+            before,
+            unreported: None,
+            evaluations: Evaluations::default(),
+            origin,
+            settings: (*settings).clone(),
+        },
+    };
+    let (device, reported) = (model.llama.device(), state.step - u32::from(state.unreported.is_some()));
+    let mut log = match setup.new {
+        true => StepLog::create(dir.path(), deal.total, device)?,
+        false => StepLog::resume(dir.path(), reported, deal.total, device)?,
+    };
+    // The log is this process's alone from here on: what is unfinished in the folder is of one that was killed.
+    saver.clear()?;
+
+    let interrupted = loop {
+        // The step that was made last: evaluated, recorded, saved.
+        if let Some(mut metrics) = state.unreported {
+            if settings.eval_every.is_some_and(|every| metrics.step.is_multiple_of(every)) {
+                sound(&mut stepper, model, setup, metrics.step)?;
+                let Some(result) = evaluate(model, &setup.held_out)? else { break true };
+                let best = state.evaluations.record(metrics.step, result.nll);
+                log.say(&format!("step {}: {result}{}", metrics.step, if best { ", the best so far" } else { "" }));
+                if best {
+                    keep(model, setup, "best").with_context(|| saver.advice(metrics.step))?;
+                }
+                metrics.eval_nll = Some(result.nll);
+                metrics.eval_perplexity = Some(result.perplexity);
+                metrics.eval_exact_match = Some(result.exact_match);
+            }
+            log.push(metrics).with_context(|| saver.advice(metrics.step))?;
+            state.unreported = None;
+            if saver.due(metrics.step) {
+                sound(&mut stepper, model, setup, metrics.step)?;
+                save_state(&mut saver, &mut state, model, &stepper, &log)?;
+            }
+        }
+        if state.step >= deal.total {
+            break false;
+        }
+        if state.evaluations.exhausted(settings.patience) {
+            log.say(&format!("step {}: no better evaluation for a while; training ends here", state.step));
+            break false;
+        }
+        if interrupt::requested() {
+            break true;
+        }
+        state.unreported = Some(one_step(model, &mut stepper, &deal, state.step, setup)?);
+        state.step += 1;
+    };
+    sound(&mut stepper, model, setup, state.step)?;
+    if interrupted {
+        save_state(&mut saver, &mut state, model, &stepper, &log)?;
+    }
+    keep(model, setup, setup.trained()).with_context(|| saver.advice(state.step))?;
+    let after = match interrupted {
+        true => None,
+        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out)?,
+    };
+    let interrupted = interrupted || (after.is_none() && !setup.held_out.is_empty());
+    if interrupted {
+        save_state(&mut saver, &mut state, model, &stepper, &log)?;
+    }
+    Ok(Optimized { log: log.finish(), interrupted, evaluations: state.evaluations, after })
+}
+
+/// Makes a checkpoint, if any step has been made since the last one.
+fn save_state(saver: &mut Saver, state: &mut State, model: &Model, stepper: &Stepper, log: &StepLog) -> Result<()> {
+    if state.step == 0 {
+        return Ok(());
+    }
+    let saved = log.sync().and_then(|()| saver.save(state, &model.llama, stepper));
+    saved.with_context(|| saver.advice(state.step))
+}
+
+/// Which examples each step gets, and how many steps there are: functions of data and settings.
+struct Deal<'a> {
+    examples: &'a [Example],
+    sampler: Sampler,
+    /// Micro-batches of a step.
+    window: usize,
+    /// Micro-batches of the run.
+    batches: usize,
+    /// Steps of the run.
+    total: u32,
+}
+
+impl<'a> Deal<'a> {
+    fn new(examples: &'a [Example], settings: &Settings) -> Result<Self> {
+        let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
+        let window = settings.grad_accum;
+        let (batches, total) = match settings.steps {
+            Some(steps) => ((steps as usize).saturating_mul(window), steps),
+            None => {
+                let batches = settings.epochs.unwrap_or(1) as usize * sampler.steps_per_epoch();
+                (batches, u32::try_from(batches.div_ceil(window)).context("too many steps")?)
+            }
+        };
+        Ok(Deal { examples, sampler, window, batches, total })
+    }
+
+    /// Number of the first micro-batch of `step`.
+    fn first(&self, step: u32) -> usize {
+        (step as usize).saturating_mul(self.window)
+    }
+
+    /// The micro-batches of `step`. The last step of an epochs-long run may get fewer.
+    fn batches(&self, step: u32) -> Vec<Batch> {
+        let first = self.first(step);
+        let batch = |index| {
+            let chosen = self.sampler.batch_indices(index).into_iter().map(|i| &self.examples[i]);
+            collate(&chosen.collect::<Vec<_>>())
+        };
+        (first..first.saturating_add(self.window).min(self.batches)).map(batch).collect()
+    }
+}
+
+/// Makes optimizer step `step`, counted from 0.
+fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, setup: &Setup) -> Result<StepMetrics> {
+    let settings = setup.settings;
+    let clock = Instant::now();
+    let batches = deal.batches(step);
+    let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();
+    ensure!(
+        batches.iter().any(|batch| batch.unmasked() > 0),
+        "step {}: no token of its examples is labelled",
+        step + 1
+    );
+    let lr = settings.lr * settings.schedule.factor(step, settings.warmup, deal.total);
+    let picture = settings.trace.as_deref().filter(|_| step + 1 == deal.total);
+    page_trace::begin(picture, stepper.paging());
+    let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, deal.first(step) as u32, lr)?;
+    if let Some(fault) = fault {
+        return Err(broken(model, setup, step + 1, &fault));
+    }
+    let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
+    page_trace::finish(picture, stepper.paging());
+    Ok(StepMetrics {
+        step: step + 1,
+        loss,
+        grad_norm,
+        lr,
+        tokens,
+        tok_s,
+        eval_nll: None,
+        eval_perplexity: None,
+        eval_exact_match: None,
+    })
+}
+
+/// Fails if the last update has broken the model in a part that was still under way when its step ended.
+fn sound(stepper: &mut Stepper, model: &mut Model, setup: &Setup, step: u32) -> Result<()> {
+    match stepper.finish(&mut model.llama)? {
+        None => Ok(()),
+        Some(fault) => Err(broken(model, setup, step, &fault)),
+    }
+}
+
+/// Saves the last good parameters of a model that a step broke; the error of that step.
+fn broken(model: &Model, setup: &Setup, step: u32, fault: &str) -> anyhow::Error {
+    if let Err(error) = keep(model, setup, setup.trained()) {
+        return error.context(format!("step {step}: {fault}; stopped, and could not save the last good parameters"));
+    }
     anyhow!(
         "step {step}: {fault}; stopped. {} holds the last good parameters, from before the last update. Try a lower --lr \
          or a longer --warmup",
-        run.path().display()
+        setup.dir.path().display()
     )
 }
 
-/// Writes what was trained: `adapter/`, or `model/` after full fine-tuning.
-fn save(
-    model: &Model,
-    run: &RunDir,
-    adapter_config: &Option<peft::AdapterConfig>,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<()> {
-    match adapter_config {
-        Some(config) => peft::write_adapter(&run.join("adapter"), &model.llama.adapter(config.clone()))?,
+/// Writes what was trained to the folder `name` of the run, in place of what was there.
+fn keep(model: &Model, setup: &Setup, name: &str) -> Result<()> {
+    atomic_folder(&setup.dir.join(name), |folder| save(model, setup, folder))
+}
+
+/// Writes what was trained to `folder`: an adapter, or a model after full fine-tuning.
+fn save(model: &Model, setup: &Setup, folder: &Path) -> Result<()> {
+    match &setup.adapter_config {
+        Some(config) => peft::write_adapter(folder, &model.llama.adapter(config.clone()))?,
         None => {
-            let dir = run.join("model");
-            model.llama.save(&dir, model.stored_dtype()?)?;
-            if let Some(tokenizer) = tokenizer {
-                tokenizer.save(&dir)?;
+            model.llama.save(folder, model.stored_dtype()?)?;
+            if let Some(tokenizer) = &setup.tokenizer {
+                tokenizer.save(folder)?;
             }
         }
     }

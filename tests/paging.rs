@@ -94,7 +94,7 @@ impl Run {
         });
         let steps = saved.as_ref().map_or(0, |saved| saved.steps);
         if let Some(saved) = saved {
-            stepper.optimizer().restore(saved.steps, saved.state).unwrap();
+            stepper.optimizer_mut().restore(saved.steps, saved.state).unwrap();
         }
         Run { stepper, model, lr: settings.lr, budget, steps }
     }
@@ -134,7 +134,7 @@ impl Run {
     }
 
     /// What a file would hold.
-    fn save(mut self) -> SavedRun {
+    fn save(self) -> SavedRun {
         let state = self.stepper.optimizer().state().unwrap();
         let state = state.map(|saved| {
             let (id, part, tensor) = saved.unwrap();

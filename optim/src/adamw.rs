@@ -6,7 +6,12 @@ use nibble_kernels::{
     norm::Clip,
 };
 use nibble_runtime::{DType, Device, Error, ParamId, Result, Tag, Tensor};
-use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    str::FromStr,
+    sync::Arc,
+};
 
 /// Parameters with fewer elements keep 32-bit moments in any case, as with bitsandbytes.
 pub const EIGHT_BIT_FROM: usize = 4096;
@@ -94,6 +99,15 @@ impl FromStr for Part {
 
 /// A tensor of the state, and whose it is.
 pub type Saved = (ParamId, Part, Tensor);
+
+/// What a tensor of the state is, without its elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub id: ParamId,
+    pub part: Part,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+}
 
 /// The moments of one parameter, or of a part of it.
 #[derive(Debug)]
@@ -292,33 +306,82 @@ impl AdamW {
         })
     }
 
+    /// What [`AdamW::state`] gives, in the same order, without reading it.
+    pub fn layout(&self) -> Vec<Layout> {
+        match &self.kept {
+            Kept::Whole(moments) => {
+                let parts = moments.iter().flat_map(|(&id, moments)| moments.parts().into_iter().map(move |p| (id, p)));
+                let layout = |(id, (part, tensor)): (_, (_, &Tensor))| Layout {
+                    id,
+                    part,
+                    dtype: tensor.dtype(),
+                    shape: tensor.shape().to_vec(),
+                };
+                parts.map(layout).collect()
+            }
+            Kept::Paged(state) => state.layout(),
+        }
+    }
+
     /// Replaces the state by a saved one, in any memory. State in pages stays in pages. Whether a state that is not fits
     /// the parameters is checked by the next step.
     ///
     /// # Errors
     /// A parameter lacks a part, has one twice or has one that does not go with the others. The state is as before then.
     pub fn restore(&mut self, steps_done: u32, state: impl IntoIterator<Item = Saved>) -> Result<()> {
-        let mut saved: BTreeMap<(ParamId, Part), Tensor> = BTreeMap::new();
-        for (id, part, tensor) in state {
-            if saved.insert((id, part), tensor).is_some() {
-                return Err(Error::invalid("adamw", format!("the state of parameter {} has {part} twice", id.0)));
-            }
+        let state: Vec<Saved> = state.into_iter().collect();
+        if let (Kept::Paged(pages), true) = (&self.kept, state.is_empty()) {
+            self.torn = true;
+            pages.clear()?;
+            (self.step, self.torn) = (steps_done, false);
+            return Ok(());
         }
+        let layout = |(id, part, tensor): &Saved| Layout {
+            id: *id,
+            part: *part,
+            dtype: tensor.dtype(),
+            shape: tensor.shape().to_vec(),
+        };
+        let layout: Vec<Layout> = state.iter().map(layout).collect();
+        self.restore_streamed(steps_done, &layout, state.into_iter().map(Ok))
+    }
+
+    /// As [`AdamW::restore`], of a state that comes tensor by tensor and is as `layout` says: what goes into pages is never
+    /// in memory beside them as a whole.
+    ///
+    /// # Errors
+    /// As [`AdamW::restore`]; or `state` fails or is not as `layout` says. What was in pages is lost then, and no call gives
+    /// it out.
+    pub fn restore_streamed(
+        &mut self,
+        steps_done: u32,
+        layout: &[Layout],
+        state: impl IntoIterator<Item = Result<Saved>>,
+    ) -> Result<()> {
         match &mut self.kept {
             Kept::Whole(moments) => {
                 let mut parts: BTreeMap<ParamId, BTreeMap<Part, Tensor>> = BTreeMap::new();
-                saved.into_iter().for_each(|((id, part), tensor)| {
-                    parts.entry(id).or_default().insert(part, tensor);
-                });
+                for saved in state {
+                    let (id, part, tensor) = saved?;
+                    if parts.entry(id).or_default().insert(part, tensor).is_some() {
+                        return Err(named(id, format!("has {part} twice in its saved state")));
+                    }
+                }
                 let restored = parts.into_iter().map(|(id, parts)| Ok((id, Moments::from_parts(id, parts)?)));
                 *moments = restored.collect::<Result<_>>()?;
             }
-            Kept::Paged(state) => {
-                let was = std::mem::replace(&mut self.torn, true);
-                state.restore(&saved).inspect_err(|error| {
-                    // Nothing has been written unless a page was refused.
-                    self.torn = was || matches!(error, Error::Cuda { .. });
-                })?;
+            Kept::Paged(pages) => {
+                pages.check(layout)?;
+                self.torn = true;
+                let mut left: BTreeSet<(ParamId, Part)> = layout.iter().map(|saved| (saved.id, saved.part)).collect();
+                for saved in state {
+                    let (id, part, tensor) = saved?;
+                    pages.write(id, part, &tensor)?;
+                    left.remove(&(id, part));
+                }
+                if let Some((id, part)) = left.first() {
+                    return Err(named(*id, format!("lacks {part} in its saved state")));
+                }
             }
         }
         (self.step, self.torn) = (steps_done, false);

@@ -12,7 +12,7 @@ mod paged_tests;
 mod schedule;
 mod sweep;
 
-pub use adamw::{AdamW, EIGHT_BIT_FROM, Part, Saved, StateBits, Update};
+pub use adamw::{AdamW, EIGHT_BIT_FROM, Layout, Part, Saved, StateBits, Update};
 pub use gradients::Gradients;
 pub use nibble_kernels::adamw::{AdamWConfig, DecayOrder};
 pub use paged::PagedState;

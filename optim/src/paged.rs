@@ -12,7 +12,7 @@
 
 use crate::{
     StateBits,
-    adamw::{EIGHT_BIT_FROM, Moments, Part},
+    adamw::{EIGHT_BIT_FROM, Layout, Moments, Part},
 };
 use nibble_kernels::{
     adamw::{BLOCK, State8},
@@ -303,47 +303,73 @@ impl PagedState {
         }
     }
 
-    /// Overwrites the state by a saved one; by zeros where `saved` is empty.
+    /// Names, types and shapes of the tensors that [`PagedState::state`] gives, in its order.
+    pub(crate) fn layout(&self) -> Vec<Layout> {
+        let entries = self.entries.iter();
+        let parts = entries.flat_map(|(&id, entry)| entry.form.parts().iter().map(move |&part| (id, entry, part)));
+        let layout = parts.map(|(id, entry, part)| {
+            let (dtype, shape) = self.whole(entry, part);
+            Layout { id, part, dtype, shape }
+        });
+        layout.collect()
+    }
+
+    /// Whether a saved state of this `layout` can be written into the pages.
     ///
     /// # Errors
-    /// A part is missing, is not of this state or does not fit; nothing has been written then. Or a page cannot be written.
-    pub(crate) fn restore(&self, saved: &BTreeMap<(ParamId, Part), Tensor>) -> Result<()> {
+    /// A part is missing, is not of this state or does not fit.
+    pub(crate) fn check(&self, layout: &[Layout]) -> Result<()> {
         let wrong = |id: ParamId, what: String| Error::invalid("paged state", format!("parameter {}: {what}", id.0));
-        let mut known = 0;
-        for (&id, entry) in &self.entries {
-            for &part in entry.form.parts() {
-                let (dtype, shape) = self.whole(entry, part);
-                let numel: usize = shape.iter().product();
-                match saved.get(&(id, part)) {
-                    None if saved.is_empty() => {}
-                    None => return Err(wrong(id, format!("its saved state lacks {part}"))),
-                    Some(tensor) if (tensor.dtype(), tensor.numel()) != (dtype, numel) => {
-                        return Err(wrong(id, format!("{part} is {tensor:?}; expected {numel} elements of {dtype}")));
-                    }
-                    Some(_) => known += 1,
+        let saved: BTreeMap<(ParamId, Part), &Layout> =
+            layout.iter().map(|saved| ((saved.id, saved.part), saved)).collect();
+        let own = self.layout();
+        for Layout { id, part, dtype, shape } in &own {
+            let numel: usize = shape.iter().product();
+            match saved.get(&(*id, *part)) {
+                None => return Err(wrong(*id, format!("its saved state lacks {part}"))),
+                Some(saved) if (saved.dtype, saved.shape.iter().product()) != (*dtype, numel) => {
+                    let found =
+                        format!("{part} is {} {:?}; expected {numel} elements of {dtype}", saved.dtype, saved.shape);
+                    return Err(wrong(*id, found));
                 }
+                Some(_) => {}
             }
         }
-        if known != saved.len() {
+        if own.len() != layout.len() {
             return Err(Error::invalid("paged state", "the saved state has parts of other parameters or precisions"));
         }
-        for (&id, entry) in &self.entries {
-            for &part in entry.form.parts() {
-                let tensor = match saved.get(&(id, part)) {
-                    Some(tensor) => tensor.to_device(Device::Cpu, Tag::Workspace)?,
-                    None => {
-                        let (dtype, shape) = self.whole(entry, part);
-                        Tensor::zeros(&shape, dtype, Device::Cpu, Tag::Workspace)?
-                    }
-                };
-                let bytes = tensor.bytes()?;
-                for &run in &entry.runs {
-                    let (offset, dtype, count) = entry.form.place(part, run);
-                    let scaled = matches!(part, Part::MAbsmax | Part::VAbsmax);
-                    let start = if scaled { run.start / BLOCK } else { run.start } * dtype.size();
-                    self.pager.write(run.page, offset, &bytes[start..start + count * dtype.size()])?;
-                }
-            }
+        Ok(())
+    }
+
+    /// Overwrites the state by zeros.
+    ///
+    /// # Errors
+    /// A page cannot be written.
+    pub(crate) fn clear(&self) -> Result<()> {
+        self.layout().into_iter().try_for_each(|Layout { id, part, dtype, shape }| {
+            self.write(id, part, &Tensor::zeros(&shape, dtype, Device::Cpu, Tag::Workspace)?)
+        })
+    }
+
+    /// Overwrites a part of a parameter's state, which [`PagedState::check`] has found to fit.
+    ///
+    /// # Errors
+    /// It does not fit after all, or a page cannot be written.
+    pub(crate) fn write(&self, id: ParamId, part: Part, tensor: &Tensor) -> Result<()> {
+        let entry = self.entries.get(&id).filter(|entry| {
+            let (dtype, shape) = self.whole(entry, part);
+            (tensor.dtype(), tensor.numel()) == (dtype, shape.iter().product())
+        });
+        let Some(entry) = entry else {
+            return Err(Error::invalid("paged state", format!("parameter {}: {part} is {tensor:?}", id.0)));
+        };
+        let tensor = tensor.to_device(Device::Cpu, Tag::Workspace)?;
+        let bytes = tensor.bytes()?;
+        for &run in &entry.runs {
+            let (offset, dtype, count) = entry.form.place(part, run);
+            let scaled = matches!(part, Part::MAbsmax | Part::VAbsmax);
+            let start = if scaled { run.start / BLOCK } else { run.start } * dtype.size();
+            self.pager.write(run.page, offset, &bytes[start..start + count * dtype.size()])?;
         }
         Ok(())
     }

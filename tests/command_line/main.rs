@@ -4,6 +4,8 @@ mod export;
 mod faults;
 mod gguf;
 mod inference;
+#[cfg(unix)]
+mod resume;
 mod support;
 mod text;
 mod training;

@@ -45,6 +45,17 @@ impl Place {
         Place { dir: tempfile::tempdir().unwrap() }
     }
 
+    /// Another folder with the same contents.
+    pub fn copy_of(&self) -> Place {
+        let place = Place::new();
+        for (path, bytes) in self.contents() {
+            if let (Some(bytes), Ok(name)) = (bytes, path.strip_prefix(self.dir.path())) {
+                place.write(name.to_str().unwrap(), bytes);
+            }
+        }
+        place
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -162,7 +173,7 @@ impl Place {
     }
 
     /// Every file with its bytes, and every folder.
-    fn contents(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    pub fn contents(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut folders = vec![self.dir.path().to_path_buf()];
         while let Some(folder) = folders.pop() {

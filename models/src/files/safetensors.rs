@@ -6,7 +6,12 @@ use super::{atomic::atomic_write, mapped::MappedFile};
 use crate::{Error, Result};
 use nibble_runtime::{DType, Device, Tag, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use std::{collections::BTreeMap, collections::HashMap, ops::Range, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::{self, Write},
+    ops::Range,
+    path::Path,
+};
 
 /// The format's own limit on the header.
 const MAX_HEADER: usize = 100_000_000;
@@ -198,13 +203,44 @@ pub fn stream_safetensors(
         let ((a_name, a, _), (b_name, b, _)) = (&outlines[a], &outlines[b]);
         to_format(*b).cmp(&to_format(*a)).then_with(|| a_name.cmp(b_name))
     });
+    let layout: Vec<_> = order.iter().map(|&i| outlines[i].clone()).collect();
+    let header = header(&layout, metadata).map_err(|what| Error::Invalid(format!("{}: {what}", path.display())))?;
+    // What failed while a tensor was made is no failure of the file.
+    let mut failure = None;
+    let mut made = |i| {
+        tensor(i).map_err(|error| {
+            failure = Some(error);
+            io::Error::other("a tensor could not be made")
+        })
+    };
+    let written = atomic_write(path, |file| {
+        file.write_all(&header)?;
+        write_tensors(file, &layout, order.iter().map(|&i| made(i)))
+    });
+    failure.map_or(written, Err)
+}
+
+/// Writes a safetensors file's bytes to `out`: tensors of the names, types and shapes of `layout`, in that order, each
+/// asked for when the one before has been written, so that they need not be in memory together.
+///
+/// # Errors
+/// `out` or an item of `tensors` fails, a tensor is not as `layout` says, or a name appears twice or is reserved.
+pub fn write_streamed(
+    out: &mut dyn Write,
+    layout: &[(String, DType, Vec<usize>)],
+    tensors: impl IntoIterator<Item = io::Result<Tensor>>,
+) -> io::Result<()> {
+    out.write_all(&header(layout, &[]).map_err(io::Error::other)?)?;
+    write_tensors(out, layout, tensors)
+}
+
+/// What comes before the tensors' bytes; its length is a multiple of 8, which aligns them.
+fn header(layout: &[(String, DType, Vec<usize>)], metadata: &[(&str, &str)]) -> std::result::Result<Vec<u8>, String> {
     let mut names = std::collections::HashSet::new();
-    let mut offset = 0;
-    let mut infos = Vec::with_capacity(order.len());
-    for &i in &order {
-        let (name, dtype, shape) = &outlines[i];
+    let (mut offset, mut infos) = (0, Vec::with_capacity(layout.len()));
+    for (name, dtype, shape) in layout {
         if name == "__metadata__" || !names.insert(name) {
-            return Err(Error::Invalid(format!("{}: cannot write two tensors named \"{name}\"", path.display())));
+            return Err(format!("cannot write two tensors named \"{name}\""));
         }
         let end = offset + shape.iter().product::<usize>() * dtype.size();
         infos.push((
@@ -214,32 +250,26 @@ pub fn stream_safetensors(
         offset = end;
     }
     let text: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    let invalid = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", path.display()));
-    let header = Metadata::new((!text.is_empty()).then_some(text), infos).map_err(|e| invalid(&e))?;
-    let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
-    // Padding aligns the tensors' bytes.
+    let header = Metadata::new((!text.is_empty()).then_some(text), infos).map_err(|e| e.to_string())?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| e.to_string())?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    // What failed while a tensor was made is no failure of the file.
-    let mut failure = None;
-    let written = atomic_write(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        order.iter().try_for_each(|&i| {
-            let (name, dtype, shape) = &outlines[i];
-            let made = tensor(i).and_then(|tensor| match tensor.dtype() == *dtype && tensor.shape() == shape {
-                true => Ok(tensor.into_device(Device::Cpu, Tag::Workspace)?),
-                false => Err(Error::Invalid(format!(
-                    "{name} is {} {:?}, announced as {dtype} {shape:?}",
-                    tensor.dtype(),
-                    tensor.shape()
-                ))),
-            });
-            let tensor = made.map_err(|error| {
-                failure = Some(error);
-                std::io::Error::other("a tensor could not be made")
-            })?;
-            file.write_all(tensor.bytes().map_err(std::io::Error::other)?)
-        })
-    });
-    failure.map_or(written, Err)
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
+}
+
+fn write_tensors(
+    out: &mut dyn Write,
+    layout: &[(String, DType, Vec<usize>)],
+    tensors: impl IntoIterator<Item = io::Result<Tensor>>,
+) -> io::Result<()> {
+    let mut tensors = tensors.into_iter();
+    for (name, dtype, shape) in layout {
+        let tensor =
+            tensors.next().unwrap_or_else(|| Err(io::Error::other(format!("tensor \"{name}\" is missing"))))?;
+        if (tensor.dtype(), tensor.shape()) != (*dtype, &shape[..]) {
+            return Err(io::Error::other(format!("tensor \"{name}\" is {tensor:?}; announced as {shape:?} {dtype}")));
+        }
+        let tensor = tensor.into_device(Device::Cpu, Tag::Workspace).map_err(io::Error::other)?;
+        out.write_all(tensor.bytes().map_err(io::Error::other)?)?;
+    }
+    Ok(())
 }
