@@ -4,7 +4,7 @@
 //! the device is never waited for unless all pieces are under way. Under unified addressing one call copies from and to
 //! anywhere.
 
-use super::{DeviceBuffer, Event, Gpu, driver::check, gpu::lock};
+use super::{DeviceBuffer, Event, Gpu, Stream, driver::check, gpu::lock};
 use crate::Result;
 use cudarc::driver::sys;
 use rayon::prelude::*;
@@ -31,8 +31,21 @@ pub(super) struct Staging {
 #[derive(Debug)]
 struct Piece {
     memory: NonNull<u8>,
-    /// Reached when the device has read the piece.
-    read: Event,
+    /// Streams that read the piece, each with a mark that is reached when it has.
+    read: Vec<(Stream, Event)>,
+}
+
+impl Piece {
+    /// Notes that what `stream` has been given so far reads the piece.
+    fn read_by(&mut self, gpu: &'static Gpu, stream: Stream) -> Result<()> {
+        if let Some((_, mark)) = self.read.iter().find(|(by, _)| *by == stream) {
+            return mark.record(stream);
+        }
+        let mark = Event::new(gpu, false)?;
+        mark.record(stream)?;
+        self.read.push((stream, mark));
+        Ok(())
+    }
 }
 
 // SAFETY: pinned memory may be used from any thread; it is only touched under the lock of `Gpu::staging`.
@@ -40,7 +53,7 @@ unsafe impl Send for Piece {}
 
 impl Staging {
     /// The rest of the current piece, moving on to the next one if less than `wanted` (at most [`PIECE`]) is left.
-    fn room(&mut self, gpu: &'static Gpu, wanted: usize) -> Result<&mut [u8]> {
+    fn room(&mut self, wanted: usize) -> Result<&mut [u8]> {
         if self.pieces.is_empty() {
             for _ in 0..PIECES {
                 let mut memory = std::ptr::null_mut();
@@ -51,14 +64,13 @@ impl Staging {
                 // The driver hands out zeroed pages, but does not promise it.
                 // SAFETY: the allocation has PIECE bytes.
                 unsafe { memory.as_ptr().write_bytes(0, PIECE) };
-                self.pieces.push(Piece { memory, read: Event::new(gpu, false)? });
+                self.pieces.push(Piece { memory, read: Vec::new() });
             }
         }
         if self.filled + wanted.min(PIECE) > PIECE {
-            self.pieces[self.current].read.record(gpu.stream())?;
             self.current = (self.current + 1) % PIECES;
             self.filled = 0;
-            self.pieces[self.current].read.wait()?;
+            self.pieces[self.current].read.drain(..).try_for_each(|(_, mark)| mark.wait())?;
         }
         let piece = &self.pieces[self.current];
         // SAFETY: the piece has PIECE initialized bytes, lives as long as the process, is only reached through this
@@ -69,13 +81,24 @@ impl Staging {
 
 /// Copies `bytes` into `target` from `offset` on. Does not wait for the device while staging memory is free.
 pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+    upload_on(target.gpu().stream(), target, offset, bytes)
+}
+
+/// As [`upload`], on another stream, which first waits for what the compute stream has been given: the target may have been
+/// others' until then.
+pub(crate) fn upload_on(stream: Stream, target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
     let gpu = target.gpu();
     gpu.bind()?;
-    target.ready(gpu.stream())?;
+    if stream != gpu.stream() {
+        let given = Event::new(gpu, false)?;
+        given.record(gpu.stream())?;
+        given.hold(stream)?;
+    }
+    target.ready(stream)?;
     let mut staging = lock(&gpu.staging);
     let mut done = 0;
     while done < bytes.len() {
-        let room = staging.room(gpu, (bytes.len() - done).min(PIECE))?;
+        let room = staging.room((bytes.len() - done).min(PIECE))?;
         let count = room.len().min(bytes.len() - done);
         let (room, part) = (&mut room[..count], &bytes[done..done + count]);
         if count <= CHUNK {
@@ -86,8 +109,10 @@ pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> 
         let to = target.pointer() + (offset + done) as u64;
         // SAFETY: `room` is pinned memory that stays as it is until the event recorded behind this copy is reached; the
         // target has the bytes (the caller's offset and length are within its tensor).
-        let status = unsafe { sys::cuMemcpyAsync(to, room.as_ptr().expose_provenance() as u64, count, gpu.stream().0) };
+        let status = unsafe { sys::cuMemcpyAsync(to, room.as_ptr().expose_provenance() as u64, count, stream.0) };
         check("cuMemcpyAsync", status)?;
+        let current = staging.current;
+        staging.pieces[current].read_by(gpu, stream)?;
         staging.filled = (staging.filled + count).next_multiple_of(ALIGN).min(PIECE);
         done += count;
     }

@@ -288,8 +288,8 @@ impl Table {
         if pages > 0 && !self.sweeping && self.close_lanes().is_err() {
             return 0;
         }
-        let evicted_before = self.resident;
-        let target = evicted_before.saturating_sub(pages.saturating_sub(before - self.resident));
+        let (evicted_before, closed) = (self.resident, before - self.resident());
+        let target = evicted_before.saturating_sub(pages.saturating_sub(closed));
         let mut at = self.pages.len();
         let mut last = None;
         while self.resident > target && at > 0 {

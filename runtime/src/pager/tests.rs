@@ -266,6 +266,21 @@ fn what_was_given_back_returns_when_pressure_is_gone_and_later_when_it_returns()
 }
 
 #[test]
+fn lanes_that_are_in_use_are_not_given_back_for_pages() {
+    let pager = pager(80, 70, Policy::Stream);
+    pager.settle().unwrap();
+    let (lanes, pages) = pager.open_lanes().unwrap().unwrap();
+    let before = pager.resident_bytes();
+    assert_eq!(before, 70 * PAGE);
+    assert_eq!(pager.give_back(2 * PAGE), 2 * PAGE, "pages leave");
+    assert!(!pager.is_resident(70 - lanes * pages - 1) && pager.is_resident(70 - lanes * pages - 3));
+    // When the sweep is over, the lanes go first.
+    pager.leave_lanes();
+    assert_eq!(pager.give_back(PAGE), lanes * pages * PAGE);
+    assert_eq!(pager.resident_bytes(), before - (2 + lanes * pages) * PAGE);
+}
+
+#[test]
 fn budgets_below_a_page_and_bytes_outside_are_refused() {
     let pager = pager(2, 2, Policy::InPlace);
     assert!(pager.set_budget(PAGE - 1).unwrap_err().to_string().contains("give 0, or 256 B or more"));
