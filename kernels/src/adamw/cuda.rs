@@ -59,8 +59,9 @@ pub(super) fn step_on(
             list.push(&pointers, grad.numel(), u32::from(*decay) | eight | of_grad)?;
         }
     }
-    let (table, signed, unsigned) =
-        (list.upload(device, stream)?, dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
+    let (signed, unsigned) = (dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
+    // Last: another stream waits here for what the compute stream has been given.
+    let table = list.upload(device, stream)?;
     let args = Args::new()
         .input(&table)
         .u32(list.count())

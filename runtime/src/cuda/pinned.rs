@@ -200,6 +200,10 @@ impl PageStore for PinnedPages {
         self.transfers.join(ticket)
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.transfers.reached(ticket)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.transfers.finish(ticket)
     }

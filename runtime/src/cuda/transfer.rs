@@ -51,6 +51,11 @@ impl Transfers {
         self.event(ticket).map_or(Ok(()), |event| event.hold(self.gpu.stream()))
     }
 
+    /// Whether a ticket is reached.
+    pub(super) fn reached(&self, ticket: Ticket) -> Result<bool> {
+        self.event(ticket).map_or(Ok(true), Event::is_reached)
+    }
+
     /// Blocks until a ticket is reached.
     pub(super) fn finish(&self, ticket: Ticket) -> Result<()> {
         self.event(ticket).map_or(Ok(()), Event::wait)

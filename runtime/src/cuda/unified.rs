@@ -283,6 +283,10 @@ impl PageStore for UnifiedPages {
         self.transfers.join(ticket)
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.transfers.reached(ticket)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.transfers.finish(ticket)?;
         let later = self.tickets.split_off(&(ticket.0 + 1));

@@ -174,6 +174,12 @@ impl PageStore for HostPages {
         Ok(())
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.must("reached")?;
+        self.catch_up(ticket.0);
+        Ok(true)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.must("finish")?;
         self.catch_up(ticket.0);

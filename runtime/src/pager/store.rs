@@ -54,6 +54,12 @@ pub trait PageStore: Send {
     /// The device is lost.
     fn join(&mut self, ticket: Ticket) -> Result<()>;
 
+    /// Whether a transfer is done.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn reached(&mut self, ticket: Ticket) -> Result<bool>;
+
     /// Blocks until a transfer is done.
     ///
     /// # Errors

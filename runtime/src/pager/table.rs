@@ -380,18 +380,25 @@ impl Table {
         if !self.pages[page].resident {
             self.pages[page].moving = Some(ticket);
             self.kept.push_back((ticket, source.clone()));
-            self.drop_kept(KEPT)?;
+            self.drop_kept()?;
         }
         Ok(())
     }
 
-    /// Drops kept tensors until `count` are left, each when its transfer is done.
-    fn drop_kept(&mut self, count: usize) -> Result<()> {
-        while self.kept.len() > count {
-            let Some((ticket, tensor)) = self.kept.pop_front() else { break };
-            // Freed in the order of the compute stream, which then comes after the transfer.
-            self.store.join(ticket)?;
-            drop(tensor);
+    /// Drops kept tensors whose transfer is done, and more while there are too many.
+    fn drop_kept(&mut self) -> Result<()> {
+        let most = self.pages.len() * self.store.page_bytes() / KEPT_SHARE;
+        let mut bytes: usize = self.kept.iter().map(|(_, tensor)| tensor.size_bytes()).sum();
+        while let Some((ticket, tensor)) = self.kept.front() {
+            if !self.store.reached(*ticket)? {
+                if bytes <= most {
+                    break;
+                }
+                // Freed in the order of the compute stream, which then comes after the transfer.
+                self.store.join(*ticket)?;
+            }
+            bytes -= tensor.size_bytes();
+            self.kept.pop_front();
         }
         Ok(())
     }
@@ -502,9 +509,9 @@ impl Table {
     }
 }
 
-/// Tensors that may wait for their transfer at a time: enough for a layer's gradients to be on their way while the next
-/// layer's are made, and few enough that they take little memory.
-const KEPT: usize = 16;
+/// Tensors that wait for their transfer may take this part of all pages: enough for a layer's gradients, which come all at
+/// once, to be on their way while the next layer's are made.
+const KEPT_SHARE: usize = 32;
 
 impl Drop for Table {
     fn drop(&mut self) {
