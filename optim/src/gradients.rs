@@ -63,6 +63,10 @@ impl Paged {
             self.squares = Some(Squares::new(self.state.pieces(), grad.device())?);
         }
         let (flat, first) = (grad.reshape(&[grad.numel()])?, !self.present.contains(&id));
+        if !first {
+            // What is at hand may be of the same pieces, and the sums come after it.
+            self.put_squares()?;
+        }
         for &run in &entry.runs {
             let piece = entry.first_piece + run.start / PIECE;
             let part = flat.rows(run.start, run.count)?;

@@ -166,9 +166,9 @@ __device__ __forceinline__ bool update8(const Entry& e, const Coefficients& c, f
         float m_inverse = __fdiv_rn(1.0f, m_most), v_inverse = __fdiv_rn(1.0f, v_most);
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            u32 code = dynamic8_encode(signed_map, __fmul_rn(m[j], m_inverse));
+            u32 code = dynamic8_encode<true>(signed_map, __fmul_rn(m[j], m_inverse));
             m_codes.at[j] = code - (code == ZERO && m[j] < 0.0f);
-            v_codes.at[j] = dynamic8_encode(unsigned_map, __fmul_rn(v[j], v_inverse));
+            v_codes.at[j] = dynamic8_encode<false>(unsigned_map, __fmul_rn(v[j], v_inverse));
         }
         store_codes((u8*)e.m + start, m_codes, count, whole);
         store_codes((u8*)e.v + start, v_codes, count, whole);

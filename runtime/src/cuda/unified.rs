@@ -306,8 +306,16 @@ impl PageStore for UnifiedPages {
         unsafe { self.transfers.read(from, bytes) }
     }
 
-    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket> {
+    fn store(
+        &mut self,
+        page: usize,
+        offset: usize,
+        source: u64,
+        bytes: usize,
+        after: Option<Ticket>,
+    ) -> Result<Ticket> {
         let (to, stream) = (self.page(page).address + offset as u64, self.transfers.gpu.stream());
+        after.map_or(Ok(()), |ticket| self.transfers.hold(stream, ticket))?;
         // SAFETY: the page has the bytes and is used in the order of the compute stream; the caller keeps the source.
         unsafe { self.transfers.copy(stream, to, source, bytes)? };
         self.transfers.ticket(stream)

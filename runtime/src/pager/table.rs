@@ -374,9 +374,12 @@ impl Table {
         }
         self.note(page..page + 1, What::Store);
         let address = source.address()?;
-        // A transfer after another of the same page is in order behind it only in the compute stream.
-        self.join(page)?;
-        let ticket = self.store.store(page, offset, address, source.size_bytes())?;
+        if self.pages[page].resident {
+            self.join(page)?;
+        }
+        // The compute stream need not wait: pages hold the gradients of several parameters, which come one after another.
+        let after = self.pages[page].moving;
+        let ticket = self.store.store(page, offset, address, source.size_bytes(), after)?;
         if !self.pages[page].resident {
             self.pages[page].moving = Some(ticket);
             self.kept.push_back((ticket, source.clone()));

@@ -60,6 +60,13 @@ impl Checked {
         tensor.into_device(self.pager.device(), Tag::Workspace).unwrap()
     }
 
+    /// Waits for all streams.
+    fn wait(&self) {
+        if let Ok(gpu) = crate::cuda::Gpu::of(self.pager.device()) {
+            gpu.synchronize_all().unwrap();
+        }
+    }
+
     /// Checks a view of a page, then writes its second half.
     fn touch(&mut self, page: usize, mut view: Tensor, byte: u8) {
         let found = view.to_device(Device::Cpu, Tag::Workspace).unwrap();
@@ -103,7 +110,10 @@ impl Checked {
             assert!(self.pager.lease(page).is_err(), "staged pages are in use");
             for page in page..page + host {
                 let view = staged.tensor(page, 0, DType::U8, &[self.page_bytes])?;
+                // The lane's copies, and then the compute stream's, on which this works.
+                self.wait();
                 self.touch(page, view, byte);
+                self.wait();
             }
             // The first half was not written.
             self.pager.unstage(staged, if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 })?;
