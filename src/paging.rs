@@ -64,6 +64,15 @@ pub enum PagedBudget {
     Bytes(Bytes),
 }
 
+impl PagedBudget {
+    /// That of a run which trains `numel` numbers: as it was asked for, or the usual one.
+    pub fn of(settings: &Settings, numel: usize, on_cpu: bool) -> Self {
+        // Gradient and two moments in f32, whatever their bits: what is worth paging is that large.
+        let usual = if on_cpu || 12 * numel < WORTH_PAGING { PagedBudget::Off } else { PagedBudget::Auto };
+        settings.paged_budget.unwrap_or(usual)
+    }
+}
+
 impl FromStr for PagedBudget {
     type Err = String;
 
@@ -156,10 +165,7 @@ impl Paging {
         let device = llama.device();
         let parameters = llama.parameters();
         let numel: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
-        // Gradient and two moments in f32, whatever their bits: what is worth paging is that large.
-        let usual =
-            if device == Device::Cpu || 12 * numel < WORTH_PAGING { PagedBudget::Off } else { PagedBudget::Auto };
-        let budget = match settings.paged_budget.unwrap_or(usual) {
+        let budget = match PagedBudget::of(settings, numel, device == Device::Cpu) {
             PagedBudget::Off => return Ok(None),
             PagedBudget::Auto => usize::MAX,
             PagedBudget::Bytes(Bytes(bytes)) => bytes,

@@ -68,20 +68,27 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Shapes `[outputs, inputs]` of a layer's linears: q, k, v, o, gate, up, down.
+    pub fn linear_shapes(&self) -> [[usize; 2]; 7] {
+        let (d, f) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        [[q, d], [kv, d], [kv, d], [d, q], [f, d], [f, d], [d, f]]
+    }
+
     /// Names and shapes of all weights, in the order of the forward pass.
     pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
-        let (d, f, vocab) = (self.hidden_size, self.intermediate_size, self.vocab_size);
-        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let (d, vocab) = (self.hidden_size, self.vocab_size);
+        let [q, k, v, o, gate, up, down] = self.linear_shapes().map(Vec::from);
         let layer: [(&str, Vec<usize>); 9] = [
             ("input_layernorm", vec![d]),
-            ("self_attn.q_proj", vec![q, d]),
-            ("self_attn.k_proj", vec![kv, d]),
-            ("self_attn.v_proj", vec![kv, d]),
-            ("self_attn.o_proj", vec![d, q]),
+            ("self_attn.q_proj", q),
+            ("self_attn.k_proj", k),
+            ("self_attn.v_proj", v),
+            ("self_attn.o_proj", o),
             ("post_attention_layernorm", vec![d]),
-            ("mlp.gate_proj", vec![f, d]),
-            ("mlp.up_proj", vec![f, d]),
-            ("mlp.down_proj", vec![d, f]),
+            ("mlp.gate_proj", gate),
+            ("mlp.up_proj", up),
+            ("mlp.down_proj", down),
         ];
         let mut all = vec![("model.embed_tokens.weight".to_string(), vec![vocab, d])];
         for i in 0..self.num_layers {

@@ -2,7 +2,7 @@
 
 use crate::{Gradients, PagedState, sweep};
 use nibble_kernels::{
-    adamw::{self, AdamWConfig, Job, MomentsMut, State8},
+    adamw::{self, AdamWConfig, BLOCK, Job, MomentsMut, State8},
     norm::Clip,
 };
 use nibble_runtime::{DType, Device, Error, ParamId, Result, Tag, Tensor};
@@ -24,6 +24,16 @@ pub enum StateBits {
     F32,
     /// Block-wise 8-bit codes: 2.03 bytes an element. Parameters under [`EIGHT_BIT_FROM`] elements keep f32.
     Bits8,
+}
+
+impl StateBits {
+    /// Bytes of the tensors of a parameter's two moments.
+    pub fn moments(self, numel: usize) -> Vec<usize> {
+        match self {
+            StateBits::Bits8 if numel >= EIGHT_BIT_FROM => [numel, numel.div_ceil(BLOCK) * size_of::<f32>()].repeat(2),
+            _ => vec![numel * size_of::<f32>(); 2],
+        }
+    }
 }
 
 impl fmt::Display for StateBits {

@@ -130,18 +130,19 @@ struct Cursor {
     slot: usize,
 }
 
-impl PagedState {
-    /// Room for parameters of these shapes in pages of `page_bytes`, with moments of `bits` and, if `grads`, gradient sums.
-    /// `make` gets the number of pages.
-    ///
-    /// # Errors
-    /// Pages are too small, a parameter is named twice, or `make` fails.
-    pub fn new<'a>(
+/// Where everything lies.
+struct Places {
+    entries: BTreeMap<ParamId, Entry>,
+    pages: Vec<Vec<(ParamId, Run)>>,
+    pieces: usize,
+}
+
+impl Places {
+    fn new<'a>(
         params: impl IntoIterator<Item = (ParamId, &'a [usize])>,
         bits: StateBits,
         grads: bool,
         page_bytes: usize,
-        make: impl FnOnce(usize) -> Result<Pager>,
     ) -> Result<Self> {
         let mut entries = BTreeMap::new();
         let mut pages: Vec<Vec<(ParamId, Run)>> = Vec::new();
@@ -176,6 +177,37 @@ impl PagedState {
                 return Err(Error::invalid("paged state", format!("parameter {} is there twice", id.0)));
             }
         }
+        Ok(Places { entries, pages, pieces })
+    }
+}
+
+impl PagedState {
+    /// Pages that parameters of these shapes take; see [`PagedState::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn count_pages<'a>(
+        params: impl IntoIterator<Item = (ParamId, &'a [usize])>,
+        bits: StateBits,
+        grads: bool,
+        page_bytes: usize,
+    ) -> Result<usize> {
+        Ok(Places::new(params, bits, grads, page_bytes)?.pages.len())
+    }
+
+    /// Room for parameters of these shapes in pages of `page_bytes`, with moments of `bits` and, if `grads`, gradient sums.
+    /// `make` gets the number of pages.
+    ///
+    /// # Errors
+    /// Pages are too small, a parameter is named twice, or `make` fails.
+    pub fn new<'a>(
+        params: impl IntoIterator<Item = (ParamId, &'a [usize])>,
+        bits: StateBits,
+        grads: bool,
+        page_bytes: usize,
+        make: impl FnOnce(usize) -> Result<Pager>,
+    ) -> Result<Self> {
+        let Places { entries, pages, pieces } = Places::new(params, bits, grads, page_bytes)?;
         let pager = make(pages.len())?;
         if pager.pages() != pages.len() || pager.page_bytes() != page_bytes {
             let what = format!("{pager:?} for {} pages of {page_bytes} bytes", pages.len());

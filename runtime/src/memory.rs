@@ -69,7 +69,7 @@ pub struct Usage {
 
 impl Usage {
     /// Counts `bytes` more under `tag`.
-    pub(crate) fn hold(&mut self, tag: Tag, bytes: usize) {
+    pub fn hold(&mut self, tag: Tag, bytes: usize) {
         let slot = tag as usize;
         self.current[slot] += bytes;
         self.peak[slot] = self.peak[slot].max(self.current[slot]);
@@ -78,7 +78,7 @@ impl Usage {
     }
 
     /// Counts `bytes` less under `tag`.
-    pub(crate) fn release(&mut self, tag: Tag, bytes: usize) {
+    pub fn release(&mut self, tag: Tag, bytes: usize) {
         self.current[tag as usize] -= bytes;
         self.total -= bytes;
     }

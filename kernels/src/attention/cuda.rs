@@ -155,6 +155,16 @@ impl Tables {
     }
 }
 
+/// Bytes of the tables of whole sequences of these lengths, i32 `[_, 4]` in one tensor.
+pub(super) fn table_bytes(lengths: &[usize]) -> usize {
+    2 * tiles_of(lengths) * size_of::<Row>()
+}
+
+/// Tiles of keys (and of queries) of whole sequences.
+pub(super) fn tiles_of(lengths: &[usize]) -> usize {
+    lengths.iter().map(|length| length.div_ceil(TILE)).sum()
+}
+
 /// Which kernels take a head, and the sizes that they have.
 #[derive(Clone, Copy)]
 enum Kernels {

@@ -7,7 +7,7 @@ use super::{
 use crate::cuda::entry;
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Chip, Entry, Gpu, Module},
 };
 use std::sync::LazyLock;
 
@@ -45,6 +45,11 @@ const BACKWARD_SHARED: usize =
 /// `NIBBLE_HOPPER=0` turns the kernels off. For measurements.
 static ENABLED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
 
+/// Whether this kind of GPU and these heads are the kernels'.
+fn suits(chip: Chip, heads: Heads) -> bool {
+    chip.capability == (9, 0) && *ENABLED && heads.dim == DIM
+}
+
 /// Whether this GPU and these tensors are the kernels'. Sequences that reach keys of another pass are not: what lies
 /// between their keys, and may be anything, would come along in a tile.
 fn takes(gpu: &Gpu, tensors: &[&Tensor], heads: Heads, layout: &Layout, shared: usize) -> Result<bool> {
@@ -53,11 +58,9 @@ fn takes(gpu: &Gpu, tensors: &[&Tensor], heads: Heads, layout: &Layout, shared: 
         aligned &= tensor.device_pointer()?.is_multiple_of(16);
     }
     let dtype = tensors[0].dtype();
-    Ok(gpu.compute_capability() == (9, 0)
-        && *ENABLED
+    Ok(suits(gpu.chip(), heads)
         && !tests_forbid()
         && gpu.shared_per_block() >= shared
-        && heads.dim == DIM
         && matches!(dtype, DType::F16 | DType::BF16)
         && tensors.iter().all(|tensor| tensor.dtype() == dtype)
         && layout.is_whole()
@@ -98,6 +101,26 @@ pub(super) fn forward(
     Ok(true)
 }
 
+/// Parts that dQ is summed in, of `count` tiles of keys.
+fn parts(count: usize, heads: Heads) -> usize {
+    count * (TILE / ROWS) * heads.query
+}
+
+/// Whether so many tiles are not much more than their rows.
+fn dense(count: usize, rows: usize) -> bool {
+    count * TILE <= 2 * rows.max(TILE)
+}
+
+/// Bytes of dQ's sums and their counters for whole sequences of `rows` 16-bit rows in `count` tiles of keys, on this kind of
+/// GPU; nothing where other kernels take them.
+pub(super) fn workspace(chip: Chip, heads: Heads, count: usize, rows: usize) -> [usize; 2] {
+    if !suits(chip, heads) || !dense(count, rows) {
+        return [0, 0];
+    }
+    let parts = parts(count, heads);
+    [parts * ROWS * DIM * size_of::<f32>(), (parts + 1) * size_of::<i32>()]
+}
+
 /// Gradients into `dq`, `dk` and `dv`, if the kernel takes them; returns whether it did. `delta` is rowsum(dO ∘ O).
 ///
 /// dQ is summed in f32, in tiles of 128 rows a sequence: batches of sequences much shorter than that are left to the other
@@ -114,11 +137,11 @@ pub(super) fn backward(
     let Saved { q, k, v, lse, .. } = *saved;
     let (blocks, rows) = (&layout.tables()?.keys, layout.queries());
     let count = blocks.shape()[0];
-    if !takes(gpu, &[q, k, v, grad], heads, layout, BACKWARD_SHARED)? || count * TILE > 2 * rows.max(TILE) {
+    if !takes(gpu, &[q, k, v, grad], heads, layout, BACKWARD_SHARED)? || !dense(count, rows) {
         return Ok(false);
     }
-    let (parts, elements) = (count * (TILE / ROWS) * heads.query, ROWS * DIM);
-    let empty = Tensor::empty(&[parts, elements], DType::F32, q.device(), Tag::Workspace);
+    let parts = parts(count, heads);
+    let empty = Tensor::empty(&[parts, ROWS * DIM], DType::F32, q.device(), Tag::Workspace);
     let mut sums = match empty {
         Err(Error::OutOfMemory(_)) => return Ok(false),
         sums => sums?,

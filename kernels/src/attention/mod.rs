@@ -14,7 +14,7 @@ pub(crate) mod hopper;
 mod layout;
 
 pub use layout::{Layout, Segment};
-use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Chip};
 
 /// Head counts and the size of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +122,20 @@ pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, layout: &Layout) -> 
         }
         Device::Cuda(_) => cuda::backward(saved, grad, heads, layout),
     }
+}
+
+/// Bytes of the tables that the kernels of a GPU read for whole sequences of these lengths.
+pub fn table_bytes(lengths: &[usize]) -> usize {
+    cuda::table_bytes(lengths)
+}
+
+/// Bytes of the tensors that [`backward`] takes besides its results, for 16-bit heads and whole sequences of these lengths on
+/// this kind of GPU.
+pub fn backward_workspace(chip: Chip, heads: Heads, lengths: &[usize]) -> [usize; 3] {
+    let rows = lengths.iter().sum();
+    let delta = heads.query * rows * size_of::<f32>();
+    let [sums, counters] = hopper::workspace(chip, heads, cuda::tiles_of(lengths), rows);
+    [delta, sums, counters]
 }
 
 #[cfg(test)]

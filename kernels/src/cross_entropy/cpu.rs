@@ -12,6 +12,11 @@ use rayon::prelude::*;
 /// Logits held at a time: 12 MiB of f32, or one row if that is more.
 pub(super) const CHUNK: usize = 3 << 20;
 
+/// Rows of a chunk.
+pub(super) fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK / vocab.max(1)).clamp(1, 256)
+}
+
 /// The loss of the `labelled` rows of `hidden` `[T, D]`; labels and shapes were checked.
 pub(super) fn head_loss(
     hidden: &Tensor,
@@ -27,8 +32,7 @@ pub(super) fn head_loss(
     let mut dhidden = if wanted.hidden { Some(zeros(hidden.shape(), Tag::Workspace)?) } else { None };
     let mut dhead = if wanted.head { Some(zeros(&[vocab, width], Tag::Gradients)?) } else { None };
     let states = hidden.to_f32()?;
-    let chunk_rows = (CHUNK / vocab.max(1)).clamp(1, 256);
-    for chunk in labelled.chunks(chunk_rows) {
+    for chunk in labelled.chunks(chunk_rows(vocab)) {
         let mut part = Tensor::empty(&[chunk.len(), width], DType::F32, Device::Cpu, Tag::Workspace)?;
         for (part, &row) in part.as_mut_slice::<f32>()?.chunks_exact_mut(width).zip(chunk) {
             part.copy_from_slice(&states[row * width..][..width]);

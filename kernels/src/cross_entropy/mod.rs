@@ -92,6 +92,11 @@ pub fn head_loss(hidden: &Tensor, head: &Table, labels: &[i32], scale: f32, want
     }
 }
 
+/// Rows of a batch of `tokens` whose logits are held at a time, on the CPU or on a GPU.
+pub fn chunk_rows(vocab: usize, tokens: usize, on_cpu: bool) -> usize {
+    if on_cpu { cpu::chunk_rows(vocab) } else { cuda::chunk_rows(vocab, tokens) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{cpu::CHUNK, *};

@@ -7,7 +7,7 @@ use crate::{
 };
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Chip, Entry, Gpu, Module},
 };
 use std::{borrow::Cow, sync::LazyLock};
 
@@ -77,26 +77,35 @@ fn forced() -> Option<u32> {
     None
 }
 
-/// Whether the kernel takes the product, and with tiles of how many columns.
-fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
-    let &Product { a, weight, terms, m, n, k, .. } = product;
+/// Columns of the tiles with which this kind of GPU takes a product of 16-bit rows `[m, k]` with a weight, 4-bit or not, into
+/// `[m, n]`; `None` where other kernels do. `rank` is that of the low-rank branch, or 0.
+pub(super) fn columns_on(chip: Chip, quantized: bool, [m, n, k, rank]: [u32; 4]) -> Option<u32> {
     let forced = forced();
-    let sms = gpu.sm_count().max(1);
+    let sms = chip.sms.max(1);
     let columns = forced.unwrap_or(tile_columns(m, n, sms));
     let tiles = tiles(m, n, columns);
     // Where most SMs would have no tile, the smaller ones of gemm.cuh do better.
     let busy = 2 * tiles > u64::from(sms);
-    let rows = if matches!(weight, Weight::Quantized(_)) { QUANTIZED_ROWS } else { DENSE_ROWS };
-    if gpu.compute_capability() != (9, 0) || !*ENABLED || gpu.shared_per_block() < SHARED {
-        return Ok(None);
+    let rows = if quantized { QUANTIZED_ROWS } else { DENSE_ROWS };
+    if chip.capability != (9, 0) || !*ENABLED {
+        return None;
     }
     if forced.is_none() && (m < rows || !busy || super::cuda::forced().is_some()) {
-        return Ok(None);
+        return None;
     }
     // The TMA wants rows of whole 16 bytes.
+    let whole = [n, k, rank].iter().all(|size| size.is_multiple_of(8));
+    (whole && m > 0 && n > 0 && k > 0 && tiles <= i32::MAX as u64).then_some(columns)
+}
+
+/// Whether the kernel takes the product, and with tiles of how many columns.
+fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
+    let &Product { a, weight, terms, m, n, k, .. } = product;
     let lora = terms.lora.map(|(left, right)| [left, right]);
-    let rank = lora.map_or(0, |[left, _]| left.shape()[1]);
-    if m == 0 || n == 0 || k == 0 || n % 8 != 0 || k % 8 != 0 || rank % 8 != 0 || tiles > i32::MAX as u64 {
+    let rank = lora.map_or(0, |[left, _]| left.shape()[1] as u32);
+    let quantized = matches!(weight, Weight::Quantized(_));
+    let Some(columns) = columns_on(gpu.chip(), quantized, [m, n, k, rank]) else { return Ok(None) };
+    if gpu.shared_per_block() < SHARED {
         return Ok(None);
     }
     let dense = match weight {

@@ -37,7 +37,7 @@ pub(crate) use hopper::GEMM_HOPPER;
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
 use crate::quantize::QuantTensor;
-use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Chip};
 
 /// A weight matrix `[N, K]`.
 #[derive(Clone, Debug)]
@@ -262,6 +262,15 @@ pub fn input_grad_lora_add(
 ) -> Result<()> {
     input_grad_into(grad, weight, 1.0, Terms { lora, add: true, ..Terms::default() }, out)
 }
+
+/// Bytes of workspace that a product of 16-bit rows `[m, k]` with a 4-bit weight takes on this kind of GPU, into `[m, n]` with a
+/// low-rank branch of `rank` (or 0): the weight as a whole, or nothing.
+pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
+    let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+    if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
+}
+
+pub use skinny::weight_grad_workspace;
 
 /// `scale · gᵀ · x` as f32 `[N, K]`, for a trainable weight.
 pub fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32) -> Result<Tensor> {

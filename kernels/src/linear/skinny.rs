@@ -14,7 +14,7 @@ use crate::{
 };
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Chip, Entry, Gpu, Module},
 };
 
 const SIMT_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8];
@@ -359,6 +359,44 @@ fn slices(tokens: u32, tiles: u32, blocks: u32, least: u32) -> (u32, u32) {
     (slice, tokens.div_ceil(slice))
 }
 
+/// How the tokens of a gradient of a weight are cut, by kernel.
+enum Cut {
+    /// lora.cu: slices of so many tokens, and their number.
+    Thin(u32, u32),
+    /// weight_grad.cu: the same.
+    Tiles(u32, u32),
+}
+
+/// The cut for `tokens` rows of 16 bits and a gradient `[rows, cols]`; `None` where simt.cu takes them.
+fn cut(chip: Chip, tokens: u32, rows: u32, cols: u32, dropped: bool) -> Option<Cut> {
+    let (few, many) = (rows.min(cols), rows.max(cols));
+    if few <= 32 && few.is_multiple_of(2) && many.is_multiple_of(8) && !(cols < rows && dropped) {
+        let (slice, count) = slices(tokens, many.div_ceil(256), 2 * chip.sms, 64);
+        return Some(Cut::Thin(slice, count));
+    }
+    if !(rows.is_multiple_of(8) && cols.is_multiple_of(8)) {
+        return None;
+    }
+    let tiles = cols.div_ceil(128).saturating_mul(rows.div_ceil(128));
+    let blocks = if tiles >= chip.sms { 1 } else { 2 * chip.sms };
+    let (slice, count) = slices(tokens, tiles, blocks, 128);
+    Some(Cut::Tiles(slice, count))
+}
+
+/// Bytes of workspace of [`weight_grad`] for `tokens` rows of 16 bits and a gradient `[n, k]` on this kind of GPU. (That of
+/// sizes which no tensor core takes is not counted.)
+pub fn weight_grad_workspace(chip: Chip, tokens: usize, n: usize, k: usize, dropped: bool) -> usize {
+    let [t, rows, cols] = [tokens, n, k].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+    let partial = |count: u32| count as usize * n * k * size_of::<f32>();
+    match cut(chip, t, rows, cols, dropped) {
+        Some(Cut::Thin(_, count)) => partial(count),
+        Some(Cut::Tiles(_, count)) => {
+            (if count > 1 { partial(count) } else { 0 }) + if dropped { tokens * k * DType::BF16.size() } else { 0 }
+        }
+        None => 0,
+    }
+}
+
 /// `scale · gᵀ · m(x)` as f32 `[N, K]`.
 pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Mask>) -> Result<Tensor> {
     let op = "weight gradient";
@@ -369,12 +407,11 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
     }
     let [tokens, rows, cols] = [size(op, t)?, size(op, n)?, size(op, k)?];
     let pairs = sixteen_bits(grad, &[x])?;
-    let (few, many) = (rows.min(cols), rows.max(cols));
-    let transposed = cols < rows;
-    if pairs && few <= 32 && few.is_multiple_of(2) && many.is_multiple_of(8) && !(transposed && mask.is_some()) {
+    let cut = if pairs { cut(gpu.chip(), tokens, rows, cols, mask.is_some()) } else { None };
+    if let Some(Cut::Thin(slice, count)) = cut {
+        let (few, many, transposed) = (rows.min(cols), rows.max(cols), cols < rows);
         let (small, large) = if transposed { (x, grad) } else { (grad, x) };
         let tiles = many.div_ceil(256);
-        let (slice, count) = slices(tokens, tiles, 2 * gpu.sm_count(), 64);
         let mut partial = empty(&[count as usize, few as usize, many as usize], Tag::Workspace)?;
         let width = if few <= 16 { 16 } else { 32 };
         let drop = if mask.is_some() { "drop_" } else { "" };
@@ -388,15 +425,12 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
     }
     let x = &dropped(x, mask)?;
     let mut out = empty(&[n, k], Tag::Gradients)?;
-    if !(pairs && n.is_multiple_of(8) && k.is_multiple_of(8)) {
+    let Some(Cut::Tiles(slice, count)) = cut else {
         simt(Direction::WeightGrad, grad, Right::Dense(x), (n, k, t), scale, &mut out, false)?;
         return Ok(out);
-    }
+    };
     let kernel = entry("weight_grad", x.dtype())?;
     let (across_x, across_y) = (cols.div_ceil(128), across(op, rows.div_ceil(128))?);
-    let tiles = across_x.saturating_mul(across_y);
-    let blocks = if tiles >= gpu.sm_count() { 1 } else { 2 * gpu.sm_count() };
-    let (slice, count) = slices(tokens, tiles, blocks, 128);
     let launch = |to: &mut Tensor, scale: f32| {
         let args = Args::new().input(grad).input(x).output(to).flops(flops(tokens, rows, cols));
         let args = args.u32(tokens).u32(rows).u32(cols).u32(slice).f32(scale);

@@ -90,6 +90,15 @@ pub fn quantize(
     Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype })
 }
 
+/// Bytes of the tensors that [`quantize`] makes of `numel` weights, whose scales are quantized too if `double`.
+pub fn tensor_bytes(numel: usize, block_size: usize, double: bool) -> Vec<usize> {
+    let (packed, scales) = (numel.div_ceil(2), numel.div_ceil(block_size));
+    match double {
+        false => vec![packed, scales * size_of::<f32>()],
+        true => vec![packed, scales, scales.div_ceil(SCALE_BLOCK) * size_of::<f32>(), size_of::<f32>()],
+    }
+}
+
 /// The matrix `[N, K]` that `quantized` stands for, in its dtype: `value[code] · absmax` in f32, then one rounding.
 ///
 /// # Errors

@@ -75,13 +75,22 @@ pub(super) fn backward_add(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Te
     gpu.launch(&MODULE, &entry("rms_norm_backward", x.dtype())?, grid, block, 0, args)
 }
 
+/// Rows of a group, of which there are at most as many as a grid's second axis takes blocks.
+fn group_rows(rows: usize) -> usize {
+    GROUP.max(rows.div_ceil(65_535))
+}
+
+/// Bytes of the groups' sums of a weight's gradient.
+pub(super) fn workspace(rows: usize, width: usize) -> usize {
+    rows.div_ceil(group_rows(rows)) * width * size_of::<f32>()
+}
+
 /// Gradient of the weight, f32 `[D]`: sums over groups of rows, then over the groups, both in a fixed order.
 pub(super) fn weight_grad(x: &Tensor, rstd: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let op = "rms_norm weight gradient";
     let (gpu, device) = (Gpu::of(x.device())?, x.device());
     let (rows, width) = x.dims2(op)?;
-    // At most as many groups as a grid's second axis takes blocks.
-    let group_rows = GROUP.max(rows.div_ceil(65_535));
+    let group_rows = group_rows(rows);
     let groups = rows.div_ceil(group_rows);
     let mut partial = Tensor::empty(&[groups, width], DType::F32, device, Tag::Workspace)?;
     let mut dw = Tensor::empty(&[width], DType::F32, device, Tag::Gradients)?;

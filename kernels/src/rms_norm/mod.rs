@@ -96,6 +96,11 @@ pub fn backward_add(
     }
 }
 
+/// Bytes of workspace of a weight's gradient on a GPU.
+pub fn weight_grad_workspace(rows: usize, width: usize) -> usize {
+    cuda::workspace(rows, width)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

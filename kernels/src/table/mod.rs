@@ -164,12 +164,16 @@ pub fn gather(ids: &[i32], table: &Table, dtype: DType) -> Result<Tensor> {
     }
 }
 
+/// Rows of a slice in which a table of this width is dequantized for products in `dtype`.
+pub fn slice_rows(width: usize, dtype: DType, on_cpu: bool) -> usize {
+    let rows = if on_cpu { CPU_SLICE } else { GPU_SLICE } / (width * dtype.size()).max(1);
+    // Whole tiles of a product, where there are that many.
+    if rows < 128 { rows.max(1) } else { rows / 128 * 128 }
+}
+
 /// First rows and numbers of rows of the slices in which a table `[vocab, width]` is dequantized for products in `dtype`.
 fn slices(vocab: usize, width: usize, dtype: DType, device: Device) -> impl Iterator<Item = (usize, usize)> {
-    let bytes = if device == Device::Cpu { CPU_SLICE } else { GPU_SLICE };
-    let rows = bytes / (width * dtype.size()).max(1);
-    // Whole tiles of a product, where there are that many.
-    let rows = if rows < 128 { rows.max(1) } else { rows / 128 * 128 };
+    let rows = slice_rows(width, dtype, device == Device::Cpu);
     (0..vocab).step_by(rows).map(move |first| (first, rows.min(vocab - first)))
 }
 

@@ -180,18 +180,18 @@ impl Loader<'_> {
 
     fn layer(&mut self, i: usize) -> Result<Layer> {
         let c = self.config.clone();
-        let (d, f) = (c.hidden_size, c.intermediate_size);
-        let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let d = c.hidden_size;
+        let [q, k, v, o, gate, up, down] = c.linear_shapes();
         Ok(Layer {
             input_norm: self.param(&format!("model.layers.{i}.input_layernorm.weight"), &[d])?,
-            q: self.linear(i, "self_attn.q_proj", [q, d])?,
-            k: self.linear(i, "self_attn.k_proj", [kv, d])?,
-            v: self.linear(i, "self_attn.v_proj", [kv, d])?,
-            o: self.linear(i, "self_attn.o_proj", [d, q])?,
+            q: self.linear(i, "self_attn.q_proj", q)?,
+            k: self.linear(i, "self_attn.k_proj", k)?,
+            v: self.linear(i, "self_attn.v_proj", v)?,
+            o: self.linear(i, "self_attn.o_proj", o)?,
             post_norm: self.param(&format!("model.layers.{i}.post_attention_layernorm.weight"), &[d])?,
-            gate: self.linear(i, "mlp.gate_proj", [f, d])?,
-            up: self.linear(i, "mlp.up_proj", [f, d])?,
-            down: self.linear(i, "mlp.down_proj", [d, f])?,
+            gate: self.linear(i, "mlp.gate_proj", gate)?,
+            up: self.linear(i, "mlp.up_proj", up)?,
+            down: self.linear(i, "mlp.down_proj", down)?,
             eps: c.rms_norm_eps,
         })
     }

@@ -70,6 +70,15 @@ impl Stream {
 // SAFETY: stream handles may be used from any thread; every call binds the context first.
 unsafe impl Send for Stream {}
 
+/// What decides on a GPU which kernels run, and what workspace they take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chip {
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub sms: u32,
+}
+
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cuda:{} ({})", self.ordinal, self.name)
@@ -185,6 +194,11 @@ impl Gpu {
     /// The product's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What kind of GPU it is.
+    pub fn chip(&self) -> Chip {
+        Chip { capability: self.capability, sms: self.sm_count }
     }
 
     /// Compute capability, major and minor.

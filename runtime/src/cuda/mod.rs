@@ -28,7 +28,7 @@ pub use copy::COPY;
 pub(crate) use copy::{copy, download, upload, upload_on};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
 pub use event::{Event, Timer};
-pub use gpu::{Gpu, Stream};
+pub use gpu::{Chip, Gpu, Stream};
 pub use launch::{Args, Entry, Module, Work};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::{DeviceMemory, poison};

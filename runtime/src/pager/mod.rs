@@ -24,7 +24,7 @@ mod trace;
 pub use host::{Faults, HostPages};
 pub use lease::Lease;
 pub use store::{PageStore, Refusal, Ticket};
-pub use table::{Counters, Policy};
+pub use table::{Counters, Policy, kept_bytes};
 pub use trace::{Moment, Trace, What};
 
 use crate::{Device, Error, Result, Tensor};

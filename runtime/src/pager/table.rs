@@ -390,7 +390,7 @@ impl Table {
 
     /// Drops kept tensors whose transfer is done, and more while there are too many.
     fn drop_kept(&mut self) -> Result<()> {
-        let most = self.pages.len() * self.store.page_bytes() / KEPT_SHARE;
+        let most = kept_bytes(self.pages.len(), self.store.page_bytes());
         let mut bytes: usize = self.kept.iter().map(|(_, tensor)| tensor.size_bytes()).sum();
         while let Some((ticket, tensor)) = self.kept.front() {
             if !self.store.reached(*ticket)? {
@@ -515,6 +515,11 @@ impl Table {
 /// Tensors that wait for their transfer may take this part of all pages: enough for a layer's gradients, which come all at
 /// once, to be on their way while the next layer's are made.
 const KEPT_SHARE: usize = 32;
+
+/// Bytes of tensors that wait for their transfer, at most.
+pub fn kept_bytes(pages: usize, page_bytes: usize) -> usize {
+    pages * page_bytes / KEPT_SHARE
+}
 
 impl Drop for Table {
     fn drop(&mut self) {
