@@ -5,7 +5,7 @@ use crate::{
     data::Batch,
     default_task,
     model::Model,
-    page_trace, profile, report,
+    page_trace, plan, profile, report,
     settings::{Settings, TrainArgs},
     step::{Step, Stepper},
     train::{attach, source},
@@ -30,6 +30,8 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     // No file is read: the tokens are random.
     let train = TrainArgs { data: Some("random tokens".into()), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
+    // One micro-batch a step.
+    let settings = plan::within_budget(&Settings { grad_accum: 1, ..settings })?;
     ensure!(args.timed > 0, "--timed must be at least 1");
     let clock = Instant::now();
     let mut model = Model::load(&source(&settings))?;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::settings::TrainArgs;
+use crate::{paging::Bytes, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
@@ -17,6 +17,7 @@ use std::path::PathBuf;
   train-llama
   train-llama --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --eval-data test.jsonl --out runs/trec
   train-llama --resume runs/trec
+  train-llama plan --model Llama-3.1-8B --seq-len 4096 --memory 24GiB
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/trec/adapter --prompt 'Question: ...'
   train-llama chat --model Llama-3.2-1B-Instruct --adapter runs/trec/adapter
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
@@ -47,6 +48,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Write a model, with adapters or without, as a GGUF file for llama.cpp
     ExportGguf(ExportGgufArgs),
+    /// Say what training would take in memory and time, before anything is loaded
+    Plan(Box<PlanArgs>),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     BenchStep(Box<BenchStepArgs>),
     /// Say what a checkpoint, GGUF, adapter or data file holds
@@ -54,6 +57,21 @@ pub enum Command {
         /// Folder or file
         path: PathBuf,
     },
+}
+
+/// What to plan.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama plan --model Llama-3.1-8B --rank 64 --seq-len 4096
+  train-llama plan --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --memory 24GiB
+Without a GPU it plans for an H100, or for one with --memory BYTES.")]
+pub struct PlanArgs {
+    /// Everything that a training run takes; --model random:llama-3.1-8b (or another shape) needs no checkpoint
+    #[command(flatten)]
+    pub train: TrainArgs,
+    /// Memory to fit into [default: what is free on the GPU]
+    #[arg(long, value_name = "BYTES")]
+    pub memory: Option<Bytes>,
 }
 
 /// What to time.

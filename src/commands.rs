@@ -7,7 +7,7 @@ use crate::{
     eval::{self, EvalResult},
     export, interrupt,
     model::{Model, ModelSource},
-    report,
+    plan, report,
     run_dir::RunDir,
     settings::{Settings, TrainArgs},
     text, train,
@@ -30,6 +30,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
         Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
         Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
+        Some(Command::Plan(args)) => print(&plan::table(&args)?).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }

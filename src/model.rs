@@ -7,13 +7,13 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use nibble_kernels::{
     linear::Weight,
-    quantize::{QuantType, ScaleRounding},
+    quantize::{Absmax, QuantType, ScaleRounding},
     table::Table,
 };
 use nibble_models::{
     Llama, LlamaConfig,
     files::{
-        checkpoint::{Checkpoint, CheckpointKind},
+        checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
         peft,
     },
     llama::{Footprint, LoadOptions, Quantization},
@@ -102,16 +102,7 @@ impl Model {
             bar.finish_and_clear();
             return Ok(Model::new(llama, footprint, path.display().to_string(), None, None));
         }
-        let unpacked = match source.path {
-            None => Some(default_task::unpack().context("unpacking the embedded model")?),
-            Some(_) => None,
-        };
-        let path = match (&source.path, &unpacked) {
-            (Some(path), _) => path.clone(),
-            (None, Some(dir)) => dir.path().join(default_task::MODEL),
-            (None, None) => unreachable!("the embedded model was unpacked above"),
-        };
-        let checkpoint = Checkpoint::open(&path)?;
+        let (checkpoint, unpacked) = open(source)?;
         let as_it_is = checkpoint.kind() == CheckpointKind::Bitsandbytes && !source.quant_chosen;
         let dtype = dtype.map_or_else(|| Ok(source.dtype.resolve(device)), |dtype| dtype(&checkpoint))?;
         let bar = report::bar("load", checkpoint.config().num_layers);
@@ -240,6 +231,58 @@ impl Model {
 fn described(adapter: &peft::Adapter) -> String {
     let rank = adapter.tensors.values().next().map_or(0, |(a, _)| a.shape()[0]);
     format!("rank {rank} on {} layers", adapter.tensors.len())
+}
+
+/// The checkpoint, and the folder that the embedded one was unpacked into.
+fn open(source: &ModelSource) -> Result<(Checkpoint, Option<TempDir>)> {
+    match &source.path {
+        Some(path) => Ok((Checkpoint::open(path)?, None)),
+        None => {
+            let dir = default_task::unpack().context("unpacking the embedded model")?;
+            Ok((Checkpoint::open(&dir.path().join(default_task::MODEL))?, Some(dir)))
+        }
+    }
+}
+
+/// What can be said of a model before it is loaded.
+#[derive(Clone, Debug)]
+pub struct Outline {
+    pub config: LlamaConfig,
+    /// The type in which an f32 computation holds weights that are not quantized.
+    pub stored: DType,
+    /// Weights that share a scale, and whether scales are quantized too, in a checkpoint that is quantized already.
+    pub quantized: Option<(usize, bool)>,
+}
+
+impl Outline {
+    /// Reads the headers of a checkpoint, and of one that is quantized its first linear.
+    ///
+    /// # Errors
+    /// It is no checkpoint of a Llama; no shape is named so.
+    pub fn read(source: &ModelSource) -> Result<Outline> {
+        if let Some(shape) = source.path.as_deref().and_then(random_shape) {
+            return Ok(Outline { config: LlamaConfig::shape(shape)?, stored: DType::BF16, quantized: None });
+        }
+        let (checkpoint, _unpacked) = open(source)?;
+        let config = checkpoint.config().clone();
+        let [first, ..] = config.linear_shapes();
+        let quantized = match checkpoint.kind() {
+            CheckpointKind::Bitsandbytes => {
+                match checkpoint.weight("model.layers.0.self_attn.q_proj.weight", &first, Tag::Workspace)? {
+                    CheckpointTensor::Quantized(weight) => {
+                        Some((weight.block_size, matches!(weight.absmax, Absmax::Double { .. })))
+                    }
+                    CheckpointTensor::Dense(_) => None,
+                }
+            }
+            _ => None,
+        };
+        let stored = match checkpoint.kind() {
+            CheckpointKind::Gguf if source.quant.0.is_none() => DType::F32,
+            _ => checkpoint.dtype()?,
+        };
+        Ok(Outline { config, stored, quantized })
+    }
 }
 
 /// Seed of the weights of random models.

@@ -20,13 +20,14 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 /// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
 /// otherwise.
-const FREE: [&str; 10] = [
+const FREE: [&str; 11] = [
     "out",
     "save-every",
     "save-minutes",
     "keep",
     "device",
     "recompute",
+    "memory-budget",
     "paged-budget",
     "page-memory",
     "page-policy",
@@ -164,6 +165,9 @@ pub struct TrainArgs {
     /// [default: none]
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "all")]
     pub recompute: Option<String>,
+    /// Choose by plan how many layers run again: the fastest step within this much memory of the device, or (auto) what is free
+    #[arg(long, value_name = "BYTES|auto", conflicts_with = "recompute")]
+    pub memory_budget: Option<String>,
     /// Device memory for the optimizer's pages (states and gradients): auto (what can be spared, given back when memory is
     /// short), a size such as 512MiB, 0 (all in host memory) or off (no pages) [default: auto on a GPU from 256 MiB on]
     #[arg(long, value_name = "BYTES")]
@@ -278,6 +282,8 @@ pub struct Settings {
     #[serde(with = "as_text")]
     pub recompute: Recompute,
     #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub memory_budget: Option<MemoryBudget>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
     pub paged_budget: Option<PagedBudget>,
     #[serde(with = "as_text")]
     pub page_memory: PageMemory,
@@ -315,6 +321,34 @@ impl std::fmt::Display for Recompute {
             usize::MAX => f.write_str("all"),
             0 => f.write_str("none"),
             layers => layers.fmt(f),
+        }
+    }
+}
+
+/// Within how much memory to plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryBudget {
+    /// What is free.
+    Auto,
+    Bytes(Bytes),
+}
+
+impl std::str::FromStr for MemoryBudget {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(MemoryBudget::Auto),
+            _ => text.parse().map(MemoryBudget::Bytes).map_err(|error| format!("--memory-budget: {error}; or auto")),
+        }
+    }
+}
+
+impl std::fmt::Display for MemoryBudget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            MemoryBudget::Auto => f.write_str("auto"),
+            MemoryBudget::Bytes(bytes) => bytes.fmt(f),
         }
     }
 }
@@ -360,6 +394,7 @@ impl Default for Settings {
             device: DeviceRequest::Auto,
             no_shuffle: false,
             recompute: Recompute::default(),
+            memory_budget: None,
             paged_budget: None,
             page_memory: PageMemory::Auto,
             page_policy: None,

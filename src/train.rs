@@ -10,7 +10,7 @@ use crate::{
     interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
-    page_trace, profile,
+    page_trace, plan, profile,
     report::{self, StepLog, StepMetrics},
     run_dir::RunDir,
     settings::{Method, Settings},
@@ -66,6 +66,8 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let started = Instant::now();
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
+    let planned = plan::within_budget(&Settings { dtype, ..settings.clone() })?;
+    let settings = &Settings { dtype: settings.dtype, ..planned };
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     profile::check(settings.profile.as_deref(), model.llama.device())?;
     let tokenizer = model.tokenizer()?;

@@ -294,6 +294,13 @@ pub fn process_peak() -> Option<usize> {
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib << 10)
 }
 
+/// Host memory in bytes that new work can have, as the system estimates it; `None` where it does not.
+pub fn available() -> Option<usize> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1 << 10)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
