@@ -16,7 +16,7 @@ pub mod loss_scale;
 pub mod model;
 mod page_trace;
 pub mod paging;
-mod plan;
+pub mod plan;
 mod profile;
 pub mod report;
 pub mod run_dir;

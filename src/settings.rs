@@ -58,7 +58,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Continue the run in this folder, or the latest one in runs/, from its last checkpoint. Its settings are the run's; only
-    /// those that change no result may be given again (checkpoints, device, pages, --recompute)
+    /// those that change no result may be given again (checkpoints, device, pages, --recompute, --memory-budget)
     #[arg(long, value_name = "RUN_DIR", num_args = 0..=1, conflicts_with_all = ["config", "out"])]
     #[serde(skip)]
     pub resume: Option<Option<PathBuf>>,
@@ -450,6 +450,10 @@ impl Settings {
         let table: toml::Table = text.parse().with_context(|| format!("{} is not TOML", written.display()))?;
         let run = Settings::deserialize(table.clone()).with_context(|| format!("settings in {}", written.display()))?;
         let mut merged = table;
+        if args.memory_budget.is_some() {
+            // It chooses anew.
+            merged.remove("recompute");
+        }
         merged.extend(toml::Table::try_from(args).context("reading the command line")?);
         let mut settings = Settings::deserialize(merged).context("settings")?;
         settings.trace = args.trace.clone();
@@ -536,6 +540,10 @@ impl Settings {
                 self.page_size
             );
         }
+        ensure!(
+            self.memory_budget.is_none() || self.recompute == Recompute::default(),
+            "--memory-budget chooses the layers to recompute: leave --recompute out"
+        );
         ensure!(self.save_every != Some(0), "--save-every must be at least 1");
         // A year, which is as good as never and far from what a clock can count.
         ensure!((0.0..=525_600.0).contains(&self.save_minutes), "--save-minutes must be 0 to 525600");

@@ -11,7 +11,7 @@ use nibble_kernels::{
     attention::{self, Heads},
     cross_entropy, linear, quantize, rms_norm, table,
 };
-use nibble_runtime::{Tag, allocator, memory::Usage, pager::kept_bytes};
+use nibble_runtime::{DType, Tag, allocator, memory::Usage, pager::kept_bytes};
 use std::{cell::RefCell, rc::Rc};
 
 /// Bytes held for as long as this lives.
@@ -325,10 +325,23 @@ impl Walk<'_> {
         if self.job.is_full() { self.cast(n * k) } else { None }
     }
 
-    /// Workspace of a product of rows `[T, k]` with a weight into `[T, n]`.
-    fn product(&self, n: usize, k: usize, rank: usize) -> Option<Held> {
-        let chip = self.job.chip.filter(|_| self.w == 2 && self.job.quantized.is_some())?;
-        Some(self.workspace(linear::dequantized_bytes(chip, self.t, n, k, rank)))
+    /// Workspace of a product of rows `[T, k]` with a layer's weight into `[T, n]`.
+    fn product(&self, n: usize, k: usize, rank: usize) -> Held {
+        let bytes = match self.job.chip {
+            Some(chip) if self.w == 2 && self.job.quantized.is_some() => {
+                linear::dequantized_bytes(chip, self.t, n, k, rank)
+            }
+            // An f32 weight alone is multiplied as it is.
+            None if !self.job.is_full() => linear::panel_bytes(n, k),
+            _ => 0,
+        };
+        self.workspace(bytes)
+    }
+
+    /// Workspace of a product with the head into rows of `columns`.
+    fn head_product(&self, columns: usize, inner: usize) -> Held {
+        let is_f32 = self.job.is_full() || self.job.stored == DType::F32 || self.job.tables_in_8_bits();
+        self.workspace(if self.on_cpu() && !is_f32 { linear::panel_bytes(columns, inner) } else { 0 })
     }
 
     /// `Linear::forward`: the output and the adapter's `t`.
@@ -429,6 +442,7 @@ impl Walk<'_> {
     fn project(&self, rows: usize) -> Held {
         let c = &self.job.config;
         let logits = self.workspace(4 * rows * c.vocab_size);
+        drop(self.head_product(c.vocab_size, c.hidden_size));
         if self.job.tables_in_8_bits() {
             let slice = table::slice_rows(c.hidden_size, self.job.dtype, self.on_cpu()).min(c.vocab_size);
             drop([self.workspace(slice * c.hidden_size * self.w), self.workspace(4 * rows * slice)]);
@@ -447,6 +461,7 @@ impl Walk<'_> {
             return;
         }
         let _grad = self.workspace(rows * d * w);
+        drop(self.head_product(d, vocab));
         // A head that trains is f32, and its product with 16-bit rows is summed in f32 first.
         let _sums = (self.job.is_full() && self.fused()).then(|| self.workspace(4 * rows * d));
     }

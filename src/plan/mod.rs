@@ -17,12 +17,15 @@ use crate::{
     train::source,
 };
 use anyhow::{Context, Result, bail};
-use job::Job;
-use memory::peak;
+pub use job::Job;
+pub use memory::peak;
 use nibble_models::files::peft;
 use nibble_runtime::{Tag, memory::Usage};
 use room::{Choice, Room, recomputing, remedy};
 use std::fmt::Write;
+
+/// Advice where no option helps.
+const SMALLER: &str = "a smaller model";
 
 /// The job of these settings on the device of `room`.
 fn job(settings: &Settings, room: &Room) -> Result<Job> {
@@ -59,16 +62,12 @@ pub fn within_budget(settings: &Settings) -> Result<Settings> {
             bytes(least.total_peak),
             bytes(room.bytes),
             room.of,
-            remedy(&job, &room)?
+            remedy(&job, &room)?.unwrap_or_else(|| SMALLER.into())
         );
     };
-    let pages = match (chosen.settings.paged_budget, settings.paged_budget) {
-        (Some(now), before) if Some(now) != before => format!(", --paged-budget {now}"),
-        _ => String::new(),
-    };
     eprintln!(
-        "plan     --recompute {}{pages}: {} of {} at the peak ({})",
-        chosen.recomputed(),
+        "plan     {}: {} of {} at the peak ({})",
+        options(&chosen, &job),
         bytes(usage.total_peak),
         bytes(room.bytes),
         room.of
@@ -117,10 +116,10 @@ pub fn table(args: &PlanArgs) -> Result<String> {
     writeln!(out, "{} x {} tokens a micro-batch, by layers recomputed:", settings.batch_size, settings.seq_len)?;
     writeln!(out, "  layers      total{tags}      tok/s  fits")?;
     for count in counts {
-        let job = recomputing(&job, count);
-        let usage = peak(&job)?;
+        let with = recomputing(&job, count);
+        let usage = peak(&with)?;
         let tags = usage.peak.map(|peak| format!("{:>12}", bytes(peak))).concat();
-        writeln!(out, "{count:>8} {:>10}{tags} {}", bytes(usage.total_peak), verdict(&room, &job, &usage))?;
+        writeln!(out, "{count:>8} {:>10}{tags} {}", bytes(usage.total_peak), verdict(&room, &with, &usage, &job))?;
     }
 
     writeln!(
@@ -134,44 +133,61 @@ pub fn table(args: &PlanArgs) -> Result<String> {
     shapes.sort_unstable();
     shapes.dedup();
     for (batch, length) in shapes {
-        let mut job = job.clone();
-        (job.settings.batch_size, job.settings.seq_len) = (batch, length);
-        let choice = match room.fastest(&job)? {
+        let mut shaped = job.clone();
+        (shaped.settings.batch_size, shaped.settings.seq_len) = (batch, length);
+        let choice = match room.fastest(&shaped)? {
             Some(choice) => choice,
             None => {
-                let job = recomputing(&job, layers);
+                let job = recomputing(&shaped, layers);
                 Choice { usage: peak(&job)?, job }
             }
         };
         let (shape, count, total) = (format!("{batch} x {length}"), choice.job.recomputed(), choice.usage.total_peak);
-        writeln!(out, "{shape:>14} {count:>8} {:>10} {}", bytes(total), verdict(&room, &choice.job, &choice.usage))?;
+        writeln!(
+            out,
+            "{shape:>14} {count:>8} {:>10} {}",
+            bytes(total),
+            verdict(&room, &choice.job, &choice.usage, &job)
+        )?;
     }
     writeln!(out, "\n{}", advice(&job, &room, fastest)?)?;
-    writeln!(out, "{}", room.rates().map_or("tok/s: no rates are known for this device.", |(_, worth)| worth))?;
+    writeln!(
+        out,
+        "tok/s: {}.",
+        room.rates(&job).map_or("no rates are known for this device and type", |(_, worth)| worth)
+    )?;
     Ok(out)
 }
 
 /// Speed, and whether it fits.
-fn verdict(room: &Room, job: &Job, usage: &Usage) -> String {
-    let speed =
-        room.rates().map_or("unknown".into(), |(rates, _)| format!("{:.0}", job.tokens() as f64 / rates.seconds(job)));
-    format!("{speed:>10}  {}", if room.holds(usage) { "yes" } else { "no" })
+fn verdict(room: &Room, job: &Job, usage: &Usage, asked: &Job) -> String {
+    let speed = room.rates(job).map_or("unknown".into(), |(rates, _)| format!("{:.0}", rates.speed(job)));
+    let fits = if room.holds(usage) { "yes" } else { "no" };
+    format!("{speed:>10}  {fits}{}", pages_away(job, asked).map_or(String::new(), |option| format!(", with {option}")))
+}
+
+/// The option for the pages that leave the device for it, where some do.
+fn pages_away(job: &Job, asked: &Job) -> Option<String> {
+    let budget = job.settings.paged_budget.filter(|_| job.settings.paged_budget != asked.settings.paged_budget)?;
+    Some(format!("--paged-budget {budget}"))
+}
+
+/// The options of a choice, where they are not those of `asked`.
+fn options(chosen: &Job, asked: &Job) -> String {
+    let recompute = match chosen.recomputed() {
+        0 => "everything kept (no --recompute)".to_string(),
+        layers if layers == chosen.config.num_layers => "--recompute".into(),
+        layers => format!("--recompute {layers}"),
+    };
+    [recompute].into_iter().chain(pages_away(chosen, asked)).collect::<Vec<_>>().join(" ")
 }
 
 /// What to do, in a sentence.
 fn advice(job: &Job, room: &Room, fastest: Option<Choice>) -> Result<String> {
-    let Some(Choice { job: chosen, usage }) = fastest else {
-        return Ok(format!("Nothing fits. What would: {}.", remedy(job, room)?));
-    };
-    let mut options = match chosen.recomputed() {
-        0 => "everything kept (no --recompute)".to_string(),
-        layers if layers == job.config.num_layers => "--recompute".into(),
-        layers => format!("--recompute {layers}"),
-    };
-    if let Some(budget) =
-        chosen.settings.paged_budget.filter(|_| chosen.settings.paged_budget != job.settings.paged_budget)
-    {
-        write!(options, " --paged-budget {budget}")?;
-    }
-    Ok(format!("Fastest that fits: {options}, {} at the peak.", bytes(usage.total_peak)))
+    Ok(match fastest {
+        Some(Choice { job: chosen, usage }) => {
+            format!("Fastest that fits: {}, {} at the peak.", options(&chosen, job), bytes(usage.total_peak))
+        }
+        None => format!("Nothing fits. What would: {}.", remedy(job, room)?.unwrap_or_else(|| SMALLER.into())),
+    })
 }

@@ -2,13 +2,14 @@
 
 use super::{Job, memory::peak, time::Rates};
 use crate::{
+    cli::EmbeddingBits,
     paging::{Bytes, PagedBudget},
     report::bytes,
-    settings::Recompute,
+    settings::{Method, Recompute},
 };
 use anyhow::Result;
 use nibble_runtime::{
-    Device, DeviceRequest,
+    DType, Device, DeviceRequest,
     cuda::{Chip, Gpu},
     memory::{self, Usage},
 };
@@ -66,8 +67,10 @@ impl Room {
         usage.total_peak as f64 * (1.0 + MARGIN) <= self.bytes as f64
     }
 
-    /// The rates to estimate time by, and what they are worth. `None` where nothing is known of the device.
-    pub fn rates(&self) -> Option<(Rates, &'static str)> {
+    /// The rates to estimate time by, and what they are worth. `None` where nothing is known of the device, or of this type
+    /// on it.
+    pub fn rates(&self, job: &Job) -> Option<(Rates, &'static str)> {
+        (job.dtype != DType::F32).then_some(())?;
         Rates::of(&self.name, self.chip.is_some_and(|chip| chip.capability == (9, 0)))
     }
 
@@ -99,12 +102,12 @@ impl Room {
     /// As [`peak`].
     pub fn fastest(&self, job: &Job) -> Result<Option<Choice>> {
         // Which of two steps is faster hardly depends on the GPU.
-        let rates = self.rates().map_or_else(Rates::reference, |(rates, _)| rates);
+        let rates = self.rates(job).map_or_else(Rates::reference, |(rates, _)| rates);
         let mut best: Option<(f64, Choice)> = None;
         let mut offer = |choice: Choice| {
-            let seconds = rates.seconds(&choice.job);
-            if best.as_ref().is_none_or(|(least, _)| seconds < *least) {
-                best = Some((seconds, choice));
+            let speed = rates.speed(&choice.job);
+            if best.as_ref().is_none_or(|(most, _)| speed > *most) {
+                best = Some((speed, choice));
             }
         };
         for layers in 0..=job.config.num_layers {
@@ -135,56 +138,73 @@ pub fn recomputing(job: &Job, layers: usize) -> Job {
     job
 }
 
-/// What would make a job fit that does not: the first of these changes, each on top of those before it.
+/// A change that makes a step take less, and the options that ask for it; `None` where it changes nothing.
+type Change = fn(&mut Job) -> Option<String>;
+
+/// Those that a user may make, what costs least first.
+const CHANGES: [Change; 6] = [
+    |job| {
+        job.settings.recompute = Recompute(usize::MAX);
+        Some("--recompute".into())
+    },
+    |job| {
+        let pages = job.chip.is_some().then_some(PagedBudget::Bytes(Bytes(0)))?;
+        (job.settings.paged_budget.replace(pages) != Some(pages)).then(|| "--paged-budget 0".into())
+    },
+    |job| {
+        let batch = std::mem::replace(&mut job.settings.batch_size, 1);
+        job.settings.grad_accum *= batch;
+        (batch > 1).then(|| format!("--batch-size 1 --grad-accum {}", job.settings.grad_accum))
+    },
+    |job| {
+        (job.settings.method, job.quantized) = match job.quantized {
+            Some(_) => return None,
+            None => (Method::Qlora, Some((job.settings.block_size, true))),
+        };
+        Some("--method qlora".into())
+    },
+    |job| {
+        let before = std::mem::replace(&mut job.settings.embedding_bits, EmbeddingBits::Bits8);
+        (before != EmbeddingBits::Bits8).then(|| "--embedding-bits 8".into())
+    },
+    |job| {
+        let rank = std::mem::replace(&mut job.settings.rank, 8);
+        (rank > 8).then(|| "--rank 8".into())
+    },
+];
+
+/// The options with which a job fits that does not: as few of [`CHANGES`] as will do and then the longest sequences; `None` if
+/// none will.
 ///
 /// # Errors
 /// As [`peak`].
-pub fn remedy(job: &Job, room: &Room) -> Result<String> {
-    let mut job = recomputing(job, job.config.num_layers);
-    let mut changes = vec!["--recompute".to_string()];
-    type Change = fn(&mut Job) -> Option<String>;
-    let smaller: [Change; 5] = [
-        |job| {
-            // Fits only if pages may leave at all.
-            job.settings.paged_budget = Some(PagedBudget::Bytes(Bytes(0)));
-            job.chip.map(|_| "--paged-budget 0".into())
-        },
-        |job| {
-            let batch = std::mem::replace(&mut job.settings.batch_size, 1);
-            job.settings.grad_accum *= batch;
-            (batch > 1).then(|| format!("--batch-size 1 --grad-accum {}", job.settings.grad_accum))
-        },
-        |job| {
-            (job.is_full() || job.quantized.is_none()).then(|| {
-                job.settings.method = crate::settings::Method::Qlora;
-                job.quantized = Some((job.settings.block_size, true));
-                "--method qlora".into()
-            })
-        },
-        |job| {
-            job.settings.embedding_bits = crate::cli::EmbeddingBits::Bits8;
-            (!job.is_full()).then(|| "--embedding-bits 8".into())
-        },
-        |job| {
-            let rank = std::mem::replace(&mut job.settings.rank, 8);
-            (rank > 8).then(|| "--rank 8".into())
-        },
-    ];
-    if room.holds(&peak(&job)?) {
-        return Ok(changes.join(" "));
-    }
-    for change in smaller {
-        changes.extend(change(&mut job));
-        if room.holds(&peak(&job)?) {
-            return Ok(changes.join(" "));
+pub fn remedy(job: &Job, room: &Room) -> Result<Option<String>> {
+    let with = |changes: &[Change], seq_len: usize| -> Result<Option<String>> {
+        let mut job = job.clone();
+        let mut options: Vec<String> = changes.iter().filter_map(|change| change(&mut job)).collect();
+        if seq_len != job.settings.seq_len {
+            options.push(format!("--seq-len {seq_len}"));
+        }
+        job.settings.seq_len = seq_len;
+        Ok(room.holds(&peak(&job)?).then(|| options.join(" ")))
+    };
+    let lengths =
+        std::iter::successors(Some(job.settings.seq_len), |length| Some(length / 2).filter(|&half| half >= 128));
+    for length in lengths {
+        for count in 1..=CHANGES.len() {
+            if with(&CHANGES[..count], length)?.is_none() {
+                continue;
+            }
+            // Of those before the last some may not be needed.
+            let mut needed = CHANGES[..count].to_vec();
+            for place in (0..count).rev() {
+                let change = needed.remove(place);
+                if with(&needed, length)?.is_none() {
+                    needed.insert(place, change);
+                }
+            }
+            return with(&needed, length);
         }
     }
-    while job.settings.seq_len > 128 {
-        job.settings.seq_len /= 2;
-        if room.holds(&peak(&job)?) {
-            changes.push(format!("--seq-len {}", job.settings.seq_len));
-            return Ok(changes.join(" "));
-        }
-    }
-    Ok("a smaller model".into())
+    Ok(None)
 }

@@ -18,6 +18,12 @@ pub(super) const STRIP: usize = 96;
 /// Length of the inner dimension in a panel.
 pub(super) const DEPTH: usize = 2048;
 
+/// Bytes of the panels of a product with `columns` columns and this inner dimension, if every thread has one.
+pub(super) fn panel_bytes(columns: usize, inner: usize) -> usize {
+    let strips = columns.div_ceil(STRIP).min(rayon::current_num_threads());
+    strips * columns.min(STRIP) * inner.min(DEPTH) * size_of::<f32>()
+}
+
 /// Which way round a weight `[N, K]` is multiplied.
 #[derive(Clone, Copy)]
 pub(super) enum Side {

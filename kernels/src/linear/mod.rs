@@ -270,6 +270,12 @@ pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) 
     if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
 }
 
+/// Bytes of workspace, at most, of a product on the CPU with this inner dimension into rows of `columns`, if anything is
+/// converted for it: a weight that is not f32, or one with a low-rank branch.
+pub fn panel_bytes(columns: usize, inner: usize) -> usize {
+    cpu::panel_bytes(columns, inner)
+}
+
 pub use skinny::weight_grad_workspace;
 
 /// `scale · gᵀ · x` as f32 `[N, K]`, for a trainable weight.
