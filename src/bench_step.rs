@@ -31,7 +31,8 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let train = TrainArgs { data: Some("random tokens".into()), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
     // One micro-batch a step.
-    let settings = plan::within_budget(&Settings { grad_accum: 1, ..settings })?;
+    let settings = Settings { grad_accum: 1, ..settings };
+    let settings = plan::within(plan::budget(&settings)?, &settings, settings.seq_len)?;
     ensure!(args.timed > 0, "--timed must be at least 1");
     let clock = Instant::now();
     let mut model = Model::load(&source(&settings))?;

@@ -66,14 +66,17 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let started = Instant::now();
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
-    let planned = plan::within_budget(&Settings { dtype, ..settings.clone() })?;
-    let settings = &Settings { dtype: settings.dtype, ..planned };
+    let budget = plan::budget(settings)?;
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     profile::check(settings.profile.as_deref(), model.llama.device())?;
     let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
     let adapter_config = attach(&mut model, settings)?;
     let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
+    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+    let planned = plan::within(budget, &Settings { dtype, ..settings.clone() }, longest)?;
+    let settings = &Settings { dtype: settings.dtype, ..planned };
+    model.llama.recomputed = settings.recompute.0;
     let origin = Origin {
         model: digest,
         adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),

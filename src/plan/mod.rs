@@ -21,7 +21,8 @@ pub use job::Job;
 pub use memory::peak;
 use nibble_models::files::peft;
 use nibble_runtime::{Tag, memory::Usage};
-use room::{Choice, Room, recomputing, remedy};
+pub use room::Room;
+use room::{Choice, recomputing, remedy};
 use std::fmt::Write;
 
 /// Advice where no option helps.
@@ -41,24 +42,36 @@ fn job(settings: &Settings, room: &Room) -> Result<Job> {
     Ok(Job::new(&outline, &settings, room.chip))
 }
 
-/// The settings with what `--memory-budget` chooses, said on standard error; as they are where it was not given.
+/// The memory of `--memory-budget`, where it was given; to be found before anything is loaded.
+///
+/// # Errors
+/// The device cannot be used.
+pub fn budget(settings: &Settings) -> Result<Option<Room>> {
+    let given = match settings.memory_budget {
+        None => return Ok(None),
+        Some(MemoryBudget::Auto) => None,
+        Some(MemoryBudget::Bytes(bytes)) => Some(bytes),
+    };
+    Room::find(settings.device, given, false).map(Some)
+}
+
+/// The settings with what is fastest within a [`budget`], said on standard error, for examples of at most `longest` tokens. As
+/// they are where there is none.
 ///
 /// # Errors
 /// Nothing fits.
-pub fn within_budget(settings: &Settings) -> Result<Settings> {
-    let mut settings = settings.clone();
-    let Some(budget) = settings.memory_budget.take() else { return Ok(settings) };
-    let given = match budget {
-        MemoryBudget::Auto => None,
-        MemoryBudget::Bytes(bytes) => Some(bytes),
-    };
-    let room = Room::find(settings.device, given, false)?;
-    let job = job(&settings, &room)?;
+pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Result<Settings> {
+    let mut settings = Settings { memory_budget: None, ..settings.clone() };
+    let Some(room) = budget else { return Ok(settings) };
+    let mut job = job(&settings, &room)?;
+    job.settings.seq_len = longest.min(settings.seq_len).max(1);
     let Some(Choice { job: chosen, usage }) = room.fastest(&job)? else {
         let least = peak(&recomputing(&job, job.config.num_layers))?;
         bail!(
-            "--memory-budget {budget}: nothing fits. With all layers recomputed a step takes {}, and there are {} for it \
-             ({}). What would fit: {}",
+            "--memory-budget: nothing fits. With all layers recomputed a step of {} x {} tokens takes {}, and there are {} \
+             for it ({}). What would fit: {}",
+            job.settings.batch_size,
+            job.settings.seq_len,
             bytes(least.total_peak),
             bytes(room.bytes),
             room.of,

@@ -4,6 +4,7 @@ mod export;
 mod faults;
 mod gguf;
 mod inference;
+mod plan;
 #[cfg(unix)]
 mod resume;
 mod support;
