@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::settings::TrainArgs;
+use crate::{data::DataSpec, input::ReadArgs, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
@@ -193,9 +193,11 @@ impl SamplingArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// JSONL or text file
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// Files (JSONL, JSON, CSV, Parquet, text; also .gz, .zst) and folders of them, with commas between
+    #[arg(long, value_name = "PATH,…")]
+    pub data: DataSpec,
+    #[command(flatten)]
+    pub read: ReadArgs,
     /// Tokens of an example at most
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub seq_len: usize,

@@ -5,7 +5,7 @@ use crate::{
     cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
-    export, interrupt,
+    export, input, interrupt,
     model::{Model, ModelSource},
     report,
     run_dir::RunDir,
@@ -72,8 +72,10 @@ fn eval_command(args: &EvalArgs) -> Result<i32> {
     interrupt::listen().context("listening for Ctrl-C")?;
     let mut model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
-    let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
-    let examples = data::load_examples(&args.data, tokenizer.as_ref(), &options)?;
+    let options = args.read.options(args.seq_len, model.llama.config.vocab_size);
+    let Some(examples) = input::read_held_out(&args.data, tokenizer.as_ref(), &options)? else {
+        return Ok(interrupt::EXIT_CODE);
+    };
     for adapter in text::choices(&args.model.adapter) {
         model.llama.switch_adapter(adapter.key())?;
         let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };

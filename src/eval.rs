@@ -1,7 +1,7 @@
 //! Evaluation: how likely a model finds the right answers, and how often it would give exactly them.
 
 use crate::{
-    data::{Batch, Example, collate},
+    data::{Batch, Example, Examples, collate},
     interrupt,
     model::Model,
     report,
@@ -42,10 +42,11 @@ pub fn packed(batch: &Batch) -> Packed<'_> {
 }
 
 /// Evaluates `examples`; `None` if the user interrupted.
-pub fn evaluate(model: &Model, examples: &[Example]) -> Result<Option<EvalResult>> {
+pub fn evaluate(model: &Model, examples: &Examples) -> Result<Option<EvalResult>> {
     // Longest first, so that a batch holds examples of similar length and the worst memory comes at once.
-    let mut order: Vec<&Example> = examples.iter().collect();
-    order.sort_by_key(|example| std::cmp::Reverse(example.ids.len()));
+    let lengths = examples.lengths()?;
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(lengths[index]));
     let bar = report::bar("eval", examples.len());
     let (mut nll, mut tokens, mut exact) = (0.0, 0, 0);
     let mut rest = &order[..];
@@ -54,9 +55,10 @@ pub fn evaluate(model: &Model, examples: &[Example]) -> Result<Option<EvalResult
             bar.finish_and_clear();
             return Ok(None);
         }
-        let longest = rest[0].ids.len().max(1);
+        let longest = (lengths[rest[0]] as usize).max(1);
         let (chunk, left) = rest.split_at((TOKENS / longest).clamp(1, rest.len()));
-        let batch = collate(chunk);
+        let chosen = chunk.iter().map(|&index| examples.get(index)).collect::<Result<Vec<_>, _>>()?;
+        let batch = collate(&chosen.iter().collect::<Vec<_>>());
         let out = model.llama.evaluate(packed(&batch))?;
         nll += out.sum()?;
         let correct = out.correct()?;
@@ -83,13 +85,12 @@ pub struct Answer {
 }
 
 /// Answers the first `count` examples that have a prompt, greedily.
-pub fn answers(model: &Model, tokenizer: &Tokenizer, examples: &[Example], count: usize) -> Result<Vec<Answer>> {
+pub fn answers(model: &Model, tokenizer: &Tokenizer, examples: &Examples, count: usize) -> Result<Vec<Answer>> {
     let stop = model.stop_ids(tokenizer);
-    let with_prompt = examples.iter().filter_map(|example| {
-        let prompt = example.labels.iter().take_while(|&&label| label < 0).count();
-        (prompt > 1).then(|| example.ids.split_at(prompt))
-    });
-    let answer = |(prompt, expected): (&[u32], &[u32])| {
+    let with_prompt = |example: &Result<Example, _>| example.as_ref().map_or(true, |example| example.prompt_len() > 1);
+    let answer = |example: Result<Example, _>| {
+        let example = example?;
+        let (prompt, expected) = example.ids.split_at(example.prompt_len());
         let found = generate(&model.llama, prompt, expected.len() + 16, &stop, Sampling::GREEDY, |_| true)?;
         Ok(Answer {
             prompt: tokenizer.decode(prompt, true)?,
@@ -97,5 +98,5 @@ pub fn answers(model: &Model, tokenizer: &Tokenizer, examples: &[Example], count
             found: tokenizer.decode(&found, true)?,
         })
     };
-    with_prompt.take(count).map(answer).collect()
+    examples.iter().filter(with_prompt).take(count).map(answer).collect()
 }

@@ -54,6 +54,17 @@ pub fn bar(what: &str, total: usize) -> ProgressBar {
     bar
 }
 
+/// A bar over `total` bytes on a terminal; elsewhere nothing.
+pub fn bytes_bar(what: &str, total: u64) -> ProgressBar {
+    let bar = bar(what, 0);
+    bar.set_length(total);
+    let style = ProgressStyle::with_template(
+        "{prefix:>10} {bar:28.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}",
+    );
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
+    bar
+}
+
 /// The next value of a running mean.
 fn smooth(mean: Option<f64>, value: f64) -> f64 {
     mean.map_or(value, |mean| 0.9 * mean + 0.1 * value)

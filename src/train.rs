@@ -2,12 +2,13 @@
 
 use crate::{
     best::{Best, Evaluations},
-    checkpoint::{self, Checkpoint, Origin, Saver, State},
+    checkpoint::{Checkpoint, Origin, Saver, State},
     cli::DTypeChoice,
-    data::{self, Batch, Example, Sampler, collate},
+    data::{DataSpec, Examples},
+    deal::Deal,
     default_task,
     eval::{EvalResult, answers, evaluate},
-    interrupt,
+    input, interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
     page_trace,
@@ -70,15 +71,19 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
     let adapter_config = attach(&mut model, settings)?;
-    let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
+    let stopped = |before| {
+        eprintln!("stopped before the first step; nothing was written");
+        Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None })
+    };
+    let Some((examples, held_out)) = load_data(&model, tokenizer.as_ref(), settings)? else { return stopped(None) };
     let origin = Origin {
         model: digest,
         adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),
-        data: checkpoint::digest(&examples),
-        eval_data: checkpoint::digest(&held_out),
+        data: examples.known().digest.clone(),
+        eval_data: held_out.known().digest.clone(),
     };
-    let setup = Setup { settings, dir, new, adapter_config, tokenizer, examples, held_out };
-    let Setup { dir, tokenizer, held_out, .. } = &setup;
+    let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, examples, held_out };
+    let Setup { tokenizer, held_out, .. } = &setup;
 
     let before = match &checkpoint {
         Some(Checkpoint { state, .. }) => {
@@ -88,8 +93,7 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out)?,
     };
     if checkpoint.is_none() && interrupt::requested() {
-        eprintln!("stopped before the first step; nothing was written");
-        return Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None });
+        return stopped(before);
     }
     if new {
         dir.create(settings)?;
@@ -125,8 +129,8 @@ struct Setup<'a> {
     /// `None` for full fine-tuning.
     adapter_config: Option<peft::AdapterConfig>,
     tokenizer: Option<Tokenizer>,
-    examples: Vec<Example>,
-    held_out: Vec<Example>,
+    examples: Examples,
+    held_out: Examples,
 }
 
 impl Setup<'_> {
@@ -192,28 +196,25 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::Ada
     Ok(config)
 }
 
-/// The training and the held-out examples.
+/// The training and the held-out examples; `None` if the user interrupted.
 fn load_data(
     model: &Model,
     tokenizer: Option<&Tokenizer>,
     settings: &Settings,
-) -> Result<(Vec<Example>, Vec<Example>)> {
+) -> Result<Option<(Examples, Examples)>> {
     let embedded = match settings.data {
         None => Some(default_task::unpack().context("unpacking the embedded task")?),
         Some(_) => None,
     };
-    let inside = |name: &str| embedded.as_ref().map(|dir| dir.path().join(name));
-    let train = settings.data.clone().or_else(|| inside(default_task::TRAIN));
-    let held_out = settings.eval_data.clone().or_else(|| inside(default_task::EVAL));
-    let options = data::DataOptions { seq_len: settings.seq_len, vocab_size: model.llama.config.vocab_size };
-    let load = |path: Option<PathBuf>| match path {
-        None => Ok(Vec::new()),
-        Some(path) => data::load_examples(&path, tokenizer, &options),
+    let inside = |name: &str| embedded.as_ref().map(|dir| DataSpec::from(dir.path().join(name)));
+    let options = settings.data_options(model.llama.config.vocab_size);
+    let train = settings.data.clone().or_else(|| inside(default_task::TRAIN)).context("no data to train on")?;
+    let Some(train) = input::read("data", &train, tokenizer, &options)? else { return Ok(None) };
+    let held_out = match settings.eval_data.clone().or_else(|| inside(default_task::EVAL)) {
+        None => Some(Examples::none()),
+        Some(spec) => input::read_held_out(&spec, tokenizer, &options)?,
     };
-    let (train, held_out) = (load(train)?, load(held_out)?);
-    let tokens: usize = train.iter().map(|example| example.ids.len()).sum();
-    eprintln!("data     {} examples, {tokens} tokens; {} held out", train.len(), held_out.len());
-    Ok((train, held_out))
+    Ok(held_out.map(|held_out| (train, held_out)))
 }
 
 /// Evaluates on the held-out examples and shows a few answers.
@@ -221,7 +222,7 @@ fn evaluate_and_show(
     when: &str,
     model: &Model,
     tokenizer: Option<&Tokenizer>,
-    held_out: &[Example],
+    held_out: &Examples,
 ) -> Result<Option<EvalResult>> {
     if held_out.is_empty() {
         return Ok(None);
@@ -256,6 +257,9 @@ fn optimize(
 ) -> Result<Optimized> {
     let Setup { settings, dir, examples, .. } = setup;
     let deal = Deal::new(examples, settings)?;
+    if let Some(packing) = deal.packing(settings) {
+        eprintln!("packing  {packing}");
+    }
     if let Some(checkpoint) = &checkpoint {
         checkpoint.load_parameters(&mut model.llama)?;
     }
@@ -346,53 +350,11 @@ fn save_state(saver: &mut Saver, state: &mut State, model: &Model, stepper: &Ste
     saved.with_context(|| saver.advice(state.step))
 }
 
-/// Which examples each step gets, and how many steps there are: functions of data and settings.
-struct Deal<'a> {
-    examples: &'a [Example],
-    sampler: Sampler,
-    /// Micro-batches of a step.
-    window: usize,
-    /// Micro-batches of the run.
-    batches: usize,
-    /// Steps of the run.
-    total: u32,
-}
-
-impl<'a> Deal<'a> {
-    fn new(examples: &'a [Example], settings: &Settings) -> Result<Self> {
-        let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
-        let window = settings.grad_accum;
-        let (batches, total) = match settings.steps {
-            Some(steps) => ((steps as usize).saturating_mul(window), steps),
-            None => {
-                let batches = settings.epochs.unwrap_or(1) as usize * sampler.steps_per_epoch();
-                (batches, u32::try_from(batches.div_ceil(window)).context("too many steps")?)
-            }
-        };
-        Ok(Deal { examples, sampler, window, batches, total })
-    }
-
-    /// Number of the first micro-batch of `step`.
-    fn first(&self, step: u32) -> usize {
-        (step as usize).saturating_mul(self.window)
-    }
-
-    /// The micro-batches of `step`. The last step of an epochs-long run may get fewer.
-    fn batches(&self, step: u32) -> Vec<Batch> {
-        let first = self.first(step);
-        let batch = |index| {
-            let chosen = self.sampler.batch_indices(index).into_iter().map(|i| &self.examples[i]);
-            collate(&chosen.collect::<Vec<_>>())
-        };
-        (first..first.saturating_add(self.window).min(self.batches)).map(batch).collect()
-    }
-}
-
 /// Makes optimizer step `step`, counted from 0.
 fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, setup: &Setup) -> Result<StepMetrics> {
     let settings = setup.settings;
     let clock = Instant::now();
-    let batches = deal.batches(step);
+    let batches = deal.batches(step)?;
     let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();
     ensure!(
         batches.iter().any(|batch| batch.unmasked() > 0),
