@@ -5,12 +5,12 @@ use crate::{
     cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
     data, default_task,
     eval::{self, EvalResult},
-    export, input, interrupt,
+    export, hub, input, interrupt,
     model::{Model, ModelSource},
     report,
     run_dir::RunDir,
     settings::{Settings, TrainArgs},
-    text, train,
+    show, text, train,
 };
 use anyhow::{Context, Result, bail, ensure};
 use nibble_kernels::quantize::QuantType;
@@ -39,6 +39,9 @@ fn train_command(args: &TrainArgs) -> Result<i32> {
     let outcome = match &args.resume {
         None => {
             let settings = Settings::resolve(args, default_task::RECIPE)?;
+            if let Some(count) = args.show_batch {
+                return show::show_batches(&settings, count).map(|()| 0);
+            }
             interrupt::listen().context("listening for Ctrl-C")?;
             train::train(&settings)?
         }
@@ -70,10 +73,11 @@ pub(crate) fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
 
 fn eval_command(args: &EvalArgs) -> Result<i32> {
     interrupt::listen().context("listening for Ctrl-C")?;
+    let data = hub::data(&args.data, true)?;
     let mut model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
     let options = args.read.options(args.seq_len, model.llama.config.vocab_size);
-    let Some(examples) = input::read_held_out(&args.data, tokenizer.as_ref(), &options)? else {
+    let Some(examples) = input::read_held_out(&data, tokenizer.as_ref(), &options)? else {
         return Ok(interrupt::EXIT_CODE);
     };
     for adapter in text::choices(&args.model.adapter) {

@@ -58,17 +58,21 @@ impl<'a> Deal<'a> {
         (step as usize).saturating_mul(self.window)
     }
 
+    /// The examples of a micro-batch; `None` if the run has no more.
+    pub fn chosen(&self, batch: usize) -> Option<Vec<usize>> {
+        (batch < self.batches).then(|| self.sampler.batch_indices(batch))
+    }
+
     /// The micro-batches of `step`. The last step of an epochs-long run may get fewer.
     ///
     /// # Errors
     /// The examples cannot be read.
     pub fn batches(&self, step: u32) -> Result<Vec<Batch>> {
         let first = self.first(step);
-        let batch = |index| {
-            let chosen = self.sampler.batch_indices(index).into_iter().map(|index| self.examples.get(index));
-            let chosen = chosen.collect::<Result<Vec<_>, _>>()?;
+        let batch = |chosen: Vec<usize>| {
+            let chosen = chosen.into_iter().map(|index| self.examples.get(index)).collect::<Result<Vec<_>, _>>()?;
             Ok(collate(&chosen.iter().collect::<Vec<_>>()))
         };
-        (first..first.saturating_add(self.window).min(self.batches)).map(batch).collect()
+        (first..first.saturating_add(self.window)).map_while(|number| self.chosen(number)).map(batch).collect()
     }
 }

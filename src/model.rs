@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{DTypeChoice, EmbeddingBits, ModelArgs, QuantChoice},
-    default_task, report,
+    default_task, hub, report,
 };
 use anyhow::{Context, Result, ensure};
 use nibble_kernels::{
@@ -102,16 +102,7 @@ impl Model {
             bar.finish_and_clear();
             return Ok(Model::new(llama, footprint, path.display().to_string(), None, None));
         }
-        let unpacked = match source.path {
-            None => Some(default_task::unpack().context("unpacking the embedded model")?),
-            Some(_) => None,
-        };
-        let path = match (&source.path, &unpacked) {
-            (Some(path), _) => path.clone(),
-            (None, Some(dir)) => dir.path().join(default_task::MODEL),
-            (None, None) => unreachable!("the embedded model was unpacked above"),
-        };
-        let checkpoint = Checkpoint::open(&path)?;
+        let (checkpoint, unpacked) = open(source)?;
         let as_it_is = checkpoint.kind() == CheckpointKind::Bitsandbytes && !source.quant_chosen;
         let dtype = dtype.map_or_else(|| Ok(source.dtype.resolve(device)), |dtype| dtype(&checkpoint))?;
         let bar = report::bar("load", checkpoint.config().num_layers);
@@ -159,20 +150,19 @@ impl Model {
     /// # Errors
     /// It cannot be read, or has more tokens than the model.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
-        let path = checkpoint.path();
-        let tokenizer = match checkpoint.gguf() {
-            Some(gguf) => Tokenizer::from_gguf(gguf)?,
-            None if !path.join("tokenizer.json").exists() => return Ok(None),
-            None => Tokenizer::from_folder(path)?,
-        };
-        let (tokens, vocab) = (tokenizer.vocab_size(), self.llama.config.vocab_size);
-        let path = path.display();
-        ensure!(
-            tokens <= vocab,
-            "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
-        );
-        Ok(Some(tokenizer))
+        self.checkpoint.as_ref().map_or(Ok(None), tokenizer_of)
+    }
+
+    /// The tokenizer of a model that is not loaded, and the size of its vocabulary.
+    ///
+    /// # Errors
+    /// As [`Model::tokenizer`].
+    pub fn tokenizer_without_weights(source: &ModelSource) -> Result<(Option<Tokenizer>, usize)> {
+        if let Some(shape) = source.path.as_deref().and_then(random_shape) {
+            return Ok((None, LlamaConfig::shape(shape)?.vocab_size));
+        }
+        let (checkpoint, _unpacked) = open(source)?;
+        Ok((tokenizer_of(&checkpoint)?, checkpoint.config().vocab_size))
     }
 
     /// As [`Model::tokenizer`], for work that cannot do without.
@@ -235,6 +225,33 @@ impl Model {
         ids.dedup();
         ids
     }
+}
+
+/// The checkpoint of a model, and the folder of the embedded one, to be kept as long as its files are mapped.
+fn open(source: &ModelSource) -> Result<(Checkpoint, Option<TempDir>)> {
+    match &source.path {
+        Some(path) => Ok((Checkpoint::open(&hub::model(path)?)?, None)),
+        None => {
+            let unpacked = default_task::unpack().context("unpacking the embedded model")?;
+            Ok((Checkpoint::open(&unpacked.path().join(default_task::MODEL))?, Some(unpacked)))
+        }
+    }
+}
+
+fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
+    let path = checkpoint.path();
+    let tokenizer = match checkpoint.gguf() {
+        Some(gguf) => Tokenizer::from_gguf(gguf)?,
+        None if !path.join("tokenizer.json").exists() => return Ok(None),
+        None => Tokenizer::from_folder(path)?,
+    };
+    let (tokens, vocab) = (tokenizer.vocab_size(), checkpoint.config().vocab_size);
+    let path = path.display();
+    ensure!(
+        tokens <= vocab,
+        "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
+    );
+    Ok(Some(tokenizer))
 }
 
 fn described(adapter: &peft::Adapter) -> String {

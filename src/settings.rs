@@ -59,6 +59,10 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub read: ReadArgs,
+    /// Show the first N micro-batches, learned and unlearned text apart, and train nothing
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", conflicts_with = "resume")]
+    #[serde(skip)]
+    pub show_batch: Option<usize>,
     /// Start from this PEFT adapter instead of a new one
     #[arg(long, value_name = "DIR")]
     pub adapter_init: Option<PathBuf>,

@@ -8,7 +8,7 @@ use crate::{
     deal::Deal,
     default_task,
     eval::{EvalResult, answers, evaluate},
-    input, interrupt,
+    hub, input, interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
     page_trace,
@@ -67,6 +67,12 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let started = Instant::now();
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
+    // What is missing is found missing before a model is loaded.
+    let data = Settings {
+        data: settings.data.as_ref().map(|data| hub::data(data, false)).transpose()?,
+        eval_data: settings.eval_data.as_ref().map(|data| hub::data(data, true)).transpose()?,
+        ..settings.clone()
+    };
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
@@ -75,14 +81,15 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         eprintln!("stopped before the first step; nothing was written");
         Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None })
     };
-    let Some((examples, held_out)) = load_data(&model, tokenizer.as_ref(), settings)? else { return stopped(None) };
+    let Some((examples, held_out)) = load_data(&model, tokenizer.as_ref(), &data)? else { return stopped(None) };
     let origin = Origin {
         model: digest,
         adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),
         data: examples.known().digest.clone(),
         eval_data: held_out.known().digest.clone(),
     };
-    let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, examples, held_out };
+    let deal = Deal::new(&examples, &data)?;
+    let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, deal, held_out };
     let Setup { tokenizer, held_out, .. } = &setup;
 
     let before = match &checkpoint {
@@ -129,7 +136,7 @@ struct Setup<'a> {
     /// `None` for full fine-tuning.
     adapter_config: Option<peft::AdapterConfig>,
     tokenizer: Option<Tokenizer>,
-    examples: Examples,
+    deal: Deal<'a>,
     held_out: Examples,
 }
 
@@ -255,8 +262,7 @@ fn optimize(
     origin: Origin,
     before: Option<EvalResult>,
 ) -> Result<Optimized> {
-    let Setup { settings, dir, examples, .. } = setup;
-    let deal = Deal::new(examples, settings)?;
+    let Setup { settings, dir, deal, .. } = setup;
     if let Some(packing) = deal.packing(settings) {
         eprintln!("packing  {packing}");
     }
@@ -322,7 +328,7 @@ fn optimize(
         if interrupt::requested() {
             break true;
         }
-        state.unreported = Some(one_step(model, &mut stepper, &deal, state.step, setup)?);
+        state.unreported = Some(one_step(model, &mut stepper, state.step, setup)?);
         state.step += 1;
     };
     sound(&mut stepper, model, setup, state.step)?;
@@ -351,8 +357,8 @@ fn save_state(saver: &mut Saver, state: &mut State, model: &Model, stepper: &Ste
 }
 
 /// Makes optimizer step `step`, counted from 0.
-fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, setup: &Setup) -> Result<StepMetrics> {
-    let settings = setup.settings;
+fn one_step(model: &mut Model, stepper: &mut Stepper, step: u32, setup: &Setup) -> Result<StepMetrics> {
+    let Setup { settings, deal, .. } = setup;
     let clock = Instant::now();
     let batches = deal.batches(step)?;
     let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();

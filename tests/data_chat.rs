@@ -37,7 +37,8 @@ fn tokens_and_masks_are_those_of_transformers() {
         let tokenizer = tokenizer.with_chat_template(template);
         let number = case["conversation"].as_u64().unwrap() as usize;
         let found = example(&golden_cases["conversations"][number], &tokenizer);
-        let numbers = |key: &str| case[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect::<Vec<_>>();
+        let numbers =
+            |key: &str| case[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect::<Vec<_>>();
         let ids: Vec<u32> = numbers("ids").into_iter().map(|id| id as u32).collect();
         assert_eq!(found.ids, ids, "{place}");
         let learned: Vec<u64> = found.labels.iter().map(|&label| u64::from(label != IGNORE)).collect();

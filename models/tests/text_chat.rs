@@ -61,7 +61,7 @@ fn faults_are_errors() {
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}\
           {% endfor %}",
-            "fuel",
+            "loop without end",
         ),
     ] {
         let error = render(source).unwrap_err().to_string();

@@ -24,6 +24,7 @@ pub use describe::describe;
 pub use error::{DataError, Result};
 pub use examples::{Encoder, Example, Notes, Span, instruction_prompt, preview};
 pub use load::{DataOptions, load_examples};
+pub use records::names_data;
 pub use rows::{Format, Row, Rows};
 pub use sampler::{Batching, Part, Sampler};
 pub use spec::{DataSpec, Place};

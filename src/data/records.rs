@@ -51,6 +51,11 @@ impl Kind {
     }
 }
 
+/// Whether the ending of a path's name is that of a data file.
+pub fn names_data(path: &Path) -> bool {
+    Kind::named(path).is_some()
+}
+
 /// One record, as far as reading it in order has to go.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {

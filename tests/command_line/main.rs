@@ -1,8 +1,10 @@
 //! The program itself: what each command promises, and how it answers mistakes.
 
+mod data;
 mod export;
 mod faults;
 mod gguf;
+mod hub;
 mod inference;
 #[cfg(unix)]
 mod resume;
