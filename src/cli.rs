@@ -49,11 +49,30 @@ pub enum Command {
     ExportGguf(ExportGgufArgs),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     BenchStep(Box<BenchStepArgs>),
+    /// Show the figures of runs, the settings in which they differ, and their curves
+    Compare(CompareArgs),
     /// Say what a checkpoint, GGUF, adapter or data file holds
     Inspect {
         /// Folder or file
         path: PathBuf,
     },
+}
+
+/// Which runs to compare.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama compare runs/a runs/b
+  train-llama compare runs/* --html compared.html")]
+pub struct CompareArgs {
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// Write a page with their curves
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Print one JSON list instead of columns
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to time.

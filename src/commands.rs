@@ -3,6 +3,7 @@
 use crate::{
     bench_step,
     cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
+    compare::compare_command,
     data, default_task,
     eval::{self, EvalResult},
     export, hub, input, interrupt,
@@ -31,6 +32,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
         Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
+        Some(Command::Compare(args)) => compare_command(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }
 }

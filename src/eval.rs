@@ -78,6 +78,7 @@ pub fn evaluate(model: &Model, examples: &Examples) -> Result<Option<EvalResult>
 }
 
 /// A prompt of an example, with the right answer and the model's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Answer {
     pub prompt: String,
     pub expected: String,

@@ -7,6 +7,7 @@ pub mod best;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;
+mod compare;
 pub mod data;
 pub mod deal;
 pub mod default_task;

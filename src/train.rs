@@ -7,12 +7,15 @@ use crate::{
     data::{DataSpec, Examples},
     deal::Deal,
     default_task,
-    eval::{EvalResult, answers, evaluate},
+    eval::{Answer, EvalResult, answers, evaluate},
     hub, input, interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
     page_trace,
-    report::{self, StepLog, StepMetrics},
+    report::{
+        self, StepLog, StepMetrics, curves,
+        html::{self, Samples},
+    },
     run_dir::RunDir,
     settings::{Method, Settings},
     step::{Step, Stepper},
@@ -20,7 +23,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, ensure};
 use nibble_models::{
     files::{
-        atomic::{atomic_folder, write_json},
+        atomic::{atomic_folder, atomic_write, read_text, write_json},
         peft,
     },
     llama::LoraConfig,
@@ -92,25 +95,32 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, deal, held_out };
     let Setup { tokenizer, held_out, .. } = &setup;
 
+    let mut samples = Samples::default();
     let before = match &checkpoint {
         Some(Checkpoint { state, .. }) => {
             origin.refuse_other(&state.origin)?;
+            // Only for the report: a run without them goes on.
+            let read = read_text(&dir.join(SAMPLES)).ok().and_then(|text| serde_json::from_str(&text).ok());
+            samples = read.unwrap_or_default();
             state.before
         }
-        None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out)?,
+        None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out, &mut samples.before)?,
     };
     if checkpoint.is_none() && interrupt::requested() {
         return stopped(before);
     }
     if new {
         dir.create(settings)?;
+        write_json(&dir.join(SAMPLES), &samples)?;
     }
-    let Optimized { log, interrupted, evaluations, after } = optimize(&mut model, &setup, checkpoint, origin, before)?;
-    report::loss_curve(&dir.join("loss.svg"), &log, &format!("training loss of {}", dir.path().display()))?;
+    let Optimized { log, interrupted, evaluations, after } =
+        optimize(&mut model, &setup, checkpoint, origin, before, &mut samples.after)?;
 
     let (seconds, best) = (started.elapsed().as_secs_f64(), evaluations.best());
     let summary = Summary { before, after, best, steps: log.len(), interrupted, seconds };
     write_json(&dir.join("summary.json"), &summary)?;
+    write_json(&dir.join(SAMPLES), &samples)?;
+    write_report(&model, &setup, &log, &summary, &samples)?;
     eprintln!("{}", report::memory_line(model.llama.device()));
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out before: {before}\nheld-out after:  {after}");
@@ -120,11 +130,47 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     }
     let (how, path) = (if interrupted { "stopped" } else { "finished" }, dir.path().display());
     eprintln!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
-    eprintln!("  {}/  metrics.jsonl  loss.svg  settings.toml  summary.json", setup.trained());
+    eprintln!(
+        "  {}/  metrics.jsonl  report.html  loss.svg  settings.toml  summary.json  tensorboard/",
+        setup.trained()
+    );
     if interrupted {
         eprintln!("--resume {path} continues");
     }
     Ok(Outcome { dir: dir.path().to_path_buf(), interrupted, before, after })
+}
+
+/// File of the answers before and after.
+const SAMPLES: &str = "samples.json";
+
+/// Writes the loss curve and the page about the run.
+fn write_report(model: &Model, setup: &Setup, log: &[StepMetrics], summary: &Summary, samples: &Samples) -> Result<()> {
+    let Setup { settings, dir, deal, .. } = setup;
+    let title = format!("training loss of {}", dir.path().display());
+    let picture = curves::draw(&title, "loss (nats a token)", &curves::losses(log))?;
+    atomic_write(&dir.join("loss.svg"), |out| out.write_all(picture.as_bytes()))?;
+    let tokens: usize = log.iter().map(|step| step.tokens).sum();
+    let mut facts = vec![
+        ("model", model.name.clone()),
+        ("method", settings.method.to_string()),
+        ("data", settings.data.as_ref().map_or("the embedded task".into(), |data| data.to_string())),
+        ("steps", format!("{} of {}, {tokens} tokens", log.len(), deal.total)),
+        ("time", format!("{:.1} s", summary.seconds)),
+    ];
+    facts.extend(deal.packing(settings).map(|packing| ("packing", packing)));
+    facts.extend(summary.best.map(|Best { step, nll }| ("best", format!("nll {nll:.4} after step {step}"))));
+    let page = html::report(&html::Report {
+        name: dir.path().display().to_string(),
+        facts,
+        steps: log,
+        before: summary.before,
+        after: summary.after,
+        device: model.llama.device(),
+        samples,
+        settings: toml::to_string(settings)?,
+    })?;
+    atomic_write(&dir.join("report.html"), |out| out.write_all(page.as_bytes()))?;
+    Ok(())
 }
 
 /// What a run works with, besides the model.
@@ -230,13 +276,14 @@ fn evaluate_and_show(
     model: &Model,
     tokenizer: Option<&Tokenizer>,
     held_out: &Examples,
+    shown: &mut Vec<Answer>,
 ) -> Result<Option<EvalResult>> {
     if held_out.is_empty() {
         return Ok(None);
     }
     let Some(result) = evaluate(model, held_out)? else { return Ok(None) };
     eprintln!("\n{when} training: {result}");
-    let shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
+    *shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
     for answer in shown {
         eprintln!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
     }
@@ -261,6 +308,7 @@ fn optimize(
     checkpoint: Option<Checkpoint>,
     origin: Origin,
     before: Option<EvalResult>,
+    samples: &mut Vec<Answer>,
 ) -> Result<Optimized> {
     let Setup { settings, dir, deal, .. } = setup;
     if let Some(packing) = deal.packing(settings) {
@@ -291,7 +339,7 @@ fn optimize(
     let (device, reported) = (model.llama.device(), state.step - u32::from(state.unreported.is_some()));
     let mut log = match setup.new {
         true => StepLog::create(dir.path(), deal.total, device)?,
-        false => StepLog::resume(dir.path(), reported, deal.total, device)?,
+        false => StepLog::resume(dir.path(), reported, deal.total, device).with_context(|| saver.advice(state.step))?,
     };
     // The log is this process's alone from here on: what is unfinished in the folder is of one that was killed.
     saver.clear()?;
@@ -338,7 +386,7 @@ fn optimize(
     keep(model, setup, setup.trained()).with_context(|| saver.advice(state.step))?;
     let after = match interrupted {
         true => None,
-        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out)?,
+        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out, samples)?,
     };
     let interrupted = interrupted || (after.is_none() && !setup.held_out.is_empty());
     if interrupted {

@@ -6,6 +6,7 @@ mod faults;
 mod gguf;
 mod hub;
 mod inference;
+mod reports;
 #[cfg(unix)]
 mod resume;
 mod support;
