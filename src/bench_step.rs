@@ -36,7 +36,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     attach(&mut model, &settings)?;
     let device = model.llama.device();
     device.synchronize()?;
-    eprintln!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
+    crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
     let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);

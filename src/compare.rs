@@ -58,7 +58,7 @@ pub fn compare_command(args: &CompareArgs) -> Result<()> {
     if let Some(path) = &args.html {
         let page = page(&runs, &different)?;
         atomic_write(path, |out| out.write_all(page.as_bytes()))?;
-        eprintln!("wrote {}", path.display());
+        crate::note!("wrote {}", path.display());
     }
     if args.json {
         let runs = runs.iter().map(|run| {

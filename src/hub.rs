@@ -220,7 +220,7 @@ impl Hub {
                     Some(Err(error)) => self.explained(error, name).to_string(),
                     _ => format!("{} was not fetched yet, and HF_HUB_OFFLINE forbids to", name.repo),
                 })?;
-                eprintln!("hub      {}: offline, as fetched before", name.repo);
+                crate::note!("hub      {}: offline, as fetched before", name.repo);
                 Ok(snapshot(fetched.0, fetched.1, false))
             }
         }
@@ -289,7 +289,7 @@ impl Snapshot<'_> {
         ensure!(files.iter().any(|found| found == file), "{} has no {file}; it has {}", name.repo, listed(files));
         let api = hub.api.as_ref().filter(|_| *online);
         let api = api.with_context(|| format!("{file} of {} was not fetched yet", name.repo))?;
-        eprintln!("hub      fetching {}/{file}", name.repo);
+        crate::note!("hub      fetching {}/{file}", name.repo);
         api.repo(repo.clone()).download(file).map_err(|error| hub.explained(error, name))
     }
 }

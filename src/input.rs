@@ -31,7 +31,7 @@ impl ReadArgs {
     /// For examples of at most `seq_len` tokens of a vocabulary.
     pub fn options(&self, seq_len: usize, vocab_size: usize) -> DataOptions {
         let ReadArgs { format, skip_bad_rows, cache } = self.clone();
-        DataOptions { seq_len, vocab_size, format, skip_bad_rows, cache }
+        DataOptions { seq_len, vocab_size, format, all_choices: false, skip_bad_rows, cache }
     }
 }
 
@@ -48,7 +48,7 @@ pub fn read(
     };
     let known = examples.known();
     let Known { tokens, learned, forms, .. } = known;
-    eprintln!("{name:<8} {} examples, {tokens} tokens, {learned} learned; {}", examples.len(), forms.join(", "));
+    crate::note!("{name:<8} {} examples, {tokens} tokens, {learned} learned; {}", examples.len(), forms.join(", "));
     eprint!("{}", warnings(known, examples.len(), options));
     Ok(Some(examples))
 }
@@ -60,7 +60,7 @@ pub fn read_held_out(
     options: &DataOptions,
 ) -> Result<Option<Examples>> {
     ensure!(spec.0.iter().all(|place| place.weight == 1.0), "weights are for data to train on: give {spec} without");
-    read("held out", spec, tokenizer, options)
+    read("held out", spec, tokenizer, &DataOptions { all_choices: true, ..options.clone() })
 }
 
 /// What is mostly a mistake, a line each.

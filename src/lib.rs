@@ -2,6 +2,16 @@
 //!
 //! [`train::train`] is a whole run, in the order in which data walks through it.
 
+/// Says something about the work on standard error, unless the user wants it quiet. Errors and warnings are said anyway.
+macro_rules! note {
+    ($($words:tt)*) => {
+        if !$crate::report::is_quiet() {
+            eprintln!($($words)*);
+        }
+    };
+}
+pub(crate) use note;
+
 mod bench_step;
 pub mod best;
 pub mod checkpoint;

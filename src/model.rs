@@ -82,7 +82,7 @@ impl Model {
 
     fn load_in(source: &ModelSource, dtype: Option<fn(&Checkpoint) -> Result<DType>>) -> Result<Model> {
         let (device, why_cpu) = source.device.resolve()?;
-        eprintln!("device   {}", report::device(device, why_cpu.as_deref())?);
+        crate::note!("device   {}", report::device(device, why_cpu.as_deref())?);
         let options = |dtype, as_it_is: bool| LoadOptions {
             quantization: source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
                 quant_type,
@@ -125,9 +125,13 @@ impl Model {
         unpacked: Option<TempDir>,
     ) -> Model {
         let c = &llama.config;
-        eprintln!(
+        crate::note!(
             "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
-            c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size
+            c.num_layers,
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.vocab_size
         );
         let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
         let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
@@ -135,7 +139,7 @@ impl Model {
             Table::Dense(_) => "embedding, head and norms",
             Table::Rows8(_) => "embedding, head (both in 8 bits) and norms",
         };
-        eprintln!(
+        crate::note!(
             "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; {tables} {other}; \
              computing in {}",
             footprint.weights as f64 / 1e6,
@@ -205,7 +209,7 @@ impl Model {
     pub fn attach(&mut self, dir: &Path) -> Result<peft::AdapterConfig> {
         let adapter = peft::read_adapter(dir)?;
         self.llama.set_adapter(&adapter, dir)?;
-        eprintln!("adapter  {}: {}", dir.display(), described(&adapter));
+        crate::note!("adapter  {}: {}", dir.display(), described(&adapter));
         Ok(adapter.config)
     }
 
@@ -213,7 +217,7 @@ impl Model {
     pub fn add_adapter(&mut self, name: &str, dir: &Path) -> Result<()> {
         let adapter = peft::read_adapter(dir)?;
         self.llama.add_adapter(name, &adapter, dir)?;
-        eprintln!("adapter  {name}: {}", described(&adapter));
+        crate::note!("adapter  {name}: {}", described(&adapter));
         Ok(())
     }
 

@@ -63,6 +63,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", conflicts_with = "resume")]
     #[serde(skip)]
     pub show_batch: Option<usize>,
+    /// Print the outcome as one JSON object on standard output at the end
+    #[arg(long)]
+    #[serde(skip)]
+    pub json: bool,
     /// Start from this PEFT adapter instead of a new one
     #[arg(long, value_name = "DIR")]
     pub adapter_init: Option<PathBuf>,
@@ -540,6 +544,7 @@ impl Settings {
             seq_len: self.seq_len,
             vocab_size,
             format: self.format,
+            all_choices: false,
             skip_bad_rows: self.skip_bad_rows,
             cache: self.cache.clone(),
         }

@@ -35,7 +35,7 @@ pub fn show_batches(settings: &Settings, count: usize) -> Result<()> {
     let Some(examples) = input::read("data", &spec, tokenizer.as_ref(), &options)? else { return Ok(()) };
     let deal = Deal::new(&examples, settings)?;
     if let Some(packing) = deal.packing(settings) {
-        eprintln!("packing  {packing}");
+        crate::note!("packing  {packing}");
     }
     print(&shown(&deal, &examples, tokenizer.as_ref(), count, coloured())?)
 }

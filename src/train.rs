@@ -59,9 +59,9 @@ pub fn resume(settings: &Settings, dir: RunDir) -> Result<Outcome> {
     match &checkpoint {
         Some(Checkpoint { state, .. }) => {
             settings.refuse_changes(&state.settings)?;
-            eprintln!("resume   {path} from the checkpoint of step {}", state.step);
+            crate::note!("resume   {path} from the checkpoint of step {}", state.step);
         }
-        None => eprintln!("resume   {path} from the beginning: it has no whole checkpoint"),
+        None => crate::note!("resume   {path} from the beginning: it has no whole checkpoint"),
     }
     run(settings, dir, checkpoint, false)
 }
@@ -81,7 +81,7 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let digest = model.digest()?;
     let adapter_config = attach(&mut model, settings)?;
     let stopped = |before| {
-        eprintln!("stopped before the first step; nothing was written");
+        crate::note!("stopped before the first step; nothing was written");
         Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None })
     };
     let Some((examples, held_out)) = load_data(&model, tokenizer.as_ref(), &data)? else { return stopped(None) };
@@ -121,21 +121,21 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     write_json(&dir.join("summary.json"), &summary)?;
     write_json(&dir.join(SAMPLES), &samples)?;
     write_report(&model, &setup, &log, &summary, &samples)?;
-    eprintln!("{}", report::memory_line(model.llama.device()));
+    crate::note!("{}", report::memory_line(model.llama.device()));
     if let (Some(before), Some(after)) = (before, after) {
-        eprintln!("held-out before: {before}\nheld-out after:  {after}");
+        crate::note!("held-out before: {before}\nheld-out after:  {after}");
     }
     if let Some(Best { step, nll }) = best {
-        eprintln!("best:            nll {nll:.4} after step {step}, in best/");
+        crate::note!("best:            nll {nll:.4} after step {step}, in best/");
     }
     let (how, path) = (if interrupted { "stopped" } else { "finished" }, dir.path().display());
-    eprintln!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
-    eprintln!(
+    crate::note!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
+    crate::note!(
         "  {}/  metrics.jsonl  report.html  loss.svg  settings.toml  summary.json  tensorboard/",
         setup.trained()
     );
     if interrupted {
-        eprintln!("--resume {path} continues");
+        crate::note!("--resume {path} continues");
     }
     Ok(Outcome { dir: dir.path().to_path_buf(), interrupted, before, after })
 }
@@ -245,7 +245,12 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::Ada
     model.llama.recomputed = settings.recompute.0;
     let parameters = model.llama.parameters();
     let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
-    eprintln!("trains   {:.2}M parameters in {} tensors by {}", count as f64 / 1e6, parameters.len(), settings.method);
+    crate::note!(
+        "trains   {:.2}M parameters in {} tensors by {}",
+        count as f64 / 1e6,
+        parameters.len(),
+        settings.method
+    );
     Ok(config)
 }
 
@@ -282,12 +287,12 @@ fn evaluate_and_show(
         return Ok(None);
     }
     let Some(result) = evaluate(model, held_out)? else { return Ok(None) };
-    eprintln!("\n{when} training: {result}");
+    crate::note!("\n{when} training: {result}");
     *shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
     for answer in shown {
-        eprintln!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
+        crate::note!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
     }
-    eprintln!();
+    crate::note!();
     Ok(Some(result))
 }
 
@@ -312,7 +317,7 @@ fn optimize(
 ) -> Result<Optimized> {
     let Setup { settings, dir, deal, .. } = setup;
     if let Some(packing) = deal.packing(settings) {
-        eprintln!("packing  {packing}");
+        crate::note!("packing  {packing}");
     }
     if let Some(checkpoint) = &checkpoint {
         checkpoint.load_parameters(&mut model.llama)?;
@@ -358,6 +363,7 @@ fn optimize(
                 metrics.eval_nll = Some(result.nll);
                 metrics.eval_perplexity = Some(result.perplexity);
                 metrics.eval_exact_match = Some(result.exact_match);
+                metrics.eval_choice_accuracy = result.choice.map(|choice| choice.accuracy);
             }
             log.push(metrics).with_context(|| saver.advice(metrics.step))?;
             state.unreported = None;
@@ -434,6 +440,7 @@ fn one_step(model: &mut Model, stepper: &mut Stepper, step: u32, setup: &Setup) 
         eval_nll: None,
         eval_perplexity: None,
         eval_exact_match: None,
+        eval_choice_accuracy: None,
     })
 }
 

@@ -60,8 +60,14 @@ fn data(name: &str, content: impl AsRef<[u8]>) -> Data {
     Data { _dir: dir, path }
 }
 
-const OPTIONS: DataOptions =
-    DataOptions { seq_len: 512, vocab_size: VOCAB, format: None, skip_bad_rows: false, cache: None };
+const OPTIONS: DataOptions = DataOptions {
+    seq_len: 512,
+    vocab_size: VOCAB,
+    format: None,
+    all_choices: false,
+    skip_bad_rows: false,
+    cache: None,
+};
 
 fn load_examples(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> data::Result<Vec<Example>> {
     data::load_examples(&path.to_path_buf().into(), tokenizer, options)?.iter().collect()

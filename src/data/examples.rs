@@ -5,7 +5,7 @@ use nibble_models::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use super::rows::Row;
-use super::{IGNORE, messages};
+use super::{IGNORE, choices::Question, messages};
 
 /// A sequence to train on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +62,7 @@ impl std::ops::AddAssign for Notes {
 /// - `prompt`/`completion` and `instruction`: bos where the tokenizer adds it, the prompt's tokens, the completion's
 ///   tokens, eos. The two are encoded apart, so that the prompt's tokens are those that generation will start from.
 ///   Completion and eos are learned.
+/// - `choices`: as the completion that is right.
 /// - `messages`: by the model's chat template; the assistant's turns with their end token are learned.
 /// - `input_ids`: as they are.
 ///
@@ -95,6 +96,9 @@ impl<'a> Encoder<'a> {
                 }
                 whole(&text, self.tokenizer()?).map(Example::all)?
             }
+            Row::Choices { prompt, choices, answer } => {
+                completed(&prompt, &choices[answer], "choices", self.tokenizer()?)?
+            }
             Row::Completion { prompt, completion } => completed(&prompt, &completion, "completion", self.tokenizer()?)?,
             Row::Instruction { instruction, input, output } => {
                 completed(&instruction_prompt(&instruction, &input), &output, "output", self.tokenizer()?)?
@@ -118,6 +122,25 @@ impl<'a> Encoder<'a> {
             notes.double_bos = matches!(example.ids[..], [a, b, ..] if a == b && tokenizer.bos() == Some(a)).into();
         }
         self.finish(example, notes)
+    }
+
+    /// As [`Encoder::encode`], with every choice of a question as an example; the question's `first` is still 0.
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`], for any of the choices.
+    pub fn encode_all(&self, row: Row) -> std::result::Result<(Vec<Example>, Notes, Option<Question>), String> {
+        let Row::Choices { prompt, choices, answer } = row else {
+            return self.encode(row).map(|(example, notes)| (vec![example], notes, None));
+        };
+        let bytes = choices.iter().map(String::len).collect();
+        let question = Question { first: 0, right: answer, bytes, end: self.tokenizer()?.eos() };
+        let (mut examples, mut all) = (Vec::new(), Notes::default());
+        for completion in choices {
+            let (example, notes) = self.encode(Row::Completion { prompt: prompt.clone(), completion })?;
+            examples.push(example);
+            all += notes;
+        }
+        Ok((examples, all, Some(question)))
     }
 
     /// The tokens of a text as [`Row::Text`] would have them, to be cut into blocks; `first` and `last` say whether it is

@@ -11,6 +11,7 @@ use std::{
 };
 
 use super::cache::Cache;
+use super::choices::Question;
 use super::error::{DataError, Result};
 use super::examples::{Encoder, Example, Notes};
 use super::records::{Kind, Record, Records, open_text};
@@ -28,6 +29,8 @@ pub struct DataOptions {
     pub vocab_size: usize,
     /// The form of all rows; `None` if the first row of each file says it.
     pub format: Option<Format>,
+    /// Make every choice of a question an example, rather than the right one alone.
+    pub all_choices: bool,
     /// Leave out rows that cannot be used, and count them.
     pub skip_bad_rows: bool,
     /// Folder of tokenized data; `None` for the usual one.
@@ -105,13 +108,19 @@ fn key(places: &[Vec<PathBuf>], tokenizer: Option<&Tokenizer>, options: &DataOpt
             bytes += file.len();
         }
     }
-    let DataOptions { seq_len, vocab_size, format, skip_bad_rows, cache: _ } = options;
-    sum.update(format!("{} {seq_len} {vocab_size} {format:?} {skip_bad_rows}\n", env!("CARGO_PKG_VERSION")));
+    let DataOptions { seq_len, vocab_size, format, all_choices, skip_bad_rows, cache: _ } = options;
+    sum.update(format!(
+        "{} {seq_len} {vocab_size} {format:?} {all_choices} {skip_bad_rows}\n",
+        env!("CARGO_PKG_VERSION")
+    ));
     if let Some(tokenizer) = tokenizer {
         sum.update(tokenizer.description().map_err(|error| DataError::Options(error.to_string()))?);
     }
     Ok((format!("{:x}", sum.finalize()), bytes))
 }
+
+/// What a row is encoded to.
+type Encoded = (Vec<Example>, Notes, Option<Question>);
 
 struct Loader<'a> {
     encoder: Encoder<'a>,
@@ -142,10 +151,14 @@ impl Loader<'_> {
             if let Some(format) = format {
                 self.found(format.to_string());
             }
-            let encoder = &self.encoder;
-            let encode = |(line, record): (usize, Record)| -> Result<(Example, Notes)> {
+            let (encoder, all_choices) = (&self.encoder, self.options.all_choices);
+            let encode = |(line, record): (usize, Record)| -> Result<Encoded> {
                 let format = format.map_or_else(|| Format::detect(&record), Ok);
-                let encoded = format.and_then(|format| format.parse(&record)).and_then(|row| encoder.encode(row));
+                let row = format.and_then(|format| format.parse(&record));
+                let encoded = row.and_then(|row| match all_choices {
+                    true => encoder.encode_all(row),
+                    false => encoder.encode(row).map(|(example, notes)| (vec![example], notes, None)),
+                });
                 encoded.map_err(|what| DataError::row(path, line, what))
             };
             let encoded: Vec<_> = chunk.into_par_iter().map(|found| found.and_then(encode)).collect();
@@ -164,11 +177,13 @@ impl Loader<'_> {
         }
     }
 
-    fn take(&mut self, found: Result<(Example, Notes)>) -> Result<()> {
+    fn take(&mut self, found: Result<Encoded>) -> Result<()> {
         match found {
-            Ok((example, notes)) => {
+            Ok((examples, notes, question)) => {
                 self.builder.known.notes += notes;
-                self.builder.push(&example)
+                let first = self.builder.count();
+                self.builder.known.questions.extend(question.map(|question| Question { first, ..question }));
+                examples.iter().try_for_each(|example| self.builder.push(example))
             }
             Err(error @ DataError::Row { .. }) if self.options.skip_bad_rows => {
                 let known = &mut self.builder.known;

@@ -7,6 +7,7 @@
 
 mod batch;
 mod cache;
+mod choices;
 mod describe;
 mod error;
 mod examples;
@@ -20,6 +21,7 @@ mod spec;
 mod store;
 
 pub use batch::{Batch, collate};
+pub use choices::{ChoiceResult, Question, score};
 pub use describe::describe;
 pub use error::{DataError, Result};
 pub use examples::{Encoder, Example, Notes, Span, instruction_prompt, preview};

@@ -17,6 +17,8 @@ pub enum Format {
     Messages,
     /// `{"conversations": [{"from", "value"}, …]}`, as ShareGPT has them: what `gpt` says is learned.
     ShareGpt,
+    /// `{"prompt", "choices", "answer"}`: the right choice is learned; an evaluation asks which is the most likely.
+    Choices,
     /// `{"prompt", "completion"}`: the completion is learned.
     Completion,
     /// `{"instruction", "output"}` and maybe `"input"`: the output is learned.
@@ -27,9 +29,10 @@ pub enum Format {
     Text,
 }
 
-const FORMATS: [(Format, &str); 6] = [
+const FORMATS: [(Format, &str); 7] = [
     (Format::Messages, "messages"),
     (Format::ShareGpt, "sharegpt"),
+    (Format::Choices, "choices"),
     (Format::Completion, "completion"),
     (Format::Instruction, "instruction"),
     (Format::Tokens, "tokens"),
@@ -42,6 +45,7 @@ impl Format {
         match self {
             Format::Messages => &["messages"],
             Format::ShareGpt => &["conversations"],
+            Format::Choices => &["prompt", "choices", "answer"],
             Format::Completion => &["prompt", "completion"],
             Format::Instruction => &["instruction", "output"],
             Format::Tokens => &["input_ids"],
@@ -112,6 +116,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Format::Messages => r#"{"messages":[{"role","content"},…]}"#,
             Format::ShareGpt => r#"{"conversations":[{"from","value"},…]}"#,
+            Format::Choices => r#"{"prompt","choices","answer"}"#,
             Format::Completion => r#"{"prompt","completion"}"#,
             Format::Instruction => r#"{"instruction","input","output"}"#,
             Format::Tokens => r#"{"input_ids","labels"}"#,
@@ -124,6 +129,13 @@ impl fmt::Display for Format {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Row {
     Messages(Vec<Message>),
+    Choices {
+        prompt: String,
+        /// At least one; none is empty.
+        choices: Vec<String>,
+        /// The right one, from 0.
+        answer: usize,
+    },
     Completion {
         prompt: String,
         completion: String,
@@ -190,6 +202,23 @@ fn row_of(format: Format, row: &Map<String, Value>) -> std::result::Result<Row, 
     Ok(match format {
         Format::Text => Row::Text(text("text")?),
         Format::Completion => Row::Completion { prompt: text("prompt")?, completion: text("completion")? },
+        Format::Choices => {
+            let choices: Option<Vec<String>> = match row.get("choices") {
+                Some(Value::Array(choices)) => choices.iter().map(|text| text.as_str().map(str::to_owned)).collect(),
+                _ => None,
+            };
+            let choices = choices.ok_or_else(|| expected("choices", "a list of strings"))?;
+            if choices.iter().any(String::is_empty) {
+                return Err("one of the \"choices\" is empty".to_owned());
+            }
+            let answer = row.get("answer").and_then(|answer| answer_of(answer, &choices)).ok_or_else(|| {
+                expected(
+                    "answer",
+                    &format!("a number from 0 to {}, a letter or the right choice", choices.len().max(1) - 1),
+                )
+            })?;
+            Row::Choices { prompt: text("prompt")?, choices, answer }
+        }
         Format::Instruction => {
             let input = match row.get("input") {
                 None | Some(Value::Null) => String::new(),
@@ -234,6 +263,18 @@ fn row_of(format: Format, row: &Map<String, Value>) -> std::result::Result<Row, 
             Row::Tokens { ids, labels }
         }
     })
+}
+
+/// The right one of `choices`: by its number from 0, as it is written there, or by its letter.
+fn answer_of(answer: &Value, choices: &[String]) -> Option<usize> {
+    let found = match answer {
+        Value::String(text) => choices.iter().position(|choice| choice == text).or_else(|| match text.as_bytes() {
+            [letter @ b'A'..=b'Z'] => Some(usize::from(letter - b'A')),
+            _ => text.trim().parse().ok(),
+        }),
+        number => number.as_u64().and_then(|number| usize::try_from(number).ok()),
+    };
+    found.filter(|&found| found < choices.len())
 }
 
 /// The role that chat templates know by the speaker of a ShareGPT turn. Others are roles already (`tool`).

@@ -7,7 +7,7 @@
 
 use super::error::{DataError, Result};
 use super::examples::{Example, Notes};
-use super::{IGNORE, cache::Cache};
+use super::{IGNORE, cache::Cache, choices::Question};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -44,6 +44,8 @@ pub struct Known {
     /// The forms of rows that were found.
     pub forms: Vec<String>,
     pub notes: Notes,
+    /// Where all choices of a question are examples.
+    pub questions: Vec<Question>,
 }
 
 /// Examples, to be read one by one in any order.
@@ -341,7 +343,7 @@ mod tests {
             bytes[at] ^= 0x55;
             std::fs::write(&path, &bytes).unwrap();
             if let Some(damaged) = Examples::open(&path) {
-                damaged.iter().for_each(|example| drop(example));
+                damaged.iter().for_each(drop);
             }
             std::fs::write(&path, &bytes[..at]).unwrap();
             prop_assert!(Examples::open(&path).is_none());

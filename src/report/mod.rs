@@ -14,6 +14,7 @@ use std::{
     fs::{File, TryLockError},
     io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom, Write},
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -42,6 +43,9 @@ pub struct StepMetrics {
     /// and the share that greedy decoding gets right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_exact_match: Option<f64>,
+    /// Of questions with a choice of answers: the share whose right answer is the most likely one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_choice_accuracy: Option<f64>,
 }
 
 /// JSON has no infinity, which the gradient of a step in f16 may have: it is null there.
@@ -49,8 +53,24 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
     Ok(Option::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
 
+/// Whether only errors and warnings are said.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Says nothing about the work from now on.
+pub fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Whether nothing is to be said about the work.
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
 /// A bar over `total` units on a terminal; elsewhere nothing.
 pub fn bar(what: &str, total: usize) -> ProgressBar {
+    if is_quiet() {
+        return ProgressBar::hidden();
+    }
     let bar = ProgressBar::new(total as u64);
     let style = ProgressStyle::with_template("{prefix:>10} {bar:28.cyan/dim} {pos}/{len}  {msg}  eta {eta}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
@@ -170,7 +190,7 @@ impl StepLog {
 
     /// Says something beside the bar.
     pub fn say(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| crate::note!("{text}"));
     }
 
     /// Records a step.
@@ -190,7 +210,7 @@ impl StepLog {
         if due && !std::io::stderr().is_terminal() {
             self.last_line = Instant::now();
             let left = self.bar.eta().as_secs();
-            eprintln!("step {}/{}  {text}  {left} s left", metrics.step, self.total);
+            crate::note!("step {}/{}  {text}  {left} s left", metrics.step, self.total);
         }
         self.steps.push(metrics);
         Ok(())
@@ -238,6 +258,7 @@ mod tests {
             eval_nll: None,
             eval_perplexity: None,
             eval_exact_match: None,
+            eval_choice_accuracy: None,
         }
     }
 

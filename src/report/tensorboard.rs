@@ -57,6 +57,7 @@ fn event(step: &StepMetrics, time: f64) -> Vec<u8> {
         ("eval/nll", step.eval_nll),
         ("eval/perplexity", step.eval_perplexity),
         ("eval/exact_match", step.eval_exact_match),
+        ("eval/choice_accuracy", step.eval_choice_accuracy),
     ];
     let mut summary = Message::default();
     for (tag, value) in scalars.into_iter().filter_map(|(tag, value)| Some((tag, value?))) {
@@ -151,6 +152,7 @@ mod tests {
             eval_nll: Some(2.0),
             eval_perplexity: None,
             eval_exact_match: None,
+            eval_choice_accuracy: None,
         };
         let found: String = record(&event(&step, 1.5)).iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(found, include_str!("../../tests/golden/tensorboard.hex").trim());

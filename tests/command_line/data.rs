@@ -1,6 +1,7 @@
 //! Data as users give it.
 
 use crate::support::Place;
+use serde_json::{Value, json};
 use std::fs;
 
 #[test]
@@ -62,4 +63,70 @@ fn packed_runs_say_how_full_they_are_and_go_on_exactly() {
     place.ok(&["--resume", "cut"]);
     assert_eq!(place.adapter("cut"), place.adapter("whole"));
     assert_eq!(place.losses("cut"), place.losses("whole"));
+}
+
+#[test]
+fn choices_are_ranked_by_likelihood() {
+    let place = Place::new();
+    let model = place.model_with_text();
+    let model = model.to_str().unwrap();
+    let evaluate = |name: &str, rows: &str| -> Value {
+        place.write(name, rows);
+        let printed = place.ok(&["eval", "--model", model, "--data", name, "--json"]).stdout;
+        serde_json::from_str(&printed).unwrap()
+    };
+    // A letter's token, see the tokenizer of these tests.
+    let ids = |text: &str| text.bytes().map(|byte| u32::from(byte) - 30).collect::<Vec<_>>();
+    let (mut rows, mut right, mut short) = (String::new(), 0, 0);
+    let choices = ["xyz", "k", "mnopqrst"];
+    for (number, prompt) in ["qab", "zz", "Hello", "w", "ccc", "dd"].iter().enumerate() {
+        let nll = |choice: &&str| {
+            let all = [vec![1], ids(prompt), ids(choice)].concat();
+            let labels: Vec<i64> =
+                all.iter().enumerate().map(|(i, &id)| if i > prompt.len() { i64::from(id) } else { -100 }).collect();
+            let result = evaluate("one.jsonl", &json!({ "input_ids": all, "labels": labels }).to_string());
+            result["nll"].as_f64().unwrap() * result["tokens"].as_f64().unwrap()
+        };
+        let sums: Vec<f64> = choices.iter().map(nll).collect();
+        let best = |of: &dyn Fn(usize) -> f64| (0..3).min_by(|&a, &b| of(a).total_cmp(&of(b))).unwrap();
+        // Half of them have the answer that the model gives.
+        let answer = (best(&|i| sums[i]) + number % 2) % 3;
+        right += usize::from(answer == best(&|i| sums[i]));
+        short += usize::from(answer == best(&|i| sums[i] / choices[i].len() as f64));
+        let spelled = [json!(answer), json!(choices[answer]), json!(["A", "B", "C"][answer])][number % 3].clone();
+        rows += &(json!({ "prompt": prompt, "choices": choices, "answer": spelled }).to_string() + "\n");
+    }
+    assert_eq!(right, 3);
+    let result = evaluate("choices.jsonl", &rows);
+    assert_eq!(result["choice"], json!({ "questions": 6, "accuracy": 0.5, "accuracy_by_length": short as f64 / 6.0 }));
+    // The rest is about the right answers alone, as trained on.
+    let completions = rows.lines().map(|line| {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let answer = match &row["answer"] {
+            Value::String(text) if text.len() == 1 && "ABC".contains(&text[..]) => {
+                choices["ABC".find(&text[..]).unwrap()]
+            }
+            Value::String(text) => choices[choices.iter().position(|choice| choice == text).unwrap()],
+            number => choices[number.as_u64().unwrap() as usize],
+        };
+        json!({ "prompt": row["prompt"], "completion": answer }).to_string() + "\n"
+    });
+    let plain = evaluate("completions.jsonl", &completions.collect::<String>());
+    for figure in ["examples", "tokens", "exact_match"] {
+        assert_eq!(result[figure], plain[figure], "{figure}");
+    }
+    assert!((result["nll"].as_f64().unwrap() - plain["nll"].as_f64().unwrap()).abs() < 1e-6);
+    let (asked, completed) =
+        (["choices.jsonl", "completions.jsonl"].map(|data| ["--model", model, "--data", data]), "--show-batch");
+    let shown = asked.map(|args| place.ok(&[&args[..], &[completed, "--no-shuffle"]].concat()).stdout);
+    assert_eq!(shown[0], shown[1]);
+    for (row, words) in [
+        (json!({ "prompt": "a", "choices": ["b", "c"], "answer": 2 }), "expected a number from 0 to 1"),
+        (json!({ "prompt": "a", "choices": ["b", ""], "answer": 0 }), "empty"),
+        (json!({ "prompt": "a", "choices": [], "answer": 0 }), "answer"),
+        (json!({ "prompt": "a", "choices": "b", "answer": 0 }), "a list of strings"),
+    ] {
+        place.write("bad.jsonl", row.to_string());
+        place.refuses(&["eval", "--model", model, "--data", "bad.jsonl"], &["bad.jsonl:1: ", words]);
+    }
 }

@@ -46,3 +46,40 @@ fn a_run_leaves_a_page_and_events_and_runs_are_compared() {
     assert_eq!(json[0]["figures"]["nll after"], place.metrics("a")[1]["eval_nll"]);
     place.refuses(&["compare", "a", "nowhere"], &["nowhere holds no run"]);
 }
+
+#[test]
+fn quiet_runs_say_nothing_and_json_is_for_programs() {
+    let place = Place::new();
+    let ran = place.train("run", &["--quiet", "--json", "--eval-data", "ids.jsonl"]);
+    assert_eq!(ran.stderr, "");
+    let outcome: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&outcome["run"], &outcome["steps"]), (&"run".into(), &2.into()));
+    assert!(outcome["after"]["nll"].as_f64().unwrap() < outcome["before"]["nll"].as_f64().unwrap());
+    // Warnings are said all the same.
+    place.write("mixed.jsonl", "{\"input_ids\":[5,6,7]}\n5\n");
+    let ran = place.train("other", &["--quiet", "--skip-bad-rows", "--data", "mixed.jsonl"]);
+    assert!(ran.stderr.starts_with("warning: 1 rows") && ran.stderr.lines().count() == 1, "{}", ran.stderr);
+    assert_eq!(ran.stdout, "");
+}
+
+#[test]
+fn shells_complete_and_help_has_examples() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = place.ok(&["completions", shell]).stdout;
+        assert!(
+            script.contains("train-llama") && script.contains("export-gguf") && script.contains("show-batch"),
+            "{shell}"
+        );
+    }
+    place.refuses(&["completions", "csh"], &["csh", "bash"]);
+    let help = place.ok(&["--help"]).stdout;
+    let commands = help.split("Commands:\n").nth(1).unwrap().lines().take_while(|line| !line.is_empty());
+    let names: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.contains(&"compare") && names.contains(&"chat"), "{names:?}");
+    for name in names.iter().filter(|name| **name != "help") {
+        let help = place.ok(&[name, "--help"]).stdout;
+        assert!(help.contains("Example") && help.contains(&format!("train-llama {name}")), "{name}");
+        assert!(!help.contains('\x1b'), "{name}");
+    }
+}
