@@ -11,6 +11,7 @@ pub static MODULES: &[&Module] = &[
     &crate::attention::cuda::D96,
     &crate::attention::cuda::SIMPLE,
     &crate::cast::cuda::MODULE,
+    &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,
     &crate::quantize::cuda::DEQUANTIZE,

@@ -235,7 +235,7 @@ impl Gpu {
     }
 
     /// Blocks until all streams have done everything they were given.
-    pub(super) fn synchronize_all(&self) -> Result<()> {
+    pub(crate) fn synchronize_all(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the context is current.
         check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })

@@ -24,7 +24,8 @@ mod transfer;
 mod unified;
 
 pub use bus::BusRates;
-pub(crate) use copy::{copy, download, upload};
+pub use copy::COPY;
+pub(crate) use copy::{copy, download, upload, upload_on};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
 pub use event::{Event, Timer};
 pub use gpu::{Gpu, Stream};
