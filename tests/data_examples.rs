@@ -298,6 +298,10 @@ fn templates_that_rewrite_the_past_are_refused() {
         let error = refused("rows.jsonl", row, &chat().with_chat_template(template), &OPTIONS);
         assert!(error.starts_with(":1: the chat template does not write message 2"), "{error}");
     }
+    let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}\
+                   {% endfor %}";
+    let error = refused("rows.jsonl", row, &chat().with_chat_template(endless), &OPTIONS);
+    assert!(error.starts_with(":1: chat template: stopped after") && error.contains("loop without end"), "{error}");
     let strict = "{{ raise_exception('only systems') }}";
     let error = refused("rows.jsonl", row, &chat().with_chat_template(strict), &OPTIONS);
     assert!(error.contains("only systems"), "{error}");

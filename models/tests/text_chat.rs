@@ -63,6 +63,11 @@ fn faults_are_errors() {
           {% endfor %}",
             "loop without end",
         ),
+        // One that would take all memory.
+        (
+            "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "loop without end",
+        ),
     ] {
         let error = render(source).unwrap_err().to_string();
         assert!(error.starts_with("chat template: ") && error.contains(expected), "{source}: {error}");
