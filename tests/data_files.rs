@@ -265,6 +265,16 @@ proptest! {
     }
 
     #[test]
+    fn lists_are_cut_at_their_own_commas(
+        texts in prop::collection::vec(r#"[\[\]{}",\\: a]{1,20}"#, 1..6), space in "[ \n\t]{0,3}",
+    ) {
+        let rows: Vec<String> = texts.iter().map(|text| serde_json::json!({ "text": text, "n": [[1], {}] }).to_string()).collect();
+        let list = format!("{space}[{space}{}{space}]{space}", rows.join(&format!("{space},{space}")));
+        let dir = place(&[("a.json", list.as_bytes()), ("b.jsonl", rows.join("\n").as_bytes())]);
+        prop_assert_eq!(load(&dir.path().join("a.json")), load(&dir.path().join("b.jsonl")));
+    }
+
+    #[test]
     fn any_bytes_under_any_name_never_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..200),
         name in prop::sample::select(vec!["a.json", "a.csv", "a.tsv.zst", "a.jsonl.gz", "a.parquet", "a.txt.zst", "a"]),

@@ -10,6 +10,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
+use super::builder::Builder;
 use super::cache::Cache;
 use super::choices::Question;
 use super::error::{DataError, Result};
@@ -17,7 +18,7 @@ use super::examples::{Encoder, Example, Notes};
 use super::records::{Kind, Record, Records, open_text};
 use super::rows::Format;
 use super::spec::DataSpec;
-use super::store::{Builder, Examples};
+use super::store::Examples;
 use crate::{interrupt, report};
 
 /// What turns data into examples.

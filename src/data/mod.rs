@@ -6,6 +6,7 @@
 //! has a completion or assistant turns, only those are learned; every other token's label is [`IGNORE`].
 
 mod batch;
+mod builder;
 mod cache;
 mod choices;
 mod describe;
