@@ -25,6 +25,18 @@ pub struct Part {
     pub weight: f64,
 }
 
+impl Part {
+    /// Examples of it in an epoch, which is the whole number of times and the share of one more.
+    fn in_epoch(&self) -> usize {
+        // A count and weight that make no sense saturate, and are refused.
+        self.count.saturating_mul(self.weight as usize).saturating_add(self.share())
+    }
+
+    fn share(&self) -> usize {
+        (self.count as f64 * self.weight.fract()).round() as usize
+    }
+}
+
 /// What a batch is.
 #[derive(Clone, Debug)]
 pub enum Batching {
@@ -74,8 +86,8 @@ impl Sampler {
     /// # Errors
     /// [`DataError::Options`] if an epoch has no examples (or more than 2³²), or a batch none.
     pub fn new(parts: &[Part], batching: Batching, seed: u64, shuffle: bool) -> Result<Self> {
-        let examples: f64 = parts.iter().map(|part| (part.count as f64 * part.weight).round()).sum();
-        if !(examples >= 1.0 && examples < f64::from(u32::MAX)) {
+        let examples = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.in_epoch()));
+        if examples == 0 || u32::try_from(examples).is_err() {
             return Err(DataError::Options(format!("{examples} examples in an epoch; expected 1 to 2^32")));
         }
         if let Batching::Examples(0) | Batching::Packed { tokens: 0, .. } = batching {
@@ -87,6 +99,10 @@ impl Sampler {
 
     /// Batches of the first `epochs` epochs.
     pub fn batches_of(&self, epochs: usize) -> usize {
+        if let Batching::Examples(size) = self.batching {
+            let examples: usize = self.parts.iter().map(Part::in_epoch).sum();
+            return epochs * examples.div_ceil(size);
+        }
         let mut plans = self.plans();
         while plans.before.len() <= epochs {
             let epoch = plans.before.len() - 1;
@@ -100,16 +116,11 @@ impl Sampler {
     /// The examples of batch number `batch`, counted from 0 across epochs.
     pub fn batch_indices(&self, batch: usize) -> Vec<usize> {
         let epoch = match &self.batching {
-            // All epochs have as many.
             Batching::Examples(_) => batch / self.batches_of(1),
             Batching::Packed { .. } => (0..).find(|epoch| batch < self.batches_of(epoch + 1)).unwrap_or(0),
         };
-        let first = match &self.batching {
-            Batching::Examples(_) => epoch * self.batches_of(1),
-            Batching::Packed { .. } => self.batches_of(epoch),
-        };
+        let within = batch - self.batches_of(epoch);
         let plan = self.plan(&mut self.plans(), epoch);
-        let within = batch - first;
         let start = within.checked_sub(1).map_or(0, |previous| plan.ends[previous]);
         plan.order[start as usize..plan.ends[within] as usize].iter().map(|&index| index as usize).collect()
     }
@@ -158,7 +169,7 @@ impl Sampler {
             for _ in 0..part.weight as usize {
                 chosen.extend(first..first + part.count as u32);
             }
-            let share = (part.count as f64 * part.weight.fract()).round() as usize;
+            let share = part.share();
             if share > 0 {
                 let mut some = self.random(SHARE, epoch, number as u32).permutation(part.count);
                 some.truncate(share);
