@@ -11,7 +11,7 @@ use crate::{
     hub, input, interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
-    page_trace,
+    page_trace, profile,
     report::{
         self, StepLog, StepMetrics, curves,
         html::{self, Samples},
@@ -77,6 +77,7 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         ..settings.clone()
     };
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
+    profile::check(settings.profile.as_deref(), model.llama.device())?;
     let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
     let adapter_config = attach(&mut model, settings)?;
@@ -423,13 +424,16 @@ fn one_step(model: &mut Model, stepper: &mut Stepper, step: u32, setup: &Setup) 
     );
     let lr = settings.lr * settings.schedule.factor(step, settings.warmup, deal.total);
     let picture = settings.trace.as_deref().filter(|_| step + 1 == deal.total);
+    let profile = settings.profile.as_deref().filter(|_| step + 1 == deal.total);
     page_trace::begin(picture, stepper.paging());
+    profile::begin(profile, model.llama.device())?;
     let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, deal.first(step) as u32, lr)?;
     if let Some(fault) = fault {
         return Err(broken(model, setup, step + 1, &fault));
     }
     let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
     page_trace::finish(picture, stepper.paging());
+    profile::finish(profile, model.llama.device(), model.llama.dtype)?;
     Ok(StepMetrics {
         step: step + 1,
         loss,

@@ -9,6 +9,7 @@ pub static MODULES: &[&Module] = &[
     &crate::attention::cuda::D128,
     &crate::attention::cuda::D64,
     &crate::attention::cuda::D96,
+    &crate::attention::hopper::D128,
     &crate::attention::cuda::SIMPLE,
     &crate::cast::cuda::MODULE,
     &nibble_runtime::cuda::COPY,

@@ -104,26 +104,34 @@ fn stream(
     Ok(beside)
 }
 
-/// Pages that are updated where they are by one launch, at most: the host makes the table of the next while the device is busy
-/// with one.
-const PAGES_AT_ONCE: usize = 64;
+/// Runs after which a launch for pages where they are takes no further page: the host makes the table of the next launch
+/// while the device is busy with one.
+const RUNS_AT_ONCE: usize = 64;
 
 /// The pages in groups that are updated together. With lanes, the groups of pages in host memory have at most `most` pages.
 fn chunks(state: &PagedState, most: Option<usize>) -> Vec<Range<usize>> {
     let pager = state.pager();
     let in_place = match pager.policy() {
         // Brought one group after another, no more than there is room for.
-        Policy::Lru => (pager.budget() / pager.page_bytes()).clamp(1, PAGES_AT_ONCE),
-        _ => PAGES_AT_ONCE,
+        Policy::Lru => (pager.budget() / pager.page_bytes()).max(1),
+        _ => usize::MAX,
     };
     let stays = |page| most.is_none() || pager.is_resident(page);
-    let mut chunks: Vec<Range<usize>> = Vec::new();
+    let (mut chunks, mut runs): (Vec<Range<usize>>, _) = (Vec::new(), 0);
     for page in 0..pager.pages() {
         let limit = if stays(page) { in_place } else { most.unwrap_or(1) };
         match chunks.last_mut() {
-            Some(last) if stays(last.start) == stays(page) && last.len() < limit => last.end = page + 1,
-            _ => chunks.push(page..page + 1),
+            Some(last)
+                if stays(last.start) == stays(page) && last.len() < limit && (runs < RUNS_AT_ONCE || !stays(page)) =>
+            {
+                last.end = page + 1;
+            }
+            _ => {
+                chunks.push(page..page + 1);
+                runs = 0;
+            }
         }
+        runs += state.page(page).len();
     }
     chunks
 }

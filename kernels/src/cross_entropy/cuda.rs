@@ -127,6 +127,6 @@ fn scatter(from: &Tensor, rows: &Tensor, into: &mut Tensor) -> Result<()> {
     let (count, width) = from.dims2(OP)?;
     let (name, grid) = (entry("cross_entropy_scatter", from.dtype())?, [size(OP, count)?, 1, 1]);
     let gpu = Gpu::of(into.device())?;
-    let args = Args::new().input(from).input(rows).output(into).u32(size(OP, width)?);
+    let args = Args::new().input(from).input(rows).output(into).moves(2 * from.size_bytes()).u32(size(OP, width)?);
     gpu.launch(&MODULE, &name, grid, [128, 1, 1], 0, args)
 }
