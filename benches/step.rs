@@ -49,7 +49,7 @@ fn step(criterion: &mut Criterion, name: &str, mut llama: Llama, lengths: &[usiz
             llama.train(batch, 1.0 / tokens as f32, None, &mut grads).expect("a step");
             let mut clip = grads.clip(1.0, 1.0).expect("a norm");
             let parameters = llama.parameters_mut().into_iter();
-            let update = |(id, value)| Update { id, value, decay: true, previous: None };
+            let update = |(id, value)| Update { id, value, decay: true, rate: 1.0, previous: None };
             let mut updates: Vec<Update> = parameters.map(update).collect();
             optimizer.step(&mut updates, &grads, 1e-4, &mut clip).expect("an update");
         });

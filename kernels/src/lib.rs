@@ -5,6 +5,7 @@ pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
 pub mod cuda;
+pub mod dora;
 pub mod dropout;
 pub mod dynamic8;
 pub mod elementwise;

@@ -133,7 +133,7 @@ fn update(
     }
     let mut jobs = Vec::with_capacity(views.len());
     let mut views: BTreeMap<ParamId, &mut Vec<_>> = views.iter_mut().map(|(&id, views)| (id, views)).collect();
-    for Update { id, value, decay, previous } in params {
+    for Update { id, value, decay, rate, previous } in params {
         let Some(views) = views.remove(id) else { continue };
         let part = views.iter_mut().map(|(start, grad, moments)| adamw::Part {
             start: *start,
@@ -141,7 +141,7 @@ fn update(
             moments: moments.borrow(),
         });
         let parts = part.collect();
-        jobs.push(Job { param: value, decay: *decay, previous: previous.as_deref_mut(), parts });
+        jobs.push(Job { param: value, decay: *decay, rate: *rate, previous: previous.as_deref_mut(), parts });
     }
     let stream = lane.and_then(|lane| state.pager().lane(lane));
     adamw::step_on(&mut jobs, config, step, clip, stream)
