@@ -12,7 +12,8 @@ use nibble_kernels::{
 use nibble_models::{
     Llama,
     files::checkpoint::Checkpoint,
-    llama::{LoadOptions, LoraConfig, Packed, Quantization, TARGETS},
+    files::peft::{ALL_LINEAR, AdapterConfig, TargetModules},
+    llama::{Init, LoadOptions, Packed, Quantization},
 };
 use nibble_optim::{AdamW, Gradients, StateBits, Update};
 use nibble_runtime::{
@@ -29,8 +30,9 @@ fn load(path: &Path) -> Llama {
     let options =
         LoadOptions { quantization: Some(NF4), dtype: DType::F32, device: Device::Cpu, tables_in_8_bits: false };
     let (mut llama, _) = Llama::load(&checkpoint, options, |_, _| {}).expect("a Llama");
-    let targets = TARGETS.map(String::from).to_vec();
-    llama.add_lora(&LoraConfig { rank: 16, alpha: 16.0, dropout: 0.0, rslora: false, targets }, 0).expect("targets");
+    let target_modules = Some(TargetModules::Pattern(ALL_LINEAR.into()));
+    let config = AdapterConfig { r: 16, lora_alpha: 16.0, target_modules, ..AdapterConfig::default() };
+    llama.add_lora(&config, Init::Lora, None, 0).expect("targets");
     llama
 }
 

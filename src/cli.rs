@@ -1,10 +1,11 @@
 //! The command line.
 
+use crate::paging::Bytes;
 use crate::settings::TrainArgs;
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
-use nibble_models::sampling::Sampling;
+use nibble_models::{merge::Rule, sampling::Sampling};
 use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
 
@@ -276,7 +277,9 @@ impl std::str::FromStr for AdapterChoice {
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
   train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter:0.7 --adapter runs/b/adapter:0.3 --out both
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --quant nf4 --out mine-nf4
-The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat).")]
+  train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter --adapter runs/b/adapter --combine ties --out both
+The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat). ties keeps
+the largest changes of each where signs agree; dare_linear and dare_ties keep random ones.")]
 pub struct MergeArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -287,6 +290,18 @@ pub struct MergeArgs {
     /// Folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// How several adapters become one: linear, ties, dare_linear or dare_ties
+    #[arg(long, value_name = "RULE", default_value_t = Rule::Linear)]
+    pub combine: Rule,
+    /// Share of each adapter's changes that ties and dare keep
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub density: f32,
+    /// Of what dare drops
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Largest file of the weights, such as 5GiB [default: one file]
+    #[arg(long, value_name = "BYTES")]
+    pub max_shard: Option<Bytes>,
     /// f32, bf16 or f16 [default: as the model's]
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub dtype: DTypeChoice,

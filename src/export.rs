@@ -14,7 +14,7 @@ use nibble_models::{
         peft::read_adapter,
         safetensors::stream_safetensors,
     },
-    merge::{Loss, Merged, Part},
+    merge::{Combination, Loss, Merged, Part},
     tokenizer::{GgufVocab, Tokenizer},
 };
 use nibble_runtime::{DType, Tag};
@@ -48,7 +48,8 @@ pub fn merge_command(args: &MergeArgs) -> Result<()> {
         DTypeChoice(Some(dtype)) => dtype,
         DTypeChoice(None) => checkpoint.dtype()?,
     };
-    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
+    let combination = Combination { rule: args.combine, density: args.density, seed: args.seed };
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?, combination)?;
     let loss = match args.quant {
         None => write_dense(&merged, dtype, out)?,
         Some(_) => write_quantized(&merged, dtype, args)?,
@@ -76,7 +77,7 @@ fn write_dense(merged: &Merged, dtype: DType, out: &Path) -> Result<Loss> {
         Ok(written)
     })?;
     bar.finish_and_clear();
-    write_json(&out.join("config.json"), &merged.checkpoint().config().to_json(dtype))?;
+    write_json(&out.join("config.json"), &merged.config().to_json(dtype))?;
     Ok(loss)
 }
 
@@ -105,7 +106,7 @@ fn write_quantized(merged: &Merged, dtype: DType, args: &MergeArgs) -> Result<Lo
         bar.inc(1);
     }
     bar.finish_and_clear();
-    write_checkpoint(&args.out, merged.checkpoint().config(), dtype, &weights)?;
+    write_checkpoint(&args.out, merged.config(), dtype, &weights)?;
     Ok(loss)
 }
 
@@ -136,7 +137,7 @@ pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
     let kind = KINDS.into_iter().map(|(kind, _)| kind).find(|kind| kind.to_string() == wanted);
     let kind = kind.with_context(|| format!("--type: expected f32, f16, bf16, q8_0 or q4_0, not {}", args.r#type))?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?, Combination::default())?;
     let vocab = match checkpoint.gguf() {
         Some(gguf) => GgufVocab::read(gguf)?,
         None => {

@@ -2,6 +2,7 @@
 //!
 //! [`train::train`] is a whole run, in the order in which data walks through it.
 
+mod adapt;
 mod bench_step;
 pub mod best;
 pub mod checkpoint;

@@ -1,6 +1,8 @@
 //! A training run, in the order in which data walks through it.
 
+pub use crate::adapt::attach;
 use crate::{
+    adapt,
     best::{Best, Evaluations},
     checkpoint::{self, Checkpoint, Origin, Saver, State},
     cli::DTypeChoice,
@@ -22,7 +24,6 @@ use nibble_models::{
         atomic::{atomic_folder, write_json},
         peft,
     },
-    llama::LoraConfig,
     tokenizer::Tokenizer,
 };
 use serde::Serialize;
@@ -67,9 +68,9 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
-    let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
-    let adapter_config = attach(&mut model, settings)?;
+    let mut adapter_config = attach(&mut model, settings)?;
+    let tokenizer = model.tokenizer()?;
     let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
     let origin = Origin {
         model: digest,
@@ -77,6 +78,10 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         data: checkpoint::digest(&examples),
         eval_data: checkpoint::digest(&held_out),
     };
+    let base = adapt::changes_base(&model, settings).then(|| dir.join("base"));
+    if let (Some(base), Some(config)) = (&base, &mut adapter_config) {
+        config.base_model_name_or_path = Some(base.display().to_string());
+    }
     let setup = Setup { settings, dir, new, adapter_config, tokenizer, examples, held_out };
     let Setup { dir, tokenizer, held_out, .. } = &setup;
 
@@ -94,6 +99,9 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     if new {
         dir.create(settings)?;
     }
+    if let Some(base) = &base {
+        adapt::save_base(&model, tokenizer.as_ref(), base)?;
+    }
     let Optimized { log, interrupted, evaluations, after } = optimize(&mut model, &setup, checkpoint, origin, before)?;
     report::loss_curve(&dir.join("loss.svg"), &log, &format!("training loss of {}", dir.path().display()))?;
 
@@ -110,6 +118,11 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let (how, path) = (if interrupted { "stopped" } else { "finished" }, dir.path().display());
     eprintln!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
     eprintln!("  {}/  metrics.jsonl  loss.svg  settings.toml  summary.json", setup.trained());
+    if base.is_some() {
+        eprintln!(
+            "  base/  what the adapter is for, instead of the model: --model {path}/base --adapter {path}/adapter"
+        );
+    }
     if interrupted {
         eprintln!("--resume {path} continues");
     }
@@ -162,34 +175,6 @@ pub fn source(settings: &Settings) -> ModelSource {
         dtype: settings.dtype,
         device: settings.device,
     }
-}
-
-/// Makes parameters trainable, and says how many.
-pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
-    let lora = LoraConfig {
-        rank: settings.rank,
-        alpha: settings.alpha,
-        dropout: settings.dropout,
-        rslora: settings.rslora,
-        targets: settings.targets.clone(),
-    };
-    let config = match (settings.method, &settings.adapter_init) {
-        (Method::Full, _) => {
-            model.llama.train_all()?;
-            None
-        }
-        (_, Some(dir)) => Some(model.attach(dir)?),
-        (_, None) => {
-            model.llama.add_lora(&lora, settings.seed)?;
-            let base = settings.model.as_ref().map(|path| path.display().to_string());
-            Some(lora.to_peft(base))
-        }
-    };
-    model.llama.recomputed = settings.recompute.0;
-    let parameters = model.llama.parameters();
-    let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
-    eprintln!("trains   {:.2}M parameters in {} tensors by {}", count as f64 / 1e6, parameters.len(), settings.method);
-    Ok(config)
 }
 
 /// The training and the held-out examples.
@@ -449,7 +434,12 @@ fn keep(model: &Model, setup: &Setup, name: &str) -> Result<()> {
 /// Writes what was trained to `folder`: an adapter, or a model after full fine-tuning.
 fn save(model: &Model, setup: &Setup, folder: &Path) -> Result<()> {
     match &setup.adapter_config {
-        Some(config) => peft::write_adapter(folder, &model.llama.adapter(config.clone()))?,
+        Some(config) => {
+            peft::write_adapter(folder, &model.llama.adapter(config.clone())?)?;
+            if let Some(tokenizer) = setup.tokenizer.as_ref().filter(|_| model.has_own_tokens()) {
+                tokenizer.save(folder)?;
+            }
+        }
         None => {
             model.llama.save(folder, model.stored_dtype()?)?;
             if let Some(tokenizer) = &setup.tokenizer {

@@ -27,7 +27,7 @@ pub fn export_gguf(
     path: &Path,
     mut progress: impl FnMut(usize),
 ) -> Result<Loss> {
-    let config = merged.checkpoint().config();
+    let config = merged.config();
     let name =
         merged.checkpoint().path().file_stem().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     let keys = keys(config, kind, name, vocab)?;

@@ -1,18 +1,22 @@
-//! What trains: LoRA adapters on chosen linear layers, or the whole model.
+//! What trains: LoRA adapters on chosen linear layers, embedding and head beside them, or the whole model.
 
-use super::{Linear, Llama, Lora, Param};
+use super::{Init, Linear, Llama, Lora, Param, adapters::Mounted, init::Start, linear::Magnitude};
 use crate::{
     Error, Result,
-    files::peft::{Adapter, AdapterConfig, TargetModules, scale},
+    files::{
+        checkpoint::{Checkpoint, CheckpointTensor},
+        peft::{Adapter, AdapterConfig, Factors, TargetModules, scale},
+    },
 };
 use nibble_kernels::{
     cast::{cast, into_dtype},
+    dora,
     linear::Weight,
     quantize::dequantize,
     table::Table,
 };
 use nibble_runtime::{
-    DType, ParamId, Tag, Tensor,
+    DType, Device, ParamId, Tag, Tensor,
     rng::{Philox, Stream},
 };
 use std::path::Path;
@@ -23,40 +27,15 @@ pub const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_pr
 /// [`Stream::purpose`] of adapter initialization.
 const INIT_PURPOSE: u32 = 2;
 
-/// Settings of new adapters.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// Rank r.
-    pub rank: usize,
-    /// α: the adapter's output is scaled by α/r.
-    pub alpha: f64,
-    /// Probability of dropping an element of the adapter's input.
-    pub dropout: f32,
-    /// Scale by α/√r instead (Kalajdzievski, "rsLoRA", arXiv 2312.03732).
-    pub rslora: bool,
-    /// Last parts of the names of the layers to adapt, out of [`TARGETS`].
-    pub targets: Vec<String>,
-}
+/// Gives out ids in turn.
+#[derive(Default)]
+pub(super) struct Ids(usize);
 
-impl LoraConfig {
-    /// The settings in PEFT's form, for a base model of this name.
-    pub fn to_peft(&self, base: Option<String>) -> AdapterConfig {
-        AdapterConfig {
-            r: self.rank,
-            lora_alpha: self.alpha,
-            // Through text, so that 0.1 is written as 0.1 and not as the f32 nearest to it.
-            lora_dropout: self.dropout.to_string().parse().unwrap_or(0.0),
-            use_rslora: self.rslora,
-            target_modules: Some(TargetModules::Names(self.targets.clone())),
-            base_model_name_or_path: base,
-            ..AdapterConfig::default()
-        }
+impl Ids {
+    pub(super) fn next(&mut self) -> Option<ParamId> {
+        self.0 += 1;
+        Some(ParamId(self.0 - 1))
     }
-}
-
-/// The last part of a module path.
-fn leaf(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name)
 }
 
 impl Llama {
@@ -64,29 +43,122 @@ impl Llama {
         self.layers.iter_mut().flat_map(|layer| layer.linears_mut())
     }
 
-    /// Puts new adapters on the chosen layers: A uniform in ±1/√K, B zero, so that the model's output does not change.
+    /// Puts new adapters on the layers that `config` names, and makes embedding and head trainable where it says so.
+    /// A plain one ([`Init::Lora`]) has A uniform in ±1/√K and B zero, so that the model's output does not change; others
+    /// change the base weight: they start from the weights of `checkpoint`, or, without one, from those that the layers
+    /// have.
     ///
     /// # Errors
-    /// A target is none of [`TARGETS`], there is none, or the rank is 0.
-    pub fn add_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
-        if let Some(bad) = config.targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
-            return Err(Error::Invalid(format!("no linear layer is named {bad}; choose from {}", TARGETS.join(", "))));
+    /// No layer is meant, or none by one of the names, or the rank is 0 or more than a layer's weight has; embedding and head are to train and are held
+    /// in 8 bits; `init` does not go with the base or with DoRA.
+    pub fn add_lora(
+        &mut self,
+        config: &AdapterConfig,
+        init: Init,
+        checkpoint: Option<&Checkpoint>,
+        seed: u64,
+    ) -> Result<()> {
+        config.check_patterns().map_err(Error::Invalid)?;
+        if config.use_dora && init != Init::Lora {
+            return Err(Error::Invalid(format!("DoRA starts from plain adapters, not from {init}")));
         }
-        if config.rank == 0 || config.targets.is_empty() {
-            return Err(Error::Invalid("LoRA needs a rank of at least 1 and at least one target layer".into()));
+        if let Some(TargetModules::Names(names)) = &config.target_modules {
+            let alone = |name: &String| TargetModules::Names(vec![name.clone()]);
+            let meant = |name: &String| {
+                let one = AdapterConfig { target_modules: Some(alone(name)), ..AdapterConfig::default() };
+                self.layers.iter().flat_map(|layer| layer.linears()).any(|linear| one.adapts(&linear.name))
+            };
+            if let Some(bad) = names.iter().find(|name| !meant(name)) {
+                let what = format!("no linear layer is named {bad}; choose from {}", TARGETS.join(", "));
+                return Err(Error::Invalid(what));
+            }
         }
-        let (device, mut next) = (self.device(), 0);
-        for linear in self.linears_mut().filter(|linear| config.targets.iter().any(|t| t == leaf(&linear.name))) {
+        let (device, mut ids, mut count) = (self.device(), Ids::default(), 0);
+        for linear in self.linears_mut().filter(|linear| config.adapts(&linear.name)) {
             let (n, k) = linear.weight.dims()?;
-            let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
-            let bound = 1.0 / (k as f32).sqrt();
-            let count = (config.rank * k) as u64;
-            let a: Vec<f32> = (0..count).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
-            let a = Tensor::from_slice(&a, &[config.rank, k], Tag::Adapters)?.into_device(device, Tag::Adapters)?;
-            let b = Tensor::zeros(&[n, config.rank], DType::F32, device, Tag::Adapters)?;
-            let scale = scale(config.alpha, config.rank, config.rslora);
-            linear.lora = Some(Lora::new(&linear.name, a, b, scale, config.dropout, &mut next));
+            let (name, rank) = (linear.name.clone(), config.rank_of(&linear.name));
+            if rank == 0 {
+                return Err(Error::Invalid(format!("{name}: LoRA needs a rank of at least 1")));
+            }
+            let scale = scale(config.alpha_of(&name), rank, config.use_rslora);
+            let own = |tensor: Tensor| tensor.into_device(device, Tag::Adapters);
+            let (mut a, mut b, mut taken) = (None, None, None);
+            if init != Init::Lora {
+                let original = original(linear, checkpoint)?;
+                let start = linear.start(init, &original, rank, scale);
+                let start = start.map_err(|error| Error::Invalid(format!("{name}: {error}")))?;
+                if matches!(start.weight, Weight::Dense(_)) {
+                    taken = Some((start.a.clone(), start.b.clone()));
+                }
+                let Start { a: first, b: second, weight } = start;
+                (a, b, linear.weight) =
+                    (Some(own(first.copy(Tag::Adapters)?)?), Some(own(second.copy(Tag::Adapters)?)?), weight);
+            }
+            let uniform = || {
+                let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
+                let bound = 1.0 / (k as f32).sqrt();
+                let a: Vec<f32> = (0..(rank * k) as u64).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
+                own(Tensor::from_slice(&a, &[rank, k], Tag::Adapters)?)
+            };
+            let a = a.map_or_else(uniform, Ok)?;
+            let b = b.map_or_else(|| Tensor::zeros(&[n, rank], DType::F32, device, Tag::Adapters), Ok)?;
+            let magnitude = match config.use_dora {
+                true => Some(lengths(&linear.dense()?)?),
+                false => None,
+            };
+            let mut lora = Lora::new(&name, Factors { a, b, magnitude }, scale, config.lora_dropout as f32, &mut ids);
+            lora.taken = taken;
+            linear.lora = Some(lora);
+            count += 1;
         }
+        if count == 0 {
+            let names = TARGETS.join(", ");
+            let what = format!("the targets name none of the model's linear layers, which are {names} of each layer");
+            return Err(Error::Invalid(what));
+        }
+        self.train_tables(config, &mut ids)
+    }
+
+    /// Makes embedding and head trainable, in f32, where `config` saves them whole.
+    fn train_tables(&mut self, config: &AdapterConfig, ids: &mut Ids) -> Result<()> {
+        let [embedding, head] = config.saves();
+        // The head of a tied model becomes one of its own, which starts as (or stays) what the embedding was.
+        if self.head.is_none() && (head || (embedding && !config.ensure_weight_tying)) {
+            self.head = Some(Param { name: HEAD.into(), id: None, value: self.embedding.value.clone() });
+        }
+        if embedding {
+            train_table(&mut self.embedding, ids.next())?;
+        }
+        match &mut self.head {
+            Some(param) if head => train_table(param, ids.next()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives embedding and head rows for `vocab` tokens, if they have fewer: each the mean of those that there are.
+    ///
+    /// # Errors
+    /// They are held in 8 bits.
+    pub fn grow_vocabulary(&mut self, vocab: usize) -> Result<()> {
+        if vocab <= self.config.vocab_size {
+            return Ok(());
+        }
+        for Param { value, .. } in [Some(&mut self.embedding), self.head.as_mut()].into_iter().flatten() {
+            let Table::Dense(rows) = value else {
+                return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot grow".into()));
+            };
+            let (count, width) = rows.dims2("table")?;
+            let host = rows.to_device(Device::Cpu, Tag::Workspace)?;
+            let mut all = host.to_f32()?.into_owned();
+            let mut mean = vec![0.0f64; width];
+            all.chunks(width).for_each(|row| mean.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x)));
+            let mean: Vec<f32> = mean.iter().map(|sum| (sum / count as f64) as f32).collect();
+            (count..vocab).for_each(|_| all.extend(&mean));
+            let grown =
+                Tensor::from_slice(&all, &[vocab, width], Tag::Weights)?.into_dtype(rows.dtype(), Tag::Weights)?;
+            *value = Table::Dense(grown.into_device(rows.device(), Tag::Weights)?);
+        }
+        self.config.vocab_size = vocab;
         Ok(())
     }
 
@@ -95,49 +167,108 @@ impl Llama {
     /// # Errors
     /// The adapter names a layer that the model lacks, or its shapes do not fit: it was made for another model.
     pub fn set_adapter(&mut self, adapter: &Adapter, path: &Path) -> Result<()> {
-        let loras = self.loras(adapter, path)?;
-        self.linears_mut().zip(loras).for_each(|(linear, lora)| linear.lora = lora);
+        let mounted = self.mounted(adapter, path)?;
+        self.mount(mounted);
         Ok(())
     }
 
-    /// What an adapter puts on each linear layer, in their order.
-    pub(super) fn loras(&self, adapter: &Adapter, path: &Path) -> Result<Vec<Option<Lora>>> {
-        let mut left: Vec<&str> = adapter.tensors.keys().map(String::as_str).collect();
+    /// What an adapter puts on the model.
+    pub(super) fn mounted(&self, adapter: &Adapter, path: &Path) -> Result<Mounted> {
+        let mut left: Vec<&str> = adapter.factors.keys().map(String::as_str).collect();
         let model = self.source.display().to_string();
         let other =
             |what: String| Error::mismatch(path, format!("{what}; is the adapter for another model than {model}?"));
-        let (device, mut next) = (self.device(), 0);
+        let (device, mut ids) = (self.device(), Ids::default());
+        let own = |tensor: &Tensor| cast(tensor, DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
         let mut loras = Vec::new();
         for linear in self.layers.iter().flat_map(|layer| layer.linears()) {
-            let Some((a, b)) = adapter.tensors.get(&linear.name) else {
+            let Some(Factors { a, b, magnitude }) = adapter.factors.get(&linear.name) else {
                 loras.push(None);
                 continue;
             };
             let (n, k) = linear.weight.dims()?;
             let rank = a.shape().first().copied().unwrap_or(0);
-            if a.shape() != [rank, k] || b.shape() != [n, rank] || rank == 0 {
+            let lengths = magnitude.as_ref().is_none_or(|magnitude| magnitude.shape() == [n]);
+            if a.shape() != [rank, k] || b.shape() != [n, rank] || rank == 0 || !lengths {
                 let (a, b) = (a.shape(), b.shape());
                 return Err(other(format!("{}: A {a:?} and B {b:?} do not fit a layer [{n}, {k}]", linear.name)));
             }
             let (scale, dropout) = (adapter.scale(&linear.name), adapter.config.lora_dropout as f32);
-            let own = |tensor: &Tensor| cast(tensor, DType::F32, Tag::Adapters)?.into_device(device, Tag::Adapters);
-            loras.push(Some(Lora::new(&linear.name, own(a)?, own(b)?, scale, dropout, &mut next)));
+            let magnitude = magnitude.as_ref().map(own).transpose()?;
+            let factors = Factors { a: own(a)?, b: own(b)?, magnitude };
+            loras.push(Some(Lora::new(&linear.name, factors, scale, dropout, &mut ids)));
             left.retain(|name| *name != linear.name);
         }
-        match left.first() {
-            Some(name) => Err(other(format!("the model has no layer {name}"))),
-            None => Ok(loras),
+        if let Some(name) = left.first() {
+            return Err(other(format!("the model has no layer {name}")));
         }
+        let Mounted { mut embedding, mut head, mut vocab, .. } = self.base();
+        let width = self.config.hidden_size;
+        let tables = [("the embedding", &adapter.embedding), ("the head", &adapter.head)];
+        if let Some((what, table)) = tables.into_iter().find_map(|(what, table)| {
+            table
+                .as_ref()
+                .filter(|table| table.dims2("table").is_ok_and(|(_, found)| found != width))
+                .map(|t| (what, t))
+        }) {
+            return Err(other(format!("{what} is {:?} and the model's are {width} wide", table.shape())));
+        }
+        if adapter.embedding.is_some() || adapter.head.is_some() {
+            let tied = head.is_none();
+            let of = |name: &str, table: &Tensor, ids: &mut Ids| -> Result<Param<Table>> {
+                Ok(Param { name: name.into(), id: ids.next(), value: Table::Dense(own(table)?) })
+            };
+            if tied && !(adapter.config.ensure_weight_tying && adapter.embedding.is_some()) {
+                head = Some(Param { name: HEAD.into(), id: None, value: embedding.value.clone() });
+            }
+            if let Some(table) = &adapter.embedding {
+                embedding = of(EMBEDDING, table, &mut ids)?;
+            }
+            if let (Some(table), Some(param)) = (&adapter.head, &mut head) {
+                *param = of(HEAD, table, &mut ids)?;
+            }
+            let rows = embedding.value.dims()?.0;
+            let of_head = head.as_ref().map_or(Ok(rows), |head| head.value.dims().map(|(rows, _)| rows))?;
+            if rows != of_head {
+                return Err(other(format!("embedding and head have {rows} and {of_head} tokens")));
+            }
+            vocab = rows;
+        }
+        Ok(Mounted { loras, embedding, head, vocab })
     }
 
-    /// The adapters as PEFT tensors, beside a configuration.
-    pub fn adapter(&self, config: AdapterConfig) -> Adapter {
-        let linears = self.layers.iter().flat_map(|layer| layer.linears());
-        let pair = |linear: &Linear| {
-            let lora = linear.lora.as_ref()?;
-            Some((linear.name.clone(), (lora.a.value.clone(), lora.b.value.clone())))
+    /// The adapters as PEFT tensors, beside a configuration. What an adapter took out of a base that is not quantized is
+    /// given back: it becomes one of twice the rank for the base as it was, as peft converts it.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn adapter(&self, config: AdapterConfig) -> Result<Adapter> {
+        let mut adapter = Adapter { config, factors: Default::default(), embedding: None, head: None };
+        let mut converted = false;
+        for linear in self.layers.iter().flat_map(|layer| layer.linears()) {
+            let Some(Lora { a, b, magnitude, taken, .. }) = &linear.lora else { continue };
+            let magnitude = magnitude.as_ref().map(|magnitude| magnitude.param.value.clone());
+            let mut factors = Factors { a: a.value.clone(), b: b.value.clone(), magnitude };
+            if let Some((a, b)) = taken {
+                let host = |tensor: &Tensor| tensor.to_device(Device::Cpu, Tag::Workspace);
+                (factors.a, factors.b) = given_back([&host(&factors.a)?, &host(&factors.b)?], [a, b])?;
+                converted = true;
+            }
+            adapter.factors.insert(linear.name.clone(), factors);
+        }
+        if converted {
+            adapter.config.double_rank();
+        }
+        let trained = |param: &Param<Table>| match (&param.value, param.id) {
+            (Table::Dense(value), Some(_)) => Some(value.clone()),
+            _ => None,
         };
-        Adapter { config, tensors: linears.filter_map(pair).collect() }
+        adapter.embedding = trained(&self.embedding);
+        adapter.head = self.head.as_ref().and_then(trained);
+        if self.head.is_none() && adapter.config.ensure_weight_tying {
+            adapter.head = adapter.embedding.clone();
+        }
+        Ok(adapter)
     }
 
     /// Makes every weight trainable, in f32 (quantized linears are dequantized).
@@ -145,32 +276,20 @@ impl Llama {
     /// # Errors
     /// Embedding and head are held in 8 bits.
     pub fn train_all(&mut self) -> Result<()> {
-        let mut next = 0;
-        let mut id = || {
-            next += 1;
-            Some(ParamId(next - 1))
-        };
+        let mut ids = Ids::default();
         fn whole(param: &mut Param, id: Option<ParamId>) -> Result<()> {
             param.value = into_dtype(param.value.clone(), DType::F32, Tag::Weights)?;
             param.id = id;
             Ok(())
         }
-        fn table(param: &mut Param<Table>, id: Option<ParamId>) -> Result<()> {
-            let Table::Dense(value) = &param.value else {
-                return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot train".into()));
-            };
-            param.value = Table::Dense(into_dtype(value.clone(), DType::F32, Tag::Weights)?);
-            param.id = id;
-            Ok(())
-        }
-        table(&mut self.embedding, id())?;
+        train_table(&mut self.embedding, ids.next())?;
         for layer in &mut self.layers {
-            whole(&mut layer.input_norm, id())?;
-            whole(&mut layer.post_norm, id())?;
+            whole(&mut layer.input_norm, ids.next())?;
+            whole(&mut layer.post_norm, ids.next())?;
         }
-        whole(&mut self.norm, id())?;
+        whole(&mut self.norm, ids.next())?;
         if let Some(head) = &mut self.head {
-            table(head, id())?;
+            train_table(head, ids.next())?;
         }
         for linear in self.layers.iter_mut().flat_map(|layer| layer.linears_mut()) {
             let dense = match &linear.weight {
@@ -178,20 +297,68 @@ impl Llama {
                 Weight::Quantized(quantized) => dequantize(quantized, Tag::Weights)?,
             };
             linear.weight = Weight::Dense(into_dtype(dense, DType::F32, Tag::Weights)?);
-            linear.id = id();
+            linear.id = ids.next();
         }
         Ok(())
     }
 }
 
+/// Names of embedding and head in files.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Makes a table trainable: in f32, in storage of its own.
+fn train_table(param: &mut Param<Table>, id: Option<ParamId>) -> Result<()> {
+    let Table::Dense(value) = &param.value else {
+        return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot train".into()));
+    };
+    let value = into_dtype(value.clone(), DType::F32, Tag::Weights)?;
+    let value = if value.is_unique() { value } else { value.copy(Tag::Weights)? };
+    *param = Param { name: param.name.clone(), id, value: Table::Dense(value) };
+    Ok(())
+}
+
+/// The weight that a layer was loaded from, f32 in host memory: the checkpoint's, before it was quantized here.
+fn original(linear: &Linear, checkpoint: Option<&Checkpoint>) -> Result<Tensor> {
+    let dense = match checkpoint {
+        None => linear.dense()?,
+        Some(checkpoint) => {
+            let (n, k) = linear.weight.dims()?;
+            match checkpoint.weight(&format!("{}.weight", linear.name), &[n, k], Tag::Workspace)? {
+                CheckpointTensor::Dense(tensor) => tensor,
+                CheckpointTensor::Quantized(quantized) => dequantize(&quantized, Tag::Workspace)?,
+            }
+        }
+    };
+    Ok(into_dtype(dense, DType::F32, Tag::Workspace)?.into_device(Device::Cpu, Tag::Workspace)?)
+}
+
+/// The lengths of a weight's rows, from which DoRA's magnitudes start.
+fn lengths(weight: &Tensor) -> Result<Tensor> {
+    let inverse = dora::inverse_norms(weight)?;
+    let inverse_host = inverse.to_device(Device::Cpu, Tag::Workspace)?;
+    let lengths: Vec<f32> = inverse_host.as_slice::<f32>()?.iter().map(|x| x.recip()).collect();
+    Ok(Tensor::from_slice(&lengths, inverse.shape(), Tag::Adapters)?.into_device(weight.device(), Tag::Adapters)?)
+}
+
+/// A and B of twice the rank whose product is `B·A − B₀·A₀`.
+fn given_back([a, b]: [&Tensor; 2], [a0, b0]: [&Tensor; 2]) -> Result<(Tensor, Tensor)> {
+    let (r, k) = a.dims2("A")?;
+    let n = b.dims2("B")?.0;
+    let both_a = [a.as_slice::<f32>()?, a0.as_slice::<f32>()?].concat();
+    let rows = b.as_slice::<f32>()?.chunks(r).zip(b0.as_slice::<f32>()?.chunks(r));
+    let both_b: Vec<f32> = rows.flat_map(|(b, b0)| b.iter().copied().chain(b0.iter().map(|x| -x))).collect();
+    let tag = Tag::Workspace;
+    Ok((Tensor::from_slice(&both_a, &[2 * r, k], tag)?, Tensor::from_slice(&both_b, &[n, 2 * r], tag)?))
+}
+
 impl Lora {
-    /// The adapter of the linear layer `name`; its parameters take the next two ids.
-    fn new(name: &str, a: Tensor, b: Tensor, scale: f32, dropout: f32, next: &mut usize) -> Lora {
-        let mut param = |part: &str, value| {
-            *next += 1;
-            Param { name: format!("{name}.{part}.weight"), id: Some(ParamId(*next - 1)), value }
-        };
-        let (a, b) = (param("lora_A", a), param("lora_B", b));
-        Lora { a, b, scale, dropout }
+    /// The adapter of the linear layer `name`; its parameters take the next ids.
+    fn new(name: &str, factors: Factors, scale: f32, dropout: f32, ids: &mut Ids) -> Lora {
+        let Factors { a, b, magnitude } = factors;
+        let mut param = |part: &str, value| Param { name: format!("{name}.{part}"), id: ids.next(), value };
+        let (a, b) = (param("lora_A.weight", a), param("lora_B.weight", b));
+        let magnitude = magnitude.map(|value| Magnitude::new(param("lora_magnitude_vector", value)));
+        Lora { a, b, scale, dropout, magnitude, taken: None }
     }
 }

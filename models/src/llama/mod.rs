@@ -2,22 +2,25 @@
 
 mod adapter;
 mod adapters;
+mod init;
 mod layer;
 mod linear;
 mod load;
 mod pass;
 mod random;
 mod save;
+mod svd;
 
 #[cfg(test)]
 mod composed;
 #[cfg(test)]
 mod tests;
 
-pub use adapter::{LoraConfig, TARGETS};
+pub use adapter::TARGETS;
 pub use adapters::Adapters;
+pub use init::Init;
 pub use layer::{Layer, LayerCache};
-pub use linear::{Linear, Lora, Param};
+pub use linear::{Linear, Lora, Magnitude, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
 pub use pass::{DropoutKey, Pass};
 pub use random::SHAPES;
