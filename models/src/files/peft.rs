@@ -45,6 +45,9 @@ pub struct Adapter {
     pub head: Option<Tensor>,
 }
 
+/// Ends of names of embedding and head that PEFT writes where the vocabulary was resized.
+const COPIES: [&str; 2] = [".modules_to_save.weight", ".original_module.weight"];
+
 /// Names of embedding and head in the file, after the prefix.
 const TABLES: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 
@@ -112,6 +115,10 @@ fn read_tensors(file: &SafetensorsFile, config: AdapterConfig) -> Result<Adapter
         let rest = key.strip_prefix(PREFIX).unwrap_or_default();
         if let Some(which) = TABLES.iter().position(|name| *name == rest) {
             tables[which] = Some(read_tensor(file, &key, 2)?);
+            continue;
+        }
+        // Beside a table PEFT may save how it holds it in memory: the same once more, and that of the base.
+        if TABLES.iter().any(|name| COPIES.iter().any(|copy| rest == name.replace(".weight", copy))) {
             continue;
         }
         let split = |(part, suffix)| rest.strip_suffix(suffix)?.strip_suffix('.').map(|module| (module, part));
