@@ -130,12 +130,16 @@ def golden(model, out):
 
 
 def loftq(weight, rank, iterations):
-    """peft's loftq_init, which runs on a GPU alone, with its own decomposition and bitsandbytes' quantization on a CPU."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    """peft's loftq_init, which runs on a GPU alone, with its own decomposition and the nearest values of NF4."""
+    from bitsandbytes.functional import get_4bit_type
     from peft.utils.loftq_utils import _low_rank_decomposition
+    code = get_4bit_type("nf4", device="cpu")
     target = weight.clone()
     for _ in range(iterations):
-        quantized = dequantize_4bit(*quantize_4bit(target, blocksize=64, quant_type="nf4", compress_statistics=False))
+        blocks = target.reshape(-1, 64)
+        scales = blocks.abs().amax(1, keepdim=True)
+        nearest = ((blocks / scales)[..., None] - code).abs().argmin(-1)
+        quantized = (code[nearest] * scales).reshape(target.shape)
         parts = _low_rank_decomposition(weight - quantized, rank)
         target = weight - parts["L"] @ parts["R"]
     return parts["R"].contiguous(), parts["L"].contiguous()
