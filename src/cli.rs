@@ -300,7 +300,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Largest file of the weights, such as 5GiB [default: one file]
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", conflicts_with = "quant")]
     pub max_shard: Option<Bytes>,
     /// f32, bf16 or f16 [default: as the model's]
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
@@ -319,7 +319,8 @@ pub struct MergeArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   train-llama export-gguf --model Llama-3.2-1B-mine --type q8_0 --out mine.gguf
-  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf")]
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --lora --out mine-lora.gguf")]
 pub struct ExportGgufArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -330,9 +331,12 @@ pub struct ExportGgufArgs {
     /// File to make
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Type of the matrices: f32, f16, bf16, q8_0 or q4_0 (with embedding and head in q8_0)
+    /// Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_0, q4_k or q4_0 (with embedding and head in more bits)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub r#type: String,
+    /// Write the adapter alone, for llama.cpp's --lora beside the model that it was made for, as f32, f16 or bf16
+    #[arg(long)]
+    pub lora: bool,
 }
 
 /// An adapter to merge: `DIR` or `DIR:WEIGHT`.

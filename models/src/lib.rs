@@ -7,6 +7,7 @@ pub mod export;
 pub mod files;
 pub mod generate;
 pub mod llama;
+pub mod lora_gguf;
 pub mod merge;
 pub mod sampling;
 pub mod stream;

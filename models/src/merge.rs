@@ -53,6 +53,13 @@ pub struct Exact {
     change: f64,
 }
 
+impl Exact {
+    /// A weight to which nothing was added.
+    pub(crate) fn unchanged(value: Tensor) -> Exact {
+        Exact { value, change: 0.0 }
+    }
+}
+
 impl Part {
     /// Checks that every matrix has a weight to go to.
     fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
@@ -188,7 +195,7 @@ impl<'a> Merged<'a> {
             let tables = [&adapter.embedding, &adapter.head];
             let own = tables[usize::from(name == HEAD)].as_ref().or(tables[0].as_ref()).cloned();
             let value = own.ok_or_else(|| Error::Invalid(format!("the adapter lacks {name}")))?;
-            return Ok(Exact { value, change: 0.0 });
+            return Ok(Exact::unchanged(value));
         }
         let of_base = if name == HEAD && base.tie_word_embeddings { EMBEDDING } else { name };
         let value = match self.checkpoint.weight(of_base, shape, tag)? {
@@ -202,7 +209,7 @@ impl<'a> Merged<'a> {
             }
         }
         if deltas.is_empty() {
-            return Ok(Exact { value, change: 0.0 });
+            return Ok(Exact::unchanged(value));
         }
         let number = self.weights().iter().position(|(known, _)| known == name).unwrap_or_default();
         let delta = self.combination.of(deltas, number as u32);
