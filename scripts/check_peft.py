@@ -2,6 +2,7 @@
 
 usage: check_peft.py adapter MODEL_DIR ADAPTER_DIR...    adapters loaded by peft: logits as `train-llama logits --quant none`
        check_peft.py merged MODEL_DIR ADAPTER_DIR...     `train-llama merge` in f32 against peft's merge_and_unload
+       check_peft.py combined MODEL_DIR ADAPTER_DIR...   `merge --combine ties` and linear against peft's functions on the deltas
        check_peft.py quantized DIR...                    folders of `train-llama quantize` loaded by transformers: logits as ours
        check_peft.py folder DIR...                       Hugging Face folders: logits as ours, with --quant none
        check_peft.py golden MODEL_DIR OUT_DIR            makes tests/golden/peft_interop: adapters and logits of peft
@@ -72,6 +73,34 @@ def merged(model, *folders):
             found = theirs(load(out))
         effect = (expected - base).abs().max().item()
         results.append(report(f"{folder} merged (moves logits by up to {effect:.2f})", found, expected, 1e-4))
+    return results
+
+
+def combined(model, *folders):
+    from peft.utils.merge_utils import task_arithmetic, ties
+    weights = torch.tensor([1.0, 0.5, -0.25, 2.0][: len(folders)])
+    deltas = []
+    for folder in folders:
+        peft = PeftModel.from_pretrained(load(model), folder).base_model
+        modules = [(name, module) for name, module in peft.model.named_modules() if hasattr(module, "get_delta_weight")]
+        deltas.append({name: module.get_delta_weight("default").detach() for name, module in modules})
+    results = []
+    for rule, combine in (("linear", lambda tasks: task_arithmetic(tasks, weights)), ("ties", lambda tasks: ties(tasks, weights, 0.3))):
+        with tempfile.TemporaryDirectory() as place:
+            out = os.path.join(place, "merged")
+            parts = [part for folder, weight in zip(folders, weights) for part in ("--adapter", f"{folder}:{weight}")]
+            subprocess.run([PROGRAM, "merge", "--model", model, *parts, "--combine", rule, "--density", "0.3", "--dtype", "f32", "--max-shard", "200KiB", "--out", out], check=True, stderr=subprocess.DEVNULL)
+            found = dict(load(out).named_parameters())
+        worst, largest = 0.0, 0.0
+        for name, base in load(model).named_parameters():
+            module = name.removesuffix(".weight")
+            tasks = [of.get(module) for of in deltas]
+            expected = base + combine(tasks) if tasks[0] is not None else base
+            worst = max(worst, (found[name] - expected).abs().max().item())
+            largest = max(largest, (expected - base).abs().max().item())
+        ok = worst <= 1e-6
+        print(f"{'ok  ' if ok else 'FAIL'} {rule}, in shards: weights differ by at most {worst:.2e} (at most 1e-06), changes up to {largest:.2e}")
+        results.append(ok)
     return results
 
 
@@ -185,7 +214,7 @@ def tied(out):
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (adapter, merged, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
+    command = {f.__name__: f for f in (adapter, merged, combined, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
     if command is None:
         sys.exit(__doc__)
     sys.exit(0 if all(command(*sys.argv[2:])) else 1)
