@@ -14,6 +14,7 @@ pub mod embedding;
 mod golden;
 pub mod linear;
 mod math;
+pub mod mixed;
 pub mod norm;
 #[cfg(any(test, feature = "build-ptx"))]
 pub mod ptx;

@@ -1,5 +1,6 @@
 //! Llama for nibble: the model with its hand-written backward pass, LoRA, checkpoints, tokenizer and generation.
 
+pub mod batch;
 pub mod chat;
 pub mod config;
 mod error;

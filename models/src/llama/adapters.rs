@@ -1,6 +1,6 @@
 //! Several adapters of one model by name, of which one is on the layers.
 
-use super::{Llama, Lora, Param};
+use super::{Linear, Llama, Lora, Param};
 use crate::{Error, Result, files::peft::Adapter};
 use nibble_kernels::table::Table;
 use std::{collections::BTreeMap, path::Path};
@@ -28,6 +28,20 @@ impl Adapters {
     /// The adapter on the layers; `None` for the base.
     pub fn active(&self) -> Option<&str> {
         self.active.as_deref()
+    }
+
+    /// Whether the adapter `name` brings an embedding or head.
+    pub(super) fn has_tables(&self, name: &str, llama: &Llama) -> Result<bool> {
+        let trains = |embedding: &Param<Table>, head: &Option<Param<Table>>| {
+            embedding.id.is_some() || head.as_ref().is_some_and(|head| head.id.is_some())
+        };
+        if self.active() == Some(name) {
+            return Ok(trains(&llama.embedding, &llama.head));
+        }
+        let waiting = self.waiting.get(&Some(name.to_string()));
+        let Mounted { embedding, head, .. } =
+            waiting.ok_or_else(|| Error::Invalid(format!("no adapter is named \"{name}\"")))?;
+        Ok(trains(embedding, head))
     }
 
     /// All names, sorted.
@@ -71,6 +85,17 @@ impl Llama {
         let before_name = std::mem::replace(&mut self.adapters.active, name);
         self.adapters.waiting.insert(before_name, before);
         Ok(())
+    }
+
+    /// The layers with what the adapter `name` puts on each, in their order.
+    pub(super) fn loras_of(&self, name: &str) -> Result<Vec<Option<(&Linear, &Lora)>>> {
+        let linears = self.layers.iter().flat_map(|layer| layer.linears());
+        if self.adapters.active() == Some(name) {
+            return Ok(linears.map(|linear| Some((linear, linear.lora.as_ref()?))).collect());
+        }
+        let waiting = self.adapters.waiting.get(&Some(name.to_string()));
+        let waiting = waiting.ok_or_else(|| Error::Invalid(format!("no adapter is named \"{name}\"")))?;
+        Ok(linears.zip(&waiting.loras).map(|(linear, lora)| Some((linear, lora.as_ref()?))).collect())
     }
 
     /// Puts `next` on the model and returns what it had.

@@ -8,11 +8,12 @@
 //! way back too; the magnitude's gradient needs the output from before that, which is made again. Dropout is on the
 //! adapter's input alone: peft drops that of the share of `x·Wᵀ` which the gains add, too, for one more product.
 
-use super::Pass;
+use super::{Pass, mixture::Side};
 use nibble_kernels::{
     cast::into_dtype,
     dora, elementwise,
     linear::{Weight, forward_lora, input_grad_add, input_grad_lora, input_grad_lora_add, lora, weight_grad},
+    mixed,
     quantize::dequantize,
 };
 use nibble_runtime::{DType, ParamId, Result, Tag, Tensor};
@@ -130,6 +131,9 @@ impl Linear {
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let dtype = x.dtype();
+        if let Some((mixture, owners)) = &pass.mixture {
+            return Ok((self.forward_mixed(x, mixture.side(self.index), owners, residual)?, None));
+        }
         let t = self.low_rank(x, pass)?;
         let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
         let low_rank = t.as_ref().zip(b.as_ref());
@@ -145,6 +149,29 @@ impl Linear {
         Ok((y, t))
     }
 
+    /// The output where each row has its own adapter.
+    fn forward_mixed(
+        &self,
+        x: &Tensor,
+        side: Option<&Side>,
+        owners: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (dtype, weight) = (x.dtype(), self.weight(x.dtype())?);
+        let Some(Side { a, b, columns, scales, gains }) = side else {
+            return forward_lora(x, &weight, None, residual, dtype, Tag::Activations);
+        };
+        let mut t = lora::down(x, a, 1.0, None, Tag::Activations)?;
+        mixed::keep_own(&mut t, owners, columns, scales)?;
+        let Some(gains) = gains else {
+            return forward_lora(x, &weight, Some((&t, b)), residual, dtype, Tag::Activations);
+        };
+        let mut y = forward_lora(x, &weight, Some((&t, b)), None, dtype, Tag::Activations)?;
+        mixed::scale_own(&mut y, owners, gains)?;
+        residual.map_or(Ok(()), |residual| elementwise::add_assign(&mut y, residual))?;
+        Ok(y)
+    }
+
     /// `W` in f32, in storage of its own.
     pub(crate) fn dense(&self) -> Result<Tensor> {
         let dense = match &self.weight {
@@ -158,7 +185,12 @@ impl Linear {
     /// `1/‖V‖` and the gains of the outputs, with DoRA: made when they are first asked for, and anew after the parameters
     /// have been given out to write.
     pub(crate) fn gains(&self) -> Result<Option<&(Tensor, Tensor)>> {
-        let Some(Lora { a, b, scale, magnitude: Some(Magnitude { param, made }), .. }) = &self.lora else {
+        self.lora.as_ref().map_or(Ok(None), |lora| self.gains_of(lora))
+    }
+
+    /// The same, of an adapter that is for this layer.
+    pub(crate) fn gains_of<'a>(&self, lora: &'a Lora) -> Result<Option<&'a (Tensor, Tensor)>> {
+        let Lora { a, b, scale, magnitude: Some(Magnitude { param, made }), .. } = lora else {
             return Ok(None);
         };
         if let Some(made) = made.get() {

@@ -2,6 +2,7 @@
 
 use super::{composed, layer::LayerNode, *};
 use crate::{
+    batch::{Request, generate_batch},
     files::peft::{ALL_LINEAR, AdapterConfig, TargetModules},
     generate,
     sampling::Sampling,
@@ -494,6 +495,63 @@ fn switching_adapters_exchanges_them_whole() {
     assert!(error.contains("one, two"), "{error}");
     assert!(llama.add_adapter("one", &adapter(1), "x".as_ref()).unwrap_err().to_string().contains("NAME=DIR"));
     assert!(bits(&llama) == all[2], "mistakes change nothing");
+}
+
+/// Rows of a batch write what each writes alone with its adapter: of several ranks and scales, a DoRA, none, some twice, of
+/// several lengths, and some that end before others.
+fn mixed_as_alone(llama: &mut Llama) {
+    let names = ["one", "two", "dora"];
+    let request = |prompt: &[u32], adapter: Option<&str>| Request {
+        prompt: prompt.to_vec(),
+        adapter: adapter.map(str::to_string),
+    };
+    let requests = [
+        request(&[1, 2, 3], Some("two")),
+        request(&[4], None),
+        request(&[1, 2, 3], Some("one")),
+        request(&[5, 6, 7, 8, 9, 10, 1], Some("dora")),
+        request(&[1, 2, 3], None),
+        request(&[7, 7], Some("two")),
+    ];
+    for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, seed: 3, ..Sampling::GREEDY }] {
+        let mut texts = Vec::new();
+        for Request { prompt, adapter } in &requests {
+            llama.switch_adapter(adapter.as_deref()).unwrap();
+            texts.push(generate::generate(llama, prompt, 9, &[3], sampling, |_| true).unwrap());
+        }
+        assert!(texts.iter().any(|text| text.len() < 9) && texts.iter().any(|text| text.len() == 9), "{texts:?}");
+        assert!(texts[0] != texts[2] && texts[0] != texts[4]);
+        // Whichever is on the layers.
+        for active in [None, Some("one")] {
+            llama.switch_adapter(active).unwrap();
+            let mut heard = vec![Vec::new(); requests.len()];
+            let found = generate_batch(llama, &requests, 9, &[3], sampling, |number, token| {
+                heard[number].push(token);
+                true
+            });
+            assert_eq!((found.unwrap(), heard), (texts.clone(), texts.clone()));
+        }
+    }
+    assert_eq!(llama.mixture(&names).unwrap().owner(Some("dora")).unwrap(), 2);
+    assert!(llama.mixture(&["three"]).is_err());
+    assert!(generate_batch(llama, &[request(&[], None)], 9, &[], Sampling::GREEDY, |_, _| true).is_err());
+}
+
+#[test]
+fn a_mixed_batch_writes_what_each_row_writes_alone() {
+    let shape = || config(2, 2, 2, 12, 8);
+    for quantized in [false, true] {
+        let mut llama = model(shape(), quantized, Some((1, 0.0)), 5);
+        llama.linears_mut().for_each(|linear| linear.lora = None);
+        let targets = Some(TargetModules::Names(vec!["q_proj".into(), "down_proj".into()]));
+        let few = AdapterConfig { target_modules: targets, ..everywhere(3, 0.0) };
+        let dora = AdapterConfig { use_dora: true, ..everywhere(2, 0.0) };
+        for (name, settings) in [("one", few), ("two", everywhere(5, 0.0)), ("dora", dora)] {
+            let adapter = model_with(shape(), quantized, Some(settings.clone()), name.len() as u64 + 40);
+            llama.add_adapter(name, &adapter.adapter(settings).unwrap(), "x".as_ref()).unwrap();
+        }
+        mixed_as_alone(&mut llama);
+    }
 }
 
 /// What a conversation reads again, and what it does not, makes no difference to its text.
