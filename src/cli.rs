@@ -72,6 +72,9 @@ pub struct BenchStepArgs {
     /// Also time the generation of N tokens after a prompt of 128
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub decode: usize,
+    /// Also time batches of N rows, all of one adapter and each of its own, and switching
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub rows: usize,
 }
 
 /// The model to run, and how to hold it.
@@ -107,13 +110,24 @@ pub struct ModelArgs {
 #[command(after_help = "Examples:
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95
   train-llama generate --model M --adapter none --adapter a=runs/a/adapter --adapter b=runs/b/adapter --chat --prompt 'Hi'
+  train-llama generate --model M --adapter a=runs/a/adapter --adapter b=runs/b/adapter --prompts prompts.jsonl
 With several adapters the text of each follows a line with its name.")]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        required_unless_present = "prompts"
+    )]
     pub prompt: String,
+    /// JSONL file of texts to continue in one batch: {"prompt": TEXT, "adapter": NAME}, the first --adapter where none is
+    /// named. Prints {"prompt", "adapter", "text"} lines in the same order
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
     /// Send the prompt as a user's message, by the model's chat template
     #[arg(long)]
     pub chat: bool,

@@ -1,6 +1,6 @@
 //! Several adapters of one model by name, of which one is on the layers.
 
-use super::{Linear, Llama, Lora, Param};
+use super::{Llama, Lora, Param};
 use crate::{Error, Result, files::peft::Adapter};
 use nibble_kernels::table::Table;
 use std::{collections::BTreeMap, path::Path};
@@ -87,15 +87,15 @@ impl Llama {
         Ok(())
     }
 
-    /// The layers with what the adapter `name` puts on each, in their order.
-    pub(super) fn loras_of(&self, name: &str) -> Result<Vec<Option<(&Linear, &Lora)>>> {
-        let linears = self.layers.iter().flat_map(|layer| layer.linears());
+    /// What the adapter `name` puts on each linear layer, in their order.
+    pub(super) fn loras_of(&self, name: &str) -> Result<Vec<Option<&Lora>>> {
         if self.adapters.active() == Some(name) {
-            return Ok(linears.map(|linear| Some((linear, linear.lora.as_ref()?))).collect());
+            let linears = self.layers.iter().flat_map(|layer| layer.linears());
+            return Ok(linears.map(|linear| linear.lora.as_ref()).collect());
         }
         let waiting = self.adapters.waiting.get(&Some(name.to_string()));
         let waiting = waiting.ok_or_else(|| Error::Invalid(format!("no adapter is named \"{name}\"")))?;
-        Ok(linears.zip(&waiting.loras).map(|(linear, lora)| Some((linear, lora.as_ref()?))).collect())
+        Ok(waiting.loras.iter().map(Option::as_ref).collect())
     }
 
     /// Puts `next` on the model and returns what it had.

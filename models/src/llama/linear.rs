@@ -8,7 +8,7 @@
 //! way back too; the magnitude's gradient needs the output from before that, which is made again. Dropout is on the
 //! adapter's input alone: peft drops that of the share of `x·Wᵀ` which the gains add, too, for one more product.
 
-use super::{Pass, mixture::Side};
+use super::Pass;
 use nibble_kernels::{
     cast::into_dtype,
     dora, elementwise,
@@ -132,7 +132,12 @@ impl Linear {
     ) -> Result<(Tensor, Option<Tensor>)> {
         let dtype = x.dtype();
         if let Some((mixture, owners)) = &pass.mixture {
-            return Ok((self.forward_mixed(x, mixture.side(self.index), owners, residual)?, None));
+            let weight = self.weight(dtype)?;
+            let y = match mixture.side(self.index) {
+                Some(adapters) => mixed::forward(x, &weight, adapters, owners, residual, Tag::Activations)?,
+                None => forward_lora(x, &weight, None, residual, dtype, Tag::Activations)?,
+            };
+            return Ok((y, None));
         }
         let t = self.low_rank(x, pass)?;
         let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
@@ -147,29 +152,6 @@ impl Linear {
             }
         };
         Ok((y, t))
-    }
-
-    /// The output where each row has its own adapter.
-    fn forward_mixed(
-        &self,
-        x: &Tensor,
-        side: Option<&Side>,
-        owners: &Tensor,
-        residual: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let (dtype, weight) = (x.dtype(), self.weight(x.dtype())?);
-        let Some(Side { a, b, columns, scales, gains }) = side else {
-            return forward_lora(x, &weight, None, residual, dtype, Tag::Activations);
-        };
-        let mut t = lora::down(x, a, 1.0, None, Tag::Activations)?;
-        mixed::keep_own(&mut t, owners, columns, scales)?;
-        let Some(gains) = gains else {
-            return forward_lora(x, &weight, Some((&t, b)), residual, dtype, Tag::Activations);
-        };
-        let mut y = forward_lora(x, &weight, Some((&t, b)), None, dtype, Tag::Activations)?;
-        mixed::scale_own(&mut y, owners, gains)?;
-        residual.map_or(Ok(()), |residual| elementwise::add_assign(&mut y, residual))?;
-        Ok(y)
     }
 
     /// `W` in f32, in storage of its own.

@@ -2,30 +2,15 @@
 
 use super::{Linear, Llama, Lora};
 use crate::{Error, Result};
-use nibble_kernels::cast::cast;
+use nibble_kernels::{cast::cast, mixed};
 use nibble_runtime::{DType, Device, Tag, Tensor};
 use std::collections::BTreeMap;
-
-/// All adapters of one linear layer.
-#[derive(Debug)]
-pub(crate) struct Side {
-    /// `[R, K]`, one adapter's A after another's.
-    pub a: Tensor,
-    /// `[N, R]`.
-    pub b: Tensor,
-    /// Whose each of the R is, i32.
-    pub columns: Tensor,
-    /// What each is multiplied by, f32 `[R]`.
-    pub scales: Tensor,
-    /// Of each adapter's outputs, f32 `[adapters, N]`, where one is a DoRA.
-    pub gains: Option<Tensor>,
-}
 
 /// Adapters of a model, side by side.
 #[derive(Debug)]
 pub struct Mixture {
     /// By [`Linear::index`].
-    sides: BTreeMap<u32, Side>,
+    sides: BTreeMap<u32, mixed::Adapters>,
     names: Vec<String>,
 }
 
@@ -40,7 +25,7 @@ impl Mixture {
         found.map(|number| number as i32).ok_or_else(|| Error::Invalid(format!("no adapter is named \"{name}\"")))
     }
 
-    pub(crate) fn side(&self, linear: u32) -> Option<&Side> {
+    pub(crate) fn side(&self, linear: u32) -> Option<&mixed::Adapters> {
         self.sides.get(&linear)
     }
 }
@@ -52,14 +37,14 @@ impl Llama {
     /// There is none of that name, or one has an embedding or head of its own, which rows of a batch share.
     pub fn mixture(&self, names: &[&str]) -> Result<Mixture> {
         let linears: Vec<&Linear> = self.layers.iter().flat_map(|layer| layer.linears()).collect();
-        let mut parts: Vec<Vec<(i32, &Linear, &Lora)>> = linears.iter().map(|_| Vec::new()).collect();
+        let mut parts: Vec<Vec<(i32, &Lora)>> = linears.iter().map(|_| Vec::new()).collect();
         for (number, name) in (0..).zip(names) {
             if self.adapters.has_tables(name, self)? {
                 let what = format!("{name} has an embedding or head of its own: run its prompts by themselves");
                 return Err(Error::Invalid(what));
             }
             for (parts, lora) in parts.iter_mut().zip(self.loras_of(name)?) {
-                parts.extend(lora.map(|(linear, lora)| (number, linear, lora)));
+                parts.extend(lora.map(|lora| (number, lora)));
             }
         }
         let mut sides = BTreeMap::new();
@@ -71,13 +56,13 @@ impl Llama {
         Ok(Mixture { sides, names: names.iter().map(|name| name.to_string()).collect() })
     }
 
-    fn side(&self, linear: &Linear, parts: &[(i32, &Linear, &Lora)], adapters: usize) -> Result<Side> {
+    fn side(&self, linear: &Linear, parts: &[(i32, &Lora)], adapters: usize) -> Result<mixed::Adapters> {
         let (n, k) = linear.weight.dims()?;
         let (mut a, mut columns, mut scales) = (Vec::new(), Vec::new(), Vec::new());
         let host = |tensor: &Tensor| tensor.to_device(Device::Cpu, Tag::Workspace);
         let mut b: Vec<Vec<f32>> = vec![Vec::new(); n];
         let mut gains = vec![1f32; adapters * n];
-        for (number, _, lora) in parts {
+        for (number, lora) in parts {
             let rank = lora.a.value.shape()[0];
             a.extend_from_slice(host(&lora.a.value)?.as_slice::<f32>()?);
             let of_b = host(&lora.b.value)?;
@@ -94,8 +79,8 @@ impl Llama {
             let tensor = Tensor::from_slice(values, shape, Tag::Adapters)?.into_device(device, Tag::Adapters)?;
             Ok(cast(&tensor, dtype, Tag::Adapters)?)
         };
-        let dora = parts.iter().any(|(_, _, lora)| lora.magnitude.is_some());
-        Ok(Side {
+        let dora = parts.iter().any(|(_, lora)| lora.magnitude.is_some());
+        Ok(mixed::Adapters {
             a: own(&a, &[columns.len(), k], self.dtype)?,
             b: own(&b.concat(), &[n, columns.len()], self.dtype)?,
             scales: own(&scales, &[columns.len()], DType::F32)?,
