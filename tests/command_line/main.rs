@@ -9,3 +9,4 @@ mod resume;
 mod support;
 mod text;
 mod training;
+mod variants;
