@@ -8,14 +8,18 @@ use nibble_kernels::{
 };
 use nibble_models::{
     Llama,
+    batch::{Request, generate_batch},
     files::{
         checkpoint::Checkpoint,
         peft::{Adapter, AdapterConfig, TargetModules, read_adapter, write_adapter},
         safetensors::SafetensorsFile,
     },
-    llama::{Init, LoadOptions, Quantization},
+    generate::generate,
+    llama::{Init, LoadOptions, Packed, Quantization},
     merge::{Combination, Merged, Part},
+    sampling::Sampling,
 };
+use nibble_optim::Gradients;
 use nibble_runtime::{DType, Device, Tag};
 use std::path::{Path, PathBuf};
 
@@ -31,13 +35,20 @@ fn ids(file: &SafetensorsFile) -> Vec<i32> {
     file.tensor("ids", Tag::Workspace).unwrap().as_slice::<i64>().unwrap().iter().map(|&id| id as i32).collect()
 }
 
-fn load(path: &Path, quantization: Option<Quantization>) -> Llama {
-    let options = LoadOptions { quantization, dtype: DType::F32, device: Device::Cpu, tables_in_8_bits: false };
+fn load(path: &Path, quantization: Option<Quantization>, device: Device) -> Llama {
+    let options = LoadOptions { quantization, dtype: DType::F32, device, tables_in_8_bits: false };
     Llama::load(&Checkpoint::open(path).unwrap(), options, |_, _| {}).unwrap().0
 }
 
 fn logits(llama: &Llama, ids: &[i32]) -> Vec<f32> {
-    llama.logits(ids, &[ids.len()]).unwrap().to_f32().unwrap().into_owned()
+    llama
+        .logits(ids, &[ids.len()])
+        .unwrap()
+        .into_device(Device::Cpu, Tag::Workspace)
+        .unwrap()
+        .to_f32()
+        .unwrap()
+        .into_owned()
 }
 
 #[track_caller]
@@ -61,7 +72,7 @@ fn merged(model: &Path, adapter: &Path) -> Llama {
         })
         .collect();
     nibble_models::files::checkpoint::write_checkpoint(folder.path(), merged.config(), DType::F32, &weights).unwrap();
-    load(folder.path(), None)
+    load(folder.path(), None, Device::Cpu)
 }
 
 /// An adapter read from `dir`, after a way through our writer.
@@ -72,17 +83,39 @@ fn rewritten(dir: &Path) -> (tempfile::TempDir, Adapter) {
     (place, adapter)
 }
 
+/// Each check on the CPU, and on a GPU where there is one.
+macro_rules! on_every_device {
+    ($($check:ident),* $(,)?) => {
+        mod cpu {
+            $(#[test] fn $check() { super::$check(nibble_runtime::Device::Cpu); })*
+        }
+        mod gpu {
+            $(#[test] fn $check() { nibble_runtime::cuda::device_for_tests().into_iter().for_each(super::$check); })*
+        }
+    };
+}
+
+on_every_device!(
+    rank_stabilized_on_a_subset,
+    patterns_of_rank_and_alpha,
+    dora_with_patterns,
+    tables_of_a_tied_model_are_untied_where_one_is_saved,
+    a_tied_table_with_new_tokens_stays_tied,
+    gradients_are_those_of_the_cpu,
+    a_mixed_batch_writes_what_each_row_writes_alone,
+);
+
 /// Logits with the adapter on the layers, switched on by name, and merged, against peft's.
-fn agrees(folder: &str, model: &str, name: &str, parameters: usize) {
+fn agrees(folder: &str, model: &str, name: &str, parameters: usize, device: Device) {
     let file = SafetensorsFile::open(&golden(folder).join("golden.safetensors")).unwrap();
     let (model, dir, ids) = (golden(model), golden(folder).join(name), ids(&file));
-    let (expected, mut llama) = (values(&file, &format!("logits.{name}")), load(&model, None));
+    let (expected, mut llama) = (values(&file, &format!("logits.{name}")), load(&model, None, device));
     let adapter = rewritten(&dir).1;
     let ids: Vec<i32> = match name {
         "tokens" => ids.into_iter().map(|id| if id == 39 { 42 } else { id }).collect(),
         _ => ids,
     };
-    let base = load(&model, None);
+    let base = load(&model, None, device);
     llama.add_adapter("x", &adapter, &dir).unwrap();
     llama.switch_adapter(Some("x")).unwrap();
     assert_eq!(llama.parameters().len(), parameters);
@@ -94,7 +127,7 @@ fn agrees(folder: &str, model: &str, name: &str, parameters: usize) {
         assert!(largest(&before, &expected) > 0.1, "the adapter hardly does anything");
         assert_eq!(logits(&llama, &ids), before);
     }
-    let mut llama = load(&model, None);
+    let mut llama = load(&model, None, device);
     llama.set_adapter(&adapter, &dir).unwrap();
     let again = llama.adapter(adapter.config.clone()).unwrap();
     assert_eq!(
@@ -110,40 +143,91 @@ const TIED: &str = "peft_interop/tied";
 const TIED_MODEL: &str = "peft_interop/tied/model";
 
 /// α/√r with α 9 and r 3, on three of the seven linear layers.
-#[test]
-fn rank_stabilized_on_a_subset() {
-    agrees("peft_interop", MODEL, "rslora", 18);
+fn rank_stabilized_on_a_subset(device: Device) {
+    agrees("peft_interop", MODEL, "rslora", 18, device);
 }
 
 /// Layers chosen by a regular expression, of two ranks and two α.
-#[test]
-fn patterns_of_rank_and_alpha() {
-    agrees("peft_interop", MODEL, "patterns", 12);
+fn patterns_of_rank_and_alpha(device: Device) {
+    agrees("peft_interop", MODEL, "patterns", 12, device);
 }
 
 /// A, B and a magnitude on the four attention layers of two layers and on one more, by a pattern that looks ahead.
-#[test]
-fn dora_with_patterns() {
-    agrees("peft_interop", MODEL, "dora", 27);
+fn dora_with_patterns(device: Device) {
+    agrees("peft_interop", MODEL, "dora", 27, device);
 }
 
 /// An embedding of its own: the head stays what it was. A head of its own. Both.
-#[test]
-fn tables_of_a_tied_model_are_untied_where_one_is_saved() {
-    agrees(TIED, TIED_MODEL, "embedding", 3);
-    agrees(TIED, TIED_MODEL, "head", 3);
-    agrees(TIED, TIED_MODEL, "both", 4);
+fn tables_of_a_tied_model_are_untied_where_one_is_saved(device: Device) {
+    agrees(TIED, TIED_MODEL, "embedding", 3, device);
+    agrees(TIED, TIED_MODEL, "head", 3, device);
+    agrees(TIED, TIED_MODEL, "both", 4, device);
 }
 
 /// One table for both, with three more tokens.
-#[test]
-fn a_tied_table_with_new_tokens_stays_tied() {
-    agrees(TIED, TIED_MODEL, "tokens", 3);
+fn a_tied_table_with_new_tokens_stays_tied(device: Device) {
+    agrees(TIED, TIED_MODEL, "tokens", 3, device);
+}
+
+/// Of every parameter: A, B and magnitudes of the golden DoRA, and of a tied embedding that trains.
+fn gradients_are_those_of_the_cpu(device: Device) {
+    let gradients = |model: &str, adapter: &str, device: Device| {
+        let mut llama = load(&golden(model), None, device);
+        let dir = golden(adapter);
+        llama.set_adapter(&read_adapter(&dir).unwrap(), &dir).unwrap();
+        let (ids, labels): ([i32; 6], [i32; 6]) = ([1, 17, 39, 5, 8, 8], [17, 39, 5, -100, 8, 2]);
+        let mut grads = Gradients::new();
+        let batch = Packed { ids: &ids, labels: &labels, lengths: &[4, 2] };
+        llama.train(batch, 1.0, None, &mut grads).unwrap();
+        let names: Vec<String> = llama.parameters().into_iter().map(|(_, name, _)| name).collect();
+        let host = |id| grads.get(id).unwrap().unwrap().into_device(Device::Cpu, Tag::Workspace).unwrap();
+        let all: Vec<Vec<f32>> = grads.ids().into_iter().map(|id| host(id).to_f32().unwrap().into_owned()).collect();
+        assert_eq!(names.len(), all.len());
+        (names, all)
+    };
+    for (model, adapter) in [(MODEL, "peft_interop/dora"), (TIED_MODEL, "peft_interop/tied/tokens")] {
+        let (names, expected) = gradients(model, adapter, Device::Cpu);
+        let (_, found) = gradients(model, adapter, device);
+        for ((name, found), expected) in names.iter().zip(&found).zip(&expected) {
+            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+            let error = norm(&mut found.iter().zip(expected).map(|(x, e)| x - e));
+            let own = norm(&mut expected.iter().copied());
+            assert!(own > 0.0 && error <= 1e-4 * own, "{name}: {error} of {own}");
+        }
+    }
+}
+
+/// The golden adapters and none, in one batch.
+fn a_mixed_batch_writes_what_each_row_writes_alone(device: Device) {
+    let mut llama = load(&golden(MODEL), Some(NF4), device);
+    for name in ["dora", "rslora", "patterns"] {
+        let dir = golden("peft_interop").join(name);
+        llama.add_adapter(name, &read_adapter(&dir).unwrap(), &dir).unwrap();
+    }
+    let request = |prompt: &[u32], adapter: Option<&str>| Request {
+        prompt: prompt.to_vec(),
+        adapter: adapter.map(str::to_string),
+    };
+    let requests = [
+        request(&[1, 17, 300], Some("rslora")),
+        request(&[5, 42, 42, 7, 211, 99], Some("dora")),
+        request(&[1, 17, 300], None),
+        request(&[1], Some("patterns")),
+        request(&[9, 9], Some("dora")),
+    ];
+    let mut alone = Vec::new();
+    for Request { prompt, adapter } in &requests {
+        llama.switch_adapter(adapter.as_deref()).unwrap();
+        alone.push(generate(&llama, prompt, 12, &[], Sampling::GREEDY, |_| true).unwrap());
+    }
+    let found = generate_batch(&llama, &requests, 12, &[], Sampling::GREEDY, |_, _| true).unwrap();
+    assert_eq!(found, alone);
+    assert!(alone[0] != alone[2]);
 }
 
 /// New adapters of an initialisation, on the layers of the golden file.
 fn start(init: Init, alpha: f64, quantization: Option<Quantization>) -> (Llama, AdapterConfig) {
-    let mut llama = load(&golden(TIED_MODEL), quantization);
+    let mut llama = load(&golden(TIED_MODEL), quantization, Device::Cpu);
     let targets = ["v_proj", "down_proj"].map(String::from).to_vec();
     let config = AdapterConfig {
         r: 3,
@@ -191,7 +275,7 @@ fn initialisations_are_those_of_peft() {
 /// was, before and after training.
 #[test]
 fn taken_parts_are_given_back() {
-    let (base, ids) = (load(&golden(TIED_MODEL), None), [1, 17, 39, 5]);
+    let (base, ids) = (load(&golden(TIED_MODEL), None, Device::Cpu), [1, 17, 39, 5]);
     let before = logits(&base, &ids);
     for init in [Init::Pissa, Init::Olora] {
         let (mut llama, config) = start(init, 6.0, None);
@@ -205,7 +289,7 @@ fn taken_parts_are_given_back() {
             }
             let adapter = llama.adapter(config.clone()).unwrap();
             assert_eq!((adapter.config.r, adapter.config.lora_alpha), (6, 12.0));
-            let mut other = load(&golden(TIED_MODEL), None);
+            let mut other = load(&golden(TIED_MODEL), None, Device::Cpu);
             other.set_adapter(&adapter, Path::new("x")).unwrap();
             assert!(largest(&logits(&other, &ids), &logits(&llama, &ids)) < 2e-5, "{init}, trained: {trained}");
         }
@@ -216,7 +300,7 @@ fn taken_parts_are_given_back() {
 #[test]
 fn quantized_starts_are_nearer_to_the_weights() {
     let error = |llama: &Llama| -> f64 {
-        let exact = load(&golden(TIED_MODEL), None);
+        let exact = load(&golden(TIED_MODEL), None, Device::Cpu);
         let mut sum = 0.0;
         for (linear, exact) in llama.layers[0].linears().into_iter().zip(exact.layers[0].linears()) {
             if !["v_proj", "down_proj"].iter().any(|name| linear.name.ends_with(name)) {
@@ -233,7 +317,7 @@ fn quantized_starts_are_nearer_to_the_weights() {
         }
         sum.sqrt()
     };
-    let plain = error(&load(&golden(TIED_MODEL), Some(NF4)));
+    let plain = error(&load(&golden(TIED_MODEL), Some(NF4), Device::Cpu));
     for init in [Init::Pissa, Init::Loftq { iterations: 1 }, Init::Loftq { iterations: 5 }] {
         let found = error(&start(init, 6.0, Some(NF4)).0);
         assert!(found < 0.9 * plain, "{init}: {found} {plain}");
