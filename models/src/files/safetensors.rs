@@ -237,10 +237,10 @@ pub fn stream_shards(
     mut tensor: impl FnMut(usize) -> Result<Tensor>,
 ) -> Result<()> {
     let size = |(_, dtype, shape): &(String, DType, Vec<usize>)| dtype.size() * shape.iter().product::<usize>();
-    let (mut shards, mut filled) = (vec![0..0], 0usize);
+    let (mut shards, mut filled): (Vec<Range<usize>>, usize) = (Vec::new(), 0);
     for (i, outline) in outlines.iter().enumerate() {
         let bytes = size(outline);
-        if filled > 0 && filled.saturating_add(bytes) > most {
+        if shards.is_empty() || (filled > 0 && filled.saturating_add(bytes) > most) {
             shards.push(i..i);
             filled = 0;
         }

@@ -259,10 +259,12 @@ impl Llama {
         if converted {
             adapter.config.double_rank();
         }
-        let trained = |param: &Param<Table>| match (&param.value, param.id) {
-            (Table::Dense(value), Some(_)) => Some(value.clone()),
-            _ => None,
-        };
+        fn trained(param: &Param<Table>) -> Option<Tensor> {
+            match (&param.value, param.id) {
+                (Table::Dense(value), Some(_)) => Some(value.clone()),
+                _ => None,
+            }
+        }
         adapter.embedding = trained(&self.embedding);
         adapter.head = self.head.as_ref().and_then(trained);
         if self.head.is_none() && adapter.config.ensure_weight_tying {
