@@ -5,7 +5,7 @@ use crate::{
     data::Batch,
     default_task,
     model::Model,
-    page_trace, report,
+    page_trace, profile, report,
     settings::{Settings, TrainArgs},
     step::{Step, Stepper},
     train::{attach, source},
@@ -39,6 +39,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     ensure!(args.timed > 0, "--timed must be at least 1");
     let clock = Instant::now();
     let mut model = Model::load(&source(&settings))?;
+    profile::check(settings.profile.as_deref(), model.llama.device())?;
     let adapter = attach(&mut model, &settings)?;
     let device = model.llama.device();
     device.synchronize()?;
@@ -49,20 +50,29 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let mut stepper = Stepper::new(&model.llama, &settings)?;
     let mut seconds = Vec::new();
     let total = args.warm + args.timed;
-    for number in 0..total {
+    // The step with a profile comes after those that count: marks between kernels take time.
+    let profiled = u32::from(settings.profile.is_some());
+    for number in 0..total + profiled {
         let picture = settings.trace.as_deref().filter(|_| number + 1 == total);
+        let profile = settings.profile.as_deref().filter(|_| number == total);
         page_trace::begin(picture, stepper.paging());
+        profile::begin(profile, device)?;
         let clock = Instant::now();
         let Step { loss, grad_norm, fault } =
             stepper.step(&mut model.llama, std::slice::from_ref(&batch), number, settings.lr)?;
         ensure!(fault.is_none(), "step {}: {}", number + 1, fault.unwrap_or_default());
         let elapsed = clock.elapsed().as_secs_f64();
-        let warm = if number < args.warm { " (warm-up)" } else { "" };
+        let warm = match number {
+            number if number < args.warm => " (warm-up)",
+            number if number == total => " (profiled)",
+            _ => "",
+        };
         println!("step {:>3}  {elapsed:.4} s  loss {loss:.4}  gradient norm {grad_norm:.4}{warm}", number + 1);
-        if number >= args.warm {
+        if (args.warm..total).contains(&number) {
             seconds.push(elapsed);
         }
         page_trace::finish(picture, stepper.paging());
+        profile::finish(profile, device, model.llama.dtype)?;
     }
     if let Some(fault) = stepper.finish(&mut model.llama)? {
         bail!("step {total}: {fault}");

@@ -17,6 +17,7 @@ pub mod loss_scale;
 pub mod model;
 mod page_trace;
 pub mod paging;
+mod profile;
 pub mod report;
 pub mod run_dir;
 pub mod settings;

@@ -6,6 +6,7 @@ use nibble_models::Llama;
 use nibble_optim::PagedState;
 use nibble_runtime::{
     Device, ParamId,
+    allocator::Reclaim,
     cuda::{Gpu, PinnedPages, UnifiedPages},
     pager::{HostPages, PageStore, Pager, Policy},
 };
@@ -142,6 +143,8 @@ fn store_in(
 pub struct Paging {
     pub state: Arc<PagedState>,
     device: Device,
+    /// Gives memory of the pages back to others, on a GPU.
+    reclaim: Option<Reclaim>,
 }
 
 impl Paging {
@@ -196,13 +199,16 @@ impl Paging {
             if budget == usize::MAX { "as many as others can spare".into() } else { bytes(budget) },
             pager.policy()
         );
+        let mut reclaim = None;
         if let Device::Cuda(_) = device {
             let shared = pager.clone();
-            Gpu::of(device)?.memory()?.set_reclaim(Some(Arc::new(move |bytes| shared.give_back(bytes))));
+            let hook: Reclaim = Arc::new(move |bytes| shared.give_back(bytes));
+            Gpu::of(device)?.memory()?.set_reclaim(Arc::clone(&hook));
+            reclaim = Some(hook);
         }
         // In place before the first backward pass stores into them.
         pager.settle()?;
-        Ok(Some(Paging { state: Arc::new(state), device }))
+        Ok(Some(Paging { state: Arc::new(state), device, reclaim }))
     }
 
     /// What happened to the pages, as one line.
@@ -226,8 +232,8 @@ impl Paging {
 
 impl Drop for Paging {
     fn drop(&mut self) {
-        if let Ok(memory) = Gpu::of(self.device).and_then(Gpu::memory) {
-            memory.set_reclaim(None);
+        if let (Some(hook), Ok(memory)) = (&self.reclaim, Gpu::of(self.device).and_then(Gpu::memory)) {
+            memory.unset_reclaim(hook);
         }
     }
 }

@@ -212,6 +212,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub trace: Option<PathBuf>,
+    /// Print the time of each operation during the last step, and write a Chrome trace of it to this file
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub profile: Option<PathBuf>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -336,6 +340,8 @@ pub struct Settings {
     pub page_size: Bytes,
     #[serde(skip)]
     pub trace: Option<PathBuf>,
+    #[serde(skip)]
+    pub profile: Option<PathBuf>,
 }
 
 /// How many layers, from the first on, run their forward pass again instead of keeping what it made.
@@ -420,6 +426,7 @@ impl Default for Settings {
             page_policy: None,
             page_size: Bytes(3 << 20),
             trace: None,
+            profile: None,
         }
     }
 }
@@ -455,6 +462,7 @@ impl Settings {
         }
         let mut settings = Settings::deserialize(merged).context("settings")?;
         settings.trace = args.trace.clone();
+        settings.profile = args.profile.clone();
         settings.check()?;
         Ok(settings)
     }
@@ -471,6 +479,7 @@ impl Settings {
         merged.extend(toml::Table::try_from(args).context("reading the command line")?);
         let mut settings = Settings::deserialize(merged).context("settings")?;
         settings.trace = args.trace.clone();
+        settings.profile = args.profile.clone();
         settings.refuse_changes(&run)?;
         settings.check()?;
         Ok(settings)

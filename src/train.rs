@@ -12,7 +12,7 @@ use crate::{
     interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
-    page_trace,
+    page_trace, profile,
     report::{self, StepLog, StepMetrics},
     run_dir::RunDir,
     settings::{Method, Settings},
@@ -68,6 +68,7 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
+    profile::check(settings.profile.as_deref(), model.llama.device())?;
     let digest = model.digest()?;
     let mut adapter_config = attach(&mut model, settings)?;
     let tokenizer = model.tokenizer()?;
@@ -386,13 +387,16 @@ fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, se
     );
     let lr = settings.lr * settings.schedule.factor(step, settings.warmup, deal.total);
     let picture = settings.trace.as_deref().filter(|_| step + 1 == deal.total);
+    let profile = settings.profile.as_deref().filter(|_| step + 1 == deal.total);
     page_trace::begin(picture, stepper.paging());
+    profile::begin(profile, model.llama.device())?;
     let Step { loss, grad_norm, fault } = stepper.step(&mut model.llama, &batches, deal.first(step) as u32, lr)?;
     if let Some(fault) = fault {
         return Err(broken(model, setup, step + 1, &fault));
     }
     let tok_s = tokens as f64 / clock.elapsed().as_secs_f64();
     page_trace::finish(picture, stepper.paging());
+    profile::finish(profile, model.llama.device(), model.llama.dtype)?;
     Ok(StepMetrics {
         step: step + 1,
         loss,

@@ -1,6 +1,6 @@
 //! Tables of many tensors, for kernels that work on all of them in one launch (`tensor_list.cuh`).
 
-use nibble_runtime::{Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Stream};
 
 /// A table under construction: entries of 64-bit and 32-bit words, each with the number of its first piece.
 pub(crate) struct TensorList {
@@ -44,9 +44,9 @@ impl TensorList {
         self.pieces
     }
 
-    /// The table on the device.
-    pub(crate) fn upload(&self, device: Device) -> Result<Tensor> {
+    /// The table on the device, for a stream (`None`: the compute stream; else it is kept until that one is done).
+    pub(crate) fn upload(&self, device: Device, stream: Option<Stream>) -> Result<Tensor> {
         let (bytes, shape) = (&self.bytes, [self.bytes.len()]);
-        Tensor::from_bytes_on(bytes, nibble_runtime::DType::U8, &shape, device, Tag::Workspace)
+        Tensor::from_bytes_for(stream, bytes, DType::U8, &shape, device, Tag::Workspace)
     }
 }

@@ -51,7 +51,11 @@ const AT_HAND: usize = 16;
 
 impl Paged {
     fn parameter(&mut self, id: ParamId, grad: &Tensor) -> Result<()> {
-        let op = "gradients";
+        let (op, first) = ("gradients", !self.present.contains(&id));
+        if !first {
+            // What is at hand may be of the same pieces, and the sums come after it.
+            self.put_squares()?;
+        }
         let entry = self.state.entry(id);
         let entry = entry.ok_or_else(|| Error::invalid(op, format!("parameter {} is not in the pages", id.0)))?;
         if grad.shape() != entry.shape {
@@ -62,7 +66,7 @@ impl Paged {
         if self.squares.is_none() {
             self.squares = Some(Squares::new(self.state.pieces(), grad.device())?);
         }
-        let (flat, first) = (grad.reshape(&[grad.numel()])?, !self.present.contains(&id));
+        let flat = grad.reshape(&[grad.numel()])?;
         for &run in &entry.runs {
             let piece = entry.first_piece + run.start / PIECE;
             let part = flat.rows(run.start, run.count)?;

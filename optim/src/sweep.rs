@@ -50,8 +50,8 @@ pub(crate) fn check(state: &Arc<PagedState>, params: &[Update], grads: &Gradient
     }
 }
 
-/// One sweep over the pages: those in device memory and those used in place by one launch, the others lane by lane. What is
-/// returned says later whether the parameters of the latter are finite; `clip` says it of the others.
+/// One sweep over the pages: lane by lane those to be streamed, and where they are the others. Of the latter, `clip` says
+/// whether their parameters are finite; of the former, what is returned says it later. `params` are put in order.
 pub(crate) fn step(
     state: &Arc<PagedState>,
     params: &mut [Update],
@@ -60,52 +60,78 @@ pub(crate) fn step(
     step: u32,
     clip: &mut Clip,
 ) -> Result<Option<Clip>> {
+    params.sort_unstable_by_key(|update| update.id);
     let pager = state.pager();
     pager.settle()?;
     let lanes = pager.open_lanes()?;
-    let (mut streamed, mut lane) = (Vec::new(), 0);
-    for pages in chunks(state, lanes.map(|(_, most)| most)) {
-        let stays = lanes.is_none() || pager.is_resident(pages.start);
-        if stays {
-            let held = state.lease(pages.clone())?;
-            update(state, &held, pages, params, grads, config, step, clip, None)?;
-        } else {
-            streamed.push(pages);
-        }
+    let most = lanes.map(|(_, most)| most);
+    let (stay, streamed): (Vec<_>, Vec<_>) =
+        chunks(state, most).into_iter().partition(|pages| lanes.is_none() || pager.is_resident(pages.start));
+    // The lanes first: their copies need not wait for the update of what is resident.
+    let late = lanes.map(|(count, _)| stream(state, streamed, count, params, grads, config, step, clip)).transpose()?;
+    for pages in stay {
+        let held = state.lease(pages.clone())?;
+        update(state, &held, pages, params, grads, config, step, clip, None)?;
     }
-    let Some((count, _)) = lanes else { return Ok(None) };
+    Ok(late)
+}
+
+/// Updates pages lane by lane. What is returned says later whether their parameters are finite.
+#[expect(clippy::too_many_arguments, reason = "those of a step, and which pages")]
+fn stream(
+    state: &Arc<PagedState>,
+    chunks: Vec<Range<usize>>,
+    lanes: usize,
+    params: &mut [Update],
+    grads: &Gradients,
+    config: &AdamWConfig,
+    step: u32,
+    clip: &Clip,
+) -> Result<Clip> {
+    let pager = state.pager();
     // Nothing waits for the lanes: neither who reads the norm, nor a forward pass that starts with the first parameters.
-    let mut beside = clip.beside()?;
-    for pages in streamed {
+    let (mut beside, mut lane) = (clip.beside()?, 0);
+    for pages in chunks {
         let held = Held::Staged(pager.stage(pages.clone(), lane)?);
         let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(lane))?;
         kept.into_iter().for_each(|tensor| pager.keep(tensor));
         if let Held::Staged(staged) = held {
             pager.unstage(staged, state.clean(pages))?;
         }
-        lane = (lane + 1) % count;
+        lane = (lane + 1) % lanes;
     }
     pager.leave_lanes();
-    Ok(Some(beside))
+    Ok(beside)
 }
+
+/// Runs after which a launch for pages where they are takes no further page: the host makes the table of the next launch
+/// while the device is busy with one.
+const RUNS_AT_ONCE: usize = 64;
 
 /// The pages in groups that are updated together. With lanes, the groups of pages in host memory have at most `most` pages.
 fn chunks(state: &PagedState, most: Option<usize>) -> Vec<Range<usize>> {
     let pager = state.pager();
-    let limit = match most {
-        Some(most) => most,
+    let in_place = match pager.policy() {
         // Brought one group after another, no more than there is room for.
-        None if pager.policy() == Policy::Lru => (pager.budget() / pager.page_bytes()).max(1),
-        None => pager.pages(),
+        Policy::Lru => (pager.budget() / pager.page_bytes()).max(1),
+        _ => usize::MAX,
     };
-    let mut chunks: Vec<Range<usize>> = Vec::new();
+    let stays = |page| most.is_none() || pager.is_resident(page);
+    let (mut chunks, mut runs): (Vec<Range<usize>>, _) = (Vec::new(), 0);
     for page in 0..pager.pages() {
-        let resident = most.is_some() && pager.is_resident(page);
+        let limit = if stays(page) { in_place } else { most.unwrap_or(1) };
         match chunks.last_mut() {
-            Some(last) if most.is_some() && pager.is_resident(last.start) != resident => chunks.push(page..page + 1),
-            Some(last) if resident || last.len() < limit => last.end = page + 1,
-            _ => chunks.push(page..page + 1),
+            Some(last)
+                if stays(last.start) == stays(page) && last.len() < limit && (runs < RUNS_AT_ONCE || !stays(page)) =>
+            {
+                last.end = page + 1;
+            }
+            _ => {
+                chunks.push(page..page + 1);
+                runs = 0;
+            }
         }
+        runs += state.page(page).len();
     }
     chunks
 }
@@ -133,7 +159,10 @@ fn update(
     }
     let mut jobs = Vec::with_capacity(views.len());
     let mut views: BTreeMap<ParamId, &mut Vec<_>> = views.iter_mut().map(|(&id, views)| (id, views)).collect();
-    for Update { id, value, decay, rate, previous } in params {
+    // Of the parameters, which are in order, only those between the first and the last of the pages.
+    let from = views.first_key_value().map_or(0, |(first, _)| params.partition_point(|update| update.id < *first));
+    let to = views.last_key_value().map_or(0, |(last, _)| params.partition_point(|update| update.id <= *last));
+    for Update { id, value, decay, rate, previous } in &mut params[from..to] {
         let Some(views) = views.remove(id) else { continue };
         let part = views.iter_mut().map(|(start, grad, moments)| adamw::Part {
             start: *start,

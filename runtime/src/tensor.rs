@@ -135,6 +135,19 @@ impl Tensor {
 
     /// A tensor on `device` from raw little-endian bytes, without another copy of them in host memory.
     pub fn from_bytes_on(bytes: &[u8], dtype: DType, shape: &[usize], device: Device, tag: Tag) -> Result<Self> {
+        Self::from_bytes_for(None, bytes, dtype, shape, device, tag)
+    }
+
+    /// As [`Tensor::from_bytes_on`], for use by another stream of the GPU than the compute stream, which is not made to wait
+    /// for the copy. To be kept until that stream is done with it.
+    pub fn from_bytes_for(
+        stream: Option<Stream>,
+        bytes: &[u8],
+        dtype: DType,
+        shape: &[usize],
+        device: Device,
+        tag: Tag,
+    ) -> Result<Self> {
         let mut tensor = Self::empty(shape, dtype, device, tag)?;
         if tensor.size_bytes() != bytes.len() {
             let found = (bytes.len(), tensor.size_bytes());
@@ -142,7 +155,9 @@ impl Tensor {
             return Err(Error::shape("from_bytes", what));
         }
         match Arc::get_mut(&mut tensor.storage) {
-            Some(Storage::Cuda(buffer)) => cuda::upload(buffer, 0, bytes)?,
+            Some(Storage::Cuda(buffer)) => {
+                cuda::upload_on(stream.unwrap_or(buffer.gpu().stream()), buffer, 0, bytes)?;
+            }
             Some(storage) => storage.host_bytes_mut().into_iter().for_each(|into| into.copy_from_slice(bytes)),
             None => return Err(Error::Shared { op: "from_bytes" }),
         }

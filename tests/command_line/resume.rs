@@ -255,7 +255,7 @@ fn damaged_checkpoints_are_left_out() {
 
 #[test]
 fn what_changes_results_cannot_change_in_a_run() {
-    let args = [&USUAL[..], &["--steps", "60"]].concat();
+    let args = [&USUAL[..], &["--steps", "60", "--device", "cpu"]].concat();
     let expected = whole(&args);
     let place = Place::new();
     killed(&place, &args);

@@ -186,6 +186,14 @@ fn pages_change_nothing() {
     assert!(ran.stderr.contains("absent/pages.svg") && place.path("unwritten/adapter").exists(), "{}", ran.stderr);
 }
 
+/// Said before anything is trained.
+#[test]
+fn a_profile_wants_a_gpu() {
+    let place = Place::new();
+    place.refuses_training(&["--device", "cpu", "--profile", "step.json"], &["--profile", "GPU", "CPU"]);
+    assert!(!place.path("step.json").exists());
+}
+
 #[test]
 fn an_adapter_trains_on() {
     let place = Place::new();

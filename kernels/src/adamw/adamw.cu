@@ -6,7 +6,7 @@
 constexpr int THREADS = 256;
 constexpr u32 PIECE = 4096; // elements a block updates: whole blocks of 8-bit codes
 constexpr int BLOCK = 256;  // elements that share a scale in the 8-bit form
-constexpr int LANE = BLOCK / WARP;
+constexpr int EACH = BLOCK / WARP; // elements of a thread, side by side
 constexpr u32 ZERO = 127; // code of zero in the signed map; a negative first moment never takes it
 enum Flags : u32 { DECAY = 1, EIGHT_BIT = 2, GRAD_F16 = 4, GRAD_BF16 = 8 };
 
@@ -79,46 +79,109 @@ __device__ __forceinline__ bool update32(const Entry& e, const Coefficients& c, 
     return bad;
 }
 
-// 8-bit moments: a warp takes a block of codes.
+// A thread's elements, of which `count` are there. Where they are `whole`, all of them and aligned, a warp takes whole cache
+// lines at a time: what is in host memory goes over the bus in few packets.
+union Codes {
+    uint2 all;
+    u8 at[EACH];
+};
+
+__device__ __forceinline__ void load_floats(float* to, const float* from, int count, bool whole) {
+#pragma unroll
+    for (int j = 0; j < EACH; j += 4) {
+        if (whole) *(float4*)(to + j) = *(const float4*)(from + j);
+        else
+#pragma unroll
+            for (int i = j; i < j + 4; i++) to[i] = i < count ? from[i] : 0.0f;
+    }
+}
+
+__device__ __forceinline__ void store_floats(float* to, const float* from, int count, bool whole) {
+#pragma unroll
+    for (int j = 0; j < EACH; j += 4) {
+        if (whole) *(float4*)(to + j) = *(const float4*)(from + j);
+        else
+#pragma unroll
+            for (int i = j; i < j + 4; i++)
+                if (i < count) to[i] = from[i];
+    }
+}
+
+__device__ __forceinline__ Codes load_codes(const u8* from, int count, bool whole) {
+    Codes codes;
+    if (whole) codes.all = *(const uint2*)from;
+    else
+#pragma unroll
+        for (int j = 0; j < EACH; j++) codes.at[j] = j < count ? from[j] : 0;
+    return codes;
+}
+
+__device__ __forceinline__ void store_codes(u8* to, const Codes& codes, int count, bool whole) {
+    if (whole) *(uint2*)to = codes.all;
+    else
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+            if (j < count) to[j] = codes.at[j];
+}
+
+// 8-bit moments: a warp takes a block of codes. All threads come here.
 __device__ __forceinline__ bool update8(const Entry& e, const Coefficients& c, float scale, u64 from, u64 to,
                                         const float* signed_map, const float* unsigned_map) {
-    u8 *m_codes = (u8*)e.m, *v_codes = (u8*)e.v;
-    int lane = threadIdx.x % WARP;
-    bool bad = false;
-    for (u64 start = from + threadIdx.x / WARP * BLOCK; start < to; start += THREADS / WARP * BLOCK) {
-        u64 block = start / BLOCK;
-        float m_scale = e.m_absmax[block], v_scale = e.v_absmax[block];
-        float m[LANE], v[LANE], m_most = 0.0f, v_most = 0.0f;
+    __shared__ float m_scales[PIECE / BLOCK], v_scales[PIECE / BLOCK];
+    u64 first = from / BLOCK;
+    int blocks = (to - from + BLOCK - 1) / BLOCK, lane = threadIdx.x % WARP;
+    if (threadIdx.x < blocks) {
+        m_scales[threadIdx.x] = e.m_absmax[first + threadIdx.x];
+        v_scales[threadIdx.x] = e.v_absmax[first + threadIdx.x];
+    }
+    __syncthreads();
+    u64 addresses = (u64)e.w | (u64)e.grad | (u64)e.previous | ((u64)e.m | (u64)e.v) << 1;
+    bool narrow = e.flags & (GRAD_F16 | GRAD_BF16), aligned = addresses % 16 == 0 && !narrow, bad = false;
+    for (int block = threadIdx.x / WARP; block < blocks; block += THREADS / WARP) {
+        u64 start = from + block * BLOCK + lane * EACH;
+        int count = start < to ? min(to - start, (u64)EACH) : 0;
+        bool whole = aligned && count == EACH;
+        Codes m_codes = load_codes((u8*)e.m + start, count, whole), v_codes = load_codes((u8*)e.v + start, count, whole);
+        float w[EACH], g[EACH], m[EACH], v[EACH], m_most = 0.0f, v_most = 0.0f;
+        load_floats(w, e.w + start, count, whole);
+        if (narrow)
 #pragma unroll
-        for (int j = 0; j < LANE; j++) {
-            u64 i = start + j * WARP + lane;
+            for (int j = 0; j < EACH; j++) g[j] = j < count ? gradient(e, start + j) : 0.0f;
+        else load_floats(g, (const float*)e.grad + start, count, whole);
+        if (e.previous) store_floats(e.previous + start, w, count, whole);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
             m[j] = v[j] = 0.0f;
-            if (i >= to) continue;
-            m[j] = __fmul_rn(signed_map[m_codes[i]], m_scale);
-            v[j] = __fmul_rn(unsigned_map[v_codes[i]], v_scale);
-            float w = e.w[i];
-            if (e.previous) e.previous[i] = w;
-            w = update(c, w, gradient(e, i), scale, m[j], v[j]);
-            e.w[i] = w;
-            bad |= infinite(w);
+            if (j >= count) continue;
+            m[j] = __fmul_rn(signed_map[m_codes.at[j]], m_scales[block]);
+            v[j] = __fmul_rn(unsigned_map[v_codes.at[j]], v_scales[block]);
+            w[j] = update(c, w[j], g[j], scale, m[j], v[j]);
+            bad |= infinite(w[j]);
             m_most = fmaxf(m_most, fabsf(m[j]));
             v_most = fmaxf(v_most, fabsf(v[j]));
         }
+        store_floats(e.w + start, w, count, whole);
         m_most = warp_max(m_most);
         v_most = warp_max(v_most);
-        if (lane == 0) {
-            e.m_absmax[block] = m_most;
-            e.v_absmax[block] = v_most;
-        }
         float m_inverse = __fdiv_rn(1.0f, m_most), v_inverse = __fdiv_rn(1.0f, v_most);
 #pragma unroll
-        for (int j = 0; j < LANE; j++) {
-            u64 i = start + j * WARP + lane;
-            if (i >= to) continue;
-            u32 code = dynamic8_encode(signed_map, __fmul_rn(m[j], m_inverse));
-            m_codes[i] = code - (code == ZERO && m[j] < 0.0f);
-            v_codes[i] = dynamic8_encode(unsigned_map, __fmul_rn(v[j], v_inverse));
+        for (int j = 0; j < EACH; j++) {
+            u32 code = dynamic8_encode<true>(signed_map, __fmul_rn(m[j], m_inverse));
+            m_codes.at[j] = code - (code == ZERO && m[j] < 0.0f);
+            v_codes.at[j] = dynamic8_encode<false>(unsigned_map, __fmul_rn(v[j], v_inverse));
         }
+        store_codes((u8*)e.m + start, m_codes, count, whole);
+        store_codes((u8*)e.v + start, v_codes, count, whole);
+        __syncwarp(); // every lane has read them
+        if (lane == 0) {
+            m_scales[block] = m_most;
+            v_scales[block] = v_most;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < blocks) {
+        e.m_absmax[first + threadIdx.x] = m_scales[threadIdx.x];
+        e.v_absmax[first + threadIdx.x] = v_scales[threadIdx.x];
     }
     return bad;
 }

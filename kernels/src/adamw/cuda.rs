@@ -59,8 +59,9 @@ pub(super) fn step_on(
             list.push(&pointers, grad.numel(), u32::from(*decay) | eight | of_grad)?;
         }
     }
-    let (table, signed, unsigned) =
-        (list.upload(device)?, dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
+    let (signed, unsigned) = (dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
+    // Last: another stream waits here for what the compute stream has been given.
+    let table = list.upload(device, stream)?;
     let args = Args::new()
         .input(&table)
         .u32(list.count())
@@ -77,12 +78,6 @@ pub(super) fn step_on(
         .input(&signed)
         .input(&unsigned);
     let on = stream.unwrap_or(gpu.stream());
-    if stream.is_some() {
-        // The table has just been uploaded by the compute stream.
-        let ready = Event::new(gpu, false)?;
-        ready.record(gpu.stream())?;
-        ready.hold(on)?;
-    }
     gpu.launch_on(on, &MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)?;
     if stream.is_some() {
         let done = Event::new(gpu, false)?;

@@ -225,7 +225,7 @@ __device__ __forceinline__ void make_ds(
     }
 }
 
-// tiles: {first key row, keys (up to 128), rows from the first key to the end of the sequence}. One block a part of a tile
+// tiles: {first key row, rows from there to the end of the sequence}, 128 keys each. One block a part of a tile
 // (KEYS keys) and key/value head; heads vary fastest.
 template <typename T, int D>
 __device__ __forceinline__ void keys_backward(
@@ -239,7 +239,7 @@ __device__ __forceinline__ void keys_backward(
     const u32 kv = blockIdx.x % kv_heads;
     const int4 tile = tiles[blockIdx.x / kv_heads / (TILE / KEYS)];
     const int part = blockIdx.x / kv_heads % (TILE / KEYS) * KEYS;
-    const int first = tile.x + part, keys = min(tile.y - part, KEYS), all_rows = tile.z - part;
+    const int first = tile.x + part, all_rows = tile.y - part, keys = min(all_rows, KEYS);
     if (keys <= 0) return;
     const u64 first_key = (u64)first * kv_width + kv * d;
 

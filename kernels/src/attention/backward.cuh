@@ -16,8 +16,8 @@
 // Rows of a tile on the walk: 32 where the registers are full of accumulators.
 template <int D> constexpr int WALK_ROWS = D > 64 ? 32 : 64;
 
-// tiles: {first key row, keys (up to 128), rows from the first key to the end of the sequence}. A block takes one of two
-// halves of a tile, and one key/value head, which varies fastest. Query rows are those of the keys.
+// tiles: {first key row, rows from there to the end of the sequence}, 128 keys each. A block takes one of two halves of a
+// tile, and one key/value head, which varies fastest. Query rows are those of the keys.
 template <typename T, int D>
 __device__ __forceinline__ void keys_backward(
     const T* q, const T* k, const T* v, const T* grad, const float* lse, const float* delta, T* dk, T* dv,
@@ -36,7 +36,7 @@ __device__ __forceinline__ void keys_backward(
     const u32 kv_heads = heads / group, width = heads * d, kv_width = kv_heads * d;
     const u32 kv = blockIdx.x % kv_heads, half = blockIdx.x / kv_heads % 2;
     int4 tile = tiles[blockIdx.x / kv_heads / 2];
-    const int row0 = tile.x + half * KEYS, keys = min(tile.y - (int)half * KEYS, KEYS), rows = tile.z - (int)half * KEYS;
+    const int row0 = tile.x + half * KEYS, rows = tile.y - (int)half * KEYS, keys = min(rows, KEYS);
     if (keys <= 0) return;
     const u64 first_key = (u64)row0 * kv_width + kv * d;
 

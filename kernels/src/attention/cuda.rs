@@ -1,15 +1,15 @@
 //! Attention on a GPU: work tables, checks and launches. The kernels are in `forward.cuh`, `decode.cuh` and `backward.cuh`
-//! (16 bits, tensor cores) and in `attention_simple.cu` (f32, and odd sizes of heads).
+//! (16 bits, tensor cores) and in `attention_simple.cu` (f32, and odd sizes of heads); Hopper's own are launched by `hopper`.
 
-use super::{Heads, Layout, Saved, Segment};
+use super::{Heads, Layout, Saved, Segment, hopper};
 use crate::cuda::{check_dtype, entry, size};
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 
-/// Query rows, and key rows, of an entry of a table.
-const TILE: usize = 128;
+/// Query rows, and key rows, of an entry of a table at most.
+pub(super) const TILE: usize = 128;
 /// Keys of a tile of the 16-bit kernels; backward, also those of a block.
 const KEYS: usize = 64;
 /// Threads of a block of the 16-bit kernels, and of the simple ones.
@@ -83,9 +83,10 @@ pub(crate) static SIMPLE: Module = Module {
 #[derive(Clone, Debug)]
 pub(super) struct Tables {
     /// Tiles of queries: first query row, rows, first key row of the sequence, keys that the first query sees.
-    queries: Tensor,
-    /// Tiles of keys: first key row, rows, rows from the first to the end of the sequence, 0.
-    keys: Tensor,
+    pub(super) queries: Tensor,
+    /// Tiles of keys: first key row, rows from there to the end of the sequence, the tile's number among all, its number in
+    /// its sequence.
+    pub(super) keys: Tensor,
     /// Few queries against many keys.
     decode: Option<Decode>,
 }
@@ -108,13 +109,13 @@ fn tiles(segments: &[Segment]) -> (Vec<Row>, Vec<Row>) {
     let (mut queries, mut keys) = (Vec::new(), Vec::new());
     for s in segments {
         for first in (0..s.queries).step_by(TILE) {
-            let rows = TILE.min(s.queries - first);
-            queries.push(row([s.query + first, rows, s.key, s.keys - s.queries + first + 1]));
-            keys.push(row([s.query + first, rows, s.queries - first, 0]));
+            let left = s.queries - first;
+            queries.push(row([s.query + first, TILE.min(left), s.key, s.keys - s.queries + first + 1]));
+            keys.push(row([s.query + first, left, keys.len(), first / TILE]));
         }
     }
     queries.sort_by_key(|&[_, rows, _, visible]| std::cmp::Reverse(visible + rows));
-    keys.sort_by_key(|&[_, _, rows, _]| std::cmp::Reverse(rows));
+    keys.sort_by_key(|&[_, rows, _, _]| std::cmp::Reverse(rows));
     (queries, keys)
 }
 
@@ -203,7 +204,7 @@ impl Kernels {
 }
 
 /// A number that a kernel takes as u32.
-fn small(value: usize) -> Result<u32> {
+pub(super) fn small(value: usize) -> Result<u32> {
     size("attention", value)
 }
 
@@ -212,8 +213,15 @@ fn numbers(args: Args, heads: Heads, last: usize) -> Result<Args> {
     Ok(args.u32(small(heads.query)?).u32(small(heads.query / heads.kv)?).u32(small(heads.dim)?).u32(small(last)?))
 }
 
+/// Floating-point operations of so many products over the pairs of a query and a key that it sees.
+pub(super) fn flops(heads: Heads, layout: &Layout, products: usize) -> f64 {
+    let pairs = |s: &Segment| s.queries as f64 * (s.keys as f64 - (s.queries as f64 - 1.0) / 2.0);
+    let pairs: f64 = layout.segments().iter().map(pairs).sum();
+    2.0 * products as f64 * pairs * (heads.query * heads.dim) as f64
+}
+
 /// scale · log₂e: exponentials are powers of two.
-fn scale_log2(heads: Heads) -> f32 {
+pub(super) fn scale_log2(heads: Heads) -> f32 {
     heads.scale() * std::f32::consts::LOG2_E
 }
 
@@ -226,6 +234,9 @@ pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, layout: 
         return Ok((o, lse));
     }
     let tables = layout.tables()?;
+    if hopper::forward(gpu, (q, k, v), heads, layout, (&mut o, &mut lse))? {
+        return Ok((o, lse));
+    }
     let blocks = tables.queries.shape()[0] * heads.query;
     match (Kernels::choose(&[q, k, v], heads.dim)?, &tables.decode) {
         (Kernels::Tensor { module, dim }, Some(table)) => {
@@ -233,6 +244,7 @@ pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, layout: 
         }
         (Kernels::Tensor { module, dim }, None) => {
             let args = Args::new().input(q).input(k).input(v).output(&mut o).output(&mut lse).input(&tables.queries);
+            let args = args.flops(flops(heads, layout, 2));
             let args = numbers(args, heads, rows)?.f32(scale_log2(heads));
             let shared = (TILE + 4 * KEYS) * dim * 2;
             let name = entry("attention_forward", q.dtype())?;
@@ -240,6 +252,7 @@ pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, layout: 
         }
         (Kernels::Simple { dim }, _) => {
             let args = Args::new().input(q).input(k).input(v).output(&mut o).output(&mut lse).input(&tables.queries);
+            let args = args.flops(flops(heads, layout, 2));
             let args = numbers(args, heads, rows)?.f32(heads.scale());
             let (tile, ..) = Kernels::simple_rows(dim);
             let (grid, shared) = (blocks * (TILE / tile), (2 * tile * (dim + 4) + tile * (tile + 4)) * 4);
@@ -306,9 +319,12 @@ pub(super) fn backward(
     gpu.launch(module, &entry("attention_delta", q.dtype())?, grid, [256, 1, 1], 0, args)?;
 
     let inputs = || Args::new().input(q).input(k).input(v).input(grad).input(lse).input(&delta);
-    let for_keys = inputs().output(&mut dk).output(&mut dv).input(&tables.keys);
+    if hopper::backward(gpu, saved, grad, &delta, heads, layout, (&mut dq, &mut dk, &mut dv))? {
+        return Ok((dq, dk, dv));
+    }
+    let for_keys = inputs().flops(flops(heads, layout, 4)).output(&mut dk).output(&mut dv).input(&tables.keys);
     let for_keys = numbers(for_keys, heads, rows)?.f32(heads.scale());
-    let for_queries = inputs().output(&mut dq).input(&tables.queries);
+    let for_queries = inputs().flops(flops(heads, layout, 3)).output(&mut dq).input(&tables.queries);
     let for_queries = numbers(for_queries, heads, rows)?.f32(heads.scale());
     let (key_blocks, query_blocks) = (tables.keys.shape()[0] * heads.kv, tables.queries.shape()[0] * heads.query);
     match kernels {
@@ -360,7 +376,7 @@ mod tests {
             let expected: Vec<(usize, usize)> = segments.iter()
                 .flat_map(|s| (0..s.queries).map(|i| (s.key, s.keys - s.queries + i + 1))).collect();
             let (queries, keys) = tiles(&segments);
-            prop_assert!(queries.is_sorted_by_key(|t| -(t[1] + t[3])) && keys.is_sorted_by_key(|t| -t[2]));
+            prop_assert!(queries.is_sorted_by_key(|t| -(t[1] + t[3])) && keys.is_sorted_by_key(|t| -t[1]));
             let mut found = vec![(0, 0); expected.len()];
             for [first, rows, key, visible] in queries {
                 prop_assert!(rows as usize <= TILE);
@@ -369,10 +385,15 @@ mod tests {
                 }
             }
             prop_assert_eq!(&found, &expected);
+            let mut numbers: Vec<i32> = keys.iter().map(|t| t[2]).collect();
+            numbers.sort_unstable();
+            prop_assert!(numbers.iter().copied().eq(0..keys.len() as i32));
             for s in &segments {
                 let own: Vec<_> = keys.iter().filter(|t| (s.query..s.query + s.queries).contains(&(t[0] as usize))).collect();
-                prop_assert_eq!(own.iter().map(|t| t[1] as usize).sum::<usize>(), s.queries);
-                prop_assert!(own.iter().all(|t| (t[0] + t[2]) as usize == s.query + s.queries));
+                prop_assert_eq!(own.len(), s.queries.div_ceil(TILE));
+                prop_assert!(own.iter().all(|t| (t[0] + t[1]) as usize == s.query + s.queries));
+                // Numbers in the sequence, which come in order, and among all, which follow one another.
+                prop_assert!(own.iter().enumerate().all(|(i, t)| (t[3] as usize, t[2]) == (i, own[0][2] + i as i32)));
             }
 
             let (chunks, rows) = chunks(&segments);

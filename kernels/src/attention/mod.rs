@@ -10,6 +10,7 @@
 
 mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod hopper;
 mod layout;
 
 pub use layout::{Layout, Segment};

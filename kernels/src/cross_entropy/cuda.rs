@@ -27,10 +27,15 @@ const OP: &str = "cross-entropy";
 /// Logits held at a time, in f32 and as a gradient: 256 rows of 128 Ki tokens, so that a chunk's products cost several
 /// times what reading the head once more does.
 const CHUNK: usize = 32 << 20;
+/// As many times that as there are so many tokens, up to [`MOST_CHUNKS`]: a product of 1,024 rows fills a large GPU, and what
+/// a layer's pass takes for these tokens is more.
+const TOKENS_PER_CHUNK: usize = 2048;
+const MOST_CHUNKS: usize = 4;
 
-/// Rows of a chunk: whole tiles of a matrix product where there are that many.
-pub(super) fn chunk_rows(vocab: usize) -> usize {
-    let rows = (CHUNK / vocab.max(1)).clamp(1, 8192);
+/// Rows of a chunk of a batch of `tokens`: whole tiles of a matrix product where there are that many.
+pub(super) fn chunk_rows(vocab: usize, tokens: usize) -> usize {
+    let logits = CHUNK * (tokens / TOKENS_PER_CHUNK).clamp(1, MOST_CHUNKS);
+    let rows = (logits / vocab.max(1)).clamp(1, 8192);
     if rows < 128 { rows } else { rows / 128 * 128 }
 }
 
@@ -66,7 +71,7 @@ pub(super) fn head_loss(
         },
         dhead: None,
     };
-    let step = chunk_rows(vocab);
+    let step = chunk_rows(vocab, count);
     for first in (0..labelled.len()).step_by(step) {
         let rows = step.min(labelled.len() - first);
         let chunk = Labels { labels: all.labels.rows(first, rows)?, rows: all.rows.rows(first, rows)? };
@@ -122,6 +127,6 @@ fn scatter(from: &Tensor, rows: &Tensor, into: &mut Tensor) -> Result<()> {
     let (count, width) = from.dims2(OP)?;
     let (name, grid) = (entry("cross_entropy_scatter", from.dtype())?, [size(OP, count)?, 1, 1]);
     let gpu = Gpu::of(into.device())?;
-    let args = Args::new().input(from).input(rows).output(into).u32(size(OP, width)?);
+    let args = Args::new().input(from).input(rows).output(into).moves(2 * from.size_bytes()).u32(size(OP, width)?);
     gpu.launch(&MODULE, &name, grid, [128, 1, 1], 0, args)
 }

@@ -14,8 +14,12 @@ use proptest::prelude::*;
 
 #[test]
 fn chunks_are_whole_tiles() {
-    assert_eq!([128_256, 32_000, 768].map(chunk_rows), [256, 1024, 8192]);
-    assert_eq!(chunk_rows(1 << 30), 1);
+    assert_eq!([128_256, 32_000, 768].map(|vocab| chunk_rows(vocab, 100)), [256, 1024, 8192]);
+    assert_eq!(
+        [2048, 4096, 8191, 8192, 1 << 20].map(|tokens| chunk_rows(128_256, tokens)),
+        [256, 512, 768, 1024, 1024]
+    );
+    assert_eq!(chunk_rows(1 << 30, 1), 1);
 }
 
 /// Rows of logits, each labelled, on both devices. Values lie on a coarse grid, so that maxima are met more than once.

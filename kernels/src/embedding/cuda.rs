@@ -30,6 +30,8 @@ pub(crate) fn gather(ids: &Tensor, table: &Tensor, dtype: DType, tag: Tag) -> Re
     let ((vocab, width), tokens) = (table.dims2(op)?, ids.numel());
     let mut out = Tensor::empty(&[tokens, width], dtype, table.device(), tag)?;
     let args = Args::new().input(ids).input(table).u32(code(table.dtype())?).output(&mut out);
+    // Of the table a row a token.
+    let args = args.moves(ids.size_bytes() + tokens * width * (table.dtype().size() + dtype.size()));
     let args = args.u32(size(op, vocab)?).u32(size(op, width)?);
     let grid = [size(op, tokens)?, 1, 1];
     Gpu::of(table.device())?.launch(&MODULE, &entry("embedding_forward", dtype)?, grid, [128, 1, 1], 0, args)?;

@@ -136,6 +136,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
 
     let (wide, add) = (out.dtype() == DType::F32, terms.add);
     let args = Args::new()
+        .flops(2.0 * f64::from(m) * f64::from(n) * (f64::from(k) + f64::from(rank)))
         .output(out)
         .input_opt(terms.residual)
         .input(a)

@@ -141,6 +141,7 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
         .tensor_map(&b, box_rows, box_columns)
         .tensor_map(left, TILE_ROWS, DEPTH)
         .tensor_map(right, box_rows, box_columns)
+        .flops(2.0 * f64::from(m) * f64::from(n) * (f64::from(k) + f64::from(rank)))
         .output(out)
         .input_opt(terms.residual)
         .u32(m)

@@ -230,7 +230,7 @@ fn simt(
     let quantized = codes.is_some();
     let codes = codes.unwrap_or_default();
     let launch = |to: &mut Tensor, scale: f32, add: bool| {
-        let args = Args::new().input(a).input(b).output(to);
+        let args = Args::new().input(a).input(b).output(to).flops(flops(rows, cols, inner));
         let args = args.input_opt(codes.absmax).input_opt(codes.nested).input_opt(codes.map);
         let args = args.u32(rows).u32(cols).u32(inner).u32(slice).f32(scale).u32(add.into());
         let args = args.u32(numbers[0]).u32(numbers[1]).u32(quantized.into()).u32(codes.quant_type);
@@ -315,7 +315,8 @@ fn down(x: &Tensor, w: &Tensor, columns: bool, scale: f32, mask: Option<Mask>, t
         (false, _) => ("64", 64, 64),
     };
     let kernel = entry(&format!("lora_down_{kind}{shape}"), x.dtype())?;
-    let args = Args::new().input(x).input(w).output(&mut out).u32(rows).u32(cols).u32(inner).f32(scale);
+    let args = Args::new().input(x).input(w).output(&mut out).flops(flops(rows, cols, inner));
+    let args = args.u32(rows).u32(cols).u32(inner).f32(scale);
     let grid = [rows.div_ceil(block_rows), across(op, cols.div_ceil(block_cols))?, 1];
     gpu.launch(&LORA, &kernel, grid, [256, 1, 1], 0, mask_args(args, mask))?;
     Ok(out)
@@ -345,7 +346,8 @@ pub(super) fn lora_dropped_add(u: &Tensor, a: &Tensor, mask: Mask, dx: &mut Tens
     }
     let [rows, cols, rank] = [size(op, t)?, size(op, k)?, size(op, r)?];
     let kernel = entry("lora_dropped_add", dx.dtype())?;
-    let args = Args::new().input(u).input(a).output(dx).u32(rows).u32(cols).u32(rank);
+    let args = Args::new().input(u).input(a).output(dx).flops(flops(rows, cols, rank));
+    let args = args.u32(rows).u32(cols).u32(rank);
     let grid = [cols.div_ceil(256), across(op, rows.div_ceil(32))?, 1];
     gpu.launch(&LORA, &kernel, grid, [256, 1, 1], 0, mask_args(args, Some(mask)))
 }
@@ -377,7 +379,7 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
         let width = if few <= 16 { 16 } else { 32 };
         let drop = if mask.is_some() { "drop_" } else { "" };
         let kernel = entry(&format!("lora_grad_{drop}{width}"), x.dtype())?;
-        let args = Args::new().input(small).input(large).output(&mut partial);
+        let args = Args::new().input(small).input(large).output(&mut partial).flops(flops(tokens, few, many));
         let args = mask_args(args.u32(tokens).u32(few).u32(many).u32(slice), mask);
         gpu.launch(&LORA, &kernel, [tiles, across(op, count)?, 1], [256, 1, 1], 0, args)?;
         let mut out = empty(&[n, k], Tag::Gradients)?;
@@ -396,7 +398,8 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
     let blocks = if tiles >= gpu.sm_count() { 1 } else { 2 * gpu.sm_count() };
     let (slice, count) = slices(tokens, tiles, blocks, 128);
     let launch = |to: &mut Tensor, scale: f32| {
-        let args = Args::new().input(grad).input(x).output(to).u32(tokens).u32(rows).u32(cols).u32(slice).f32(scale);
+        let args = Args::new().input(grad).input(x).output(to).flops(flops(tokens, rows, cols));
+        let args = args.u32(tokens).u32(rows).u32(cols).u32(slice).f32(scale);
         gpu.launch(&WEIGHT_GRAD, &kernel, [across_x, across_y, count], [256, 1, 1], 0, args)
     };
     if count == 1 {
@@ -407,6 +410,11 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
         sum(gpu, &partial, &mut out, (count, rows, cols), scale, false)?;
     }
     Ok(out)
+}
+
+/// Floating-point operations of a product of these sizes.
+fn flops(a: u32, b: u32, c: u32) -> f64 {
+    2.0 * f64::from(a) * f64::from(b) * f64::from(c)
 }
 
 /// `out = scale · Σ partial` over the first index of `partial` `[count, few, many]`, transposed or not.

@@ -31,7 +31,7 @@ pub(super) fn put(partial: &mut Tensor, parts: &[(usize, &Tensor)]) -> Result<()
         };
         list.push(&[values.device_pointer()?, *first as u64], values.numel(), kind)?;
     }
-    let table = list.upload(device)?;
+    let table = list.upload(device, None)?;
     let args = Args::new().input(&table).u32(list.count()).output(partial);
     Gpu::of(device)?.launch(&MODULE, "norm_pieces", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)
 }

@@ -41,7 +41,7 @@ impl Squares {
     }
 
     /// Puts the sums of float tensors, each from the piece on that is given with it: every tensor but the last of a
-    /// parameter has a whole number of pieces.
+    /// parameter has a whole number of pieces. No two of them share a piece; what was put there before is forgotten.
     ///
     /// # Errors
     /// There is no room for the pieces, a tensor does not hold floats, or is elsewhere.
@@ -53,6 +53,7 @@ impl Squares {
                 return Err(Error::shape("norm", what));
             }
         }
+        debug_assert!(apart(parts), "two tensors of one launch are put into one piece");
         if device != Device::Cpu {
             return cuda::put(&mut self.partial, parts);
         }
@@ -81,6 +82,13 @@ impl Squares {
         let state = [norm as f32, clip_scale(norm, max_norm) / loss_scale, finite, f32::from(sound)];
         Ok(Clip { state: Tensor::from_slice(&state, &[4], Tag::Workspace)? })
     }
+}
+
+/// Whether no two of the tensors share a piece.
+fn apart(parts: &[(usize, &Tensor)]) -> bool {
+    let mut pieces: Vec<_> = parts.iter().map(|(first, values)| (*first, values.numel().div_ceil(PIECE))).collect();
+    pieces.sort_unstable();
+    pieces.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0)
 }
 
 /// What the gradients of a step say about its update. It stays where they are, so that a GPU goes on to the update

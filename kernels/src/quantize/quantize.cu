@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(LANES) quantize_scales(
     for (int i = 0; i < 8; i++) {
         u64 at = start + i * WARP + threadIdx.x % WARP;
         float x = __fmul_rn(centred[i], inverse);
-        u32 code = stepped ? dynamic8_encode_stepped(entries, x) : dynamic8_encode(entries, x);
+        u32 code = stepped ? dynamic8_encode_stepped(entries, x) : dynamic8_encode<true>(entries, x);
         if (at < count) codes[at] = code;
     }
 }

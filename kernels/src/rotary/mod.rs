@@ -93,6 +93,11 @@ impl RotaryTable {
         self.cos.shape()[0]
     }
 
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.cos.device()
+    }
+
     /// The table on `device`; itself if it is there.
     ///
     /// # Errors

@@ -57,7 +57,8 @@ pub(super) fn rows(table: &Rows8, which: Which, count: usize, dtype: DType, tag:
     let name = entry("table_rows", dtype)?;
     let mut out = Tensor::empty(&[count, width], dtype, table.codes.device(), tag)?;
     let args = Args::new().input_opt(ids).u32(size(OP, first)?).input(&table.codes).input(&table.scales);
-    let args = args.output(&mut out).u32(size(OP, vocab)?).u32(size(OP, width)?);
+    let args = args.output(&mut out).moves(count * width * (1 + dtype.size()));
+    let args = args.u32(size(OP, vocab)?).u32(size(OP, width)?);
     Gpu::of(table.codes.device())?.launch(&MODULE, &name, [size(OP, count)?, 1, 1], [THREADS, 1, 1], 0, args)?;
     Ok(out)
 }

@@ -1,6 +1,6 @@
 //! From a checkpoint to a model: tensor by tensor, quantized as they stream by.
 
-use super::{Adapters, Layer, Linear, Llama, Param, random};
+use super::{Adapters, Angles, Layer, Linear, Llama, Param, random};
 use crate::{
     Error, LlamaConfig, Result,
     files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
@@ -257,7 +257,18 @@ impl Loader<'_> {
         nibble_runtime::memory::trim_of(self.options.device)?;
         let (source, dtype) = (self.path.to_path_buf(), self.options.dtype);
         let adapters = Adapters::default();
-        let llama = Llama { config, source, embedding, layers, norm, head, dtype, recomputed: 0, adapters };
+        let llama = Llama {
+            config,
+            source,
+            embedding,
+            layers,
+            norm,
+            head,
+            dtype,
+            recomputed: 0,
+            adapters,
+            angles: Angles::default(),
+        };
         Ok((llama, self.footprint))
     }
 }

@@ -24,7 +24,7 @@ pub use layer::{Layer, LayerCache};
 pub use linear::{Linear, Lora, Magnitude, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
 pub use mixture::Mixture;
-pub use pass::{DropoutKey, Pass};
+pub use pass::{Angles, DropoutKey, Pass};
 pub use random::SHAPES;
 
 use crate::{Error, LlamaConfig, Result};
@@ -59,6 +59,8 @@ pub struct Llama {
     pub recomputed: usize,
     /// Adapters by name; that of one is on the layers.
     pub adapters: Adapters,
+    /// Rotary angles.
+    pub angles: Angles,
 }
 
 /// Sequences packed one after another, with the token that follows each.
@@ -140,9 +142,16 @@ impl Llama {
         Ok(tape.apply(NormNode { eps: self.config.rms_norm_eps }, &[&x, &weight], Saving::Keep)?)
     }
 
+    /// A pass over whole sequences of these lengths.
+    fn pass(&self, lengths: &[usize], dropout: Option<DropoutKey>) -> Result<Pass> {
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let rope = self.angles.of(&self.config, longest, self.device())?;
+        Ok(Pass::packed(&self.config, lengths, rope, dropout)?.to_device(self.device())?)
+    }
+
     /// Loss of a batch without gradients.
     pub fn evaluate(&self, batch: Packed) -> Result<cross_entropy::Output> {
-        let pass = Pass::packed(&self.config, batch.lengths, None)?.to_device(self.device())?;
+        let pass = self.pass(batch.lengths, None)?;
         let hidden = self.run(&mut Tape::inference(), batch.ids, &pass)?.value;
         Ok(cross_entropy::head_loss(&hidden, &self.head_param().value, batch.labels, 1.0, Wanted::default())?)
     }
@@ -155,7 +164,7 @@ impl Llama {
         dropout: Option<DropoutKey>,
         sink: &mut impl GradSink,
     ) -> Result<cross_entropy::Output> {
-        let pass = Pass::packed(&self.config, batch.lengths, dropout)?.to_device(self.device())?;
+        let pass = self.pass(batch.lengths, dropout)?;
         let mut tape = Tape::new();
         let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
@@ -172,7 +181,7 @@ impl Llama {
 
     /// Logits f32 `[T, V]` of packed sequences.
     pub fn logits(&self, ids: &[i32], lengths: &[usize]) -> Result<Tensor> {
-        let pass = Pass::packed(&self.config, lengths, None)?.to_device(self.device())?;
+        let pass = self.pass(lengths, None)?;
         let hidden = self.run(&mut Tape::inference(), ids, &pass)?.value;
         self.project(&hidden)
     }

@@ -5,10 +5,10 @@ use crate::LlamaConfig;
 use nibble_kernels::{
     attention::{Heads, Layout, Segment},
     dropout::Mask,
-    rotary::RotaryTable,
+    rotary::{RopeScaling, RotaryTable},
 };
 use nibble_runtime::{Device, Result, Tag, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Layout of a batch, rotary angles and dropout of one pass.
 #[derive(Clone, Debug)]
@@ -36,11 +36,38 @@ pub struct DropoutKey {
     pub step: u32,
 }
 
+/// The rotary angles of the last pass, kept for the next: making them takes the host milliseconds.
+#[derive(Debug, Default)]
+pub struct Angles(Mutex<Option<RotaryTable>>);
+
+impl Angles {
+    /// The angles of positions `0..length` at least, on `device`.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn of(&self, config: &LlamaConfig, length: usize, device: Device) -> Result<RotaryTable> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // With dynamic scaling they depend on the length.
+        let exact = matches!(config.rope.scaling, RopeScaling::Dynamic { .. });
+        let suits = |table: &&RotaryTable| {
+            table.device() == device && (table.len() == length || (!exact && table.len() > length))
+        };
+        if let Some(table) = kept.as_ref().filter(suits) {
+            return Ok(table.clone());
+        }
+        let length = if exact { length } else { length.next_power_of_two() };
+        Ok(kept.insert(config.rope.table(config.head_dim, length)?.to_device(device)?).clone())
+    }
+}
+
 impl Pass {
-    /// A pass over whole sequences of these lengths, packed one after another.
-    pub fn packed(config: &LlamaConfig, lengths: &[usize], dropout: Option<DropoutKey>) -> Result<Self> {
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        let rope = config.rope.table(config.head_dim, longest)?;
+    /// A pass over whole sequences of these lengths, packed one after another; `rope` has the angles of the longest.
+    pub fn packed(
+        config: &LlamaConfig,
+        lengths: &[usize],
+        rope: RotaryTable,
+        dropout: Option<DropoutKey>,
+    ) -> Result<Self> {
         let positions: Vec<i32> = lengths.iter().flat_map(|&length| 0..length as i32).collect();
         Self::new(config, &positions, Segment::packed(lengths), rope, dropout)
     }

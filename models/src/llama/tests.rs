@@ -109,7 +109,18 @@ fn model_with(config: LlamaConfig, quantized: bool, lora: Option<AdapterConfig>,
     let norm = param("model.norm.weight", next(&[d], 1.0));
     let source = PathBuf::from("random");
     let (dtype, adapters) = (DType::F32, Adapters::default());
-    let mut llama = Llama { config, source, embedding, layers, norm, head, dtype, recomputed: 0, adapters };
+    let mut llama = Llama {
+        config,
+        source,
+        embedding,
+        layers,
+        norm,
+        head,
+        dtype,
+        recomputed: 0,
+        adapters,
+        angles: Angles::default(),
+    };
     match lora {
         None => llama.train_all().unwrap(),
         Some(lora) => {
@@ -307,7 +318,10 @@ proptest! {
         let lora = (rank > 0).then_some(AdapterConfig { use_dora: dora, ..lora });
         let llama = model_with(config(kv, group, half, hidden, ffn), quantized && rank > 0, lora, seed);
         let key = Some(DropoutKey { seed, step: 3 });
-        let pass = Pass::packed(&llama.config, &lengths, key).unwrap();
+        let pass = {
+            let rope = llama.config.rope.table(llama.config.head_dim, 32).unwrap();
+            Pass::packed(&llama.config, &lengths, rope, key).unwrap()
+        };
         let tokens = lengths.iter().sum();
         let (x, dy) = (random(&[tokens, hidden], seed ^ 5, 1.0), random(&[tokens, hidden], seed ^ 6, 1.0));
 

@@ -29,7 +29,7 @@ mod space;
 pub(crate) mod tests;
 
 pub use out_of_memory::OutOfMemory;
-pub use shared::Memory;
+pub use shared::{Memory, Reclaim};
 pub use space::{AddressSpace, Events, MapError, StreamId};
 
 use crate::{Device, Error, Result, Tag, memory::Usage};
@@ -43,6 +43,8 @@ pub const ALIGN: usize = 512;
 /// (granules of 2 MiB) back a GiB in 2 ms; and since a piece can be given back or moved only as a whole, a small block
 /// that stays holds up to 32 MiB in place.
 const GRANULES_PER_PIECE: usize = 16;
+/// But no more than this part of the limit: where that is low, a few small blocks must not hold much of it in place.
+const PIECE_SHARE: usize = 128;
 
 /// Memory handed out by an [`Allocator`], which wants it back by [`Allocator::free`].
 #[derive(Debug)]
@@ -367,7 +369,8 @@ impl<S: AddressSpace, E: Events> Allocator<S, E> {
     /// Backs `need` bytes or somewhat more from `at` on by new memory, advancing both. Breaks when all are backed.
     fn fill(&mut self, at: &mut usize, need: &mut usize, stream: StreamId) -> Result<ControlFlow<()>> {
         let granule = self.space.granule();
-        let mut size = granule * GRANULES_PER_PIECE;
+        let share = self.limit.map_or(usize::MAX, |limit| (limit / PIECE_SHARE / granule).max(1));
+        let mut size = granule * GRANULES_PER_PIECE.min(share);
         while *need > 0 {
             let size_now = size.min(self.blocks.room(*at)).min(self.allowed() / granule * granule);
             if size_now == 0 {

@@ -38,9 +38,15 @@ impl<S: AddressSpace, E: Events> Memory<S, E> {
         self.allocator.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks `hook` to give memory back from now on, before a request fails; or nobody.
-    pub fn set_reclaim(&self, hook: Option<Reclaim>) {
-        *self.reclaim.lock().unwrap_or_else(PoisonError::into_inner) = hook;
+    /// Asks `hook` to give memory back from now on, before a request fails.
+    pub fn set_reclaim(&self, hook: Reclaim) {
+        *self.reclaim.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
+    }
+
+    /// Asks `hook` no more. If another has been set since, that one stays.
+    pub fn unset_reclaim(&self, hook: &Reclaim) {
+        let mut set = self.reclaim.lock().unwrap_or_else(PoisonError::into_inner);
+        set.take_if(|set| Arc::ptr_eq(set, hook));
     }
 
     /// [`Allocator::allocate`]; where that finds no memory, again after the hook gave some back. What it gives may lie

@@ -362,13 +362,13 @@ fn the_reclaim_hook_is_called_when_nothing_else_is_left() {
     let state = Arc::new((called, gives, promises));
     let (called, gives, promises) = (&state.0, &state.1, &state.2);
     let shared = state.clone();
-    memory.set_reclaim(Some(Arc::new(move |wanted| {
+    memory.set_reclaim(Arc::new(move |wanted| {
         let (called, gives, promises) = &*shared;
         called.fetch_add(wanted, Ordering::Relaxed);
         let given = gives.load(Ordering::Relaxed);
         DEVICE.with_borrow(|device| device.iter().for_each(|world| world.borrow_mut().capacity += given));
         given + promises.load(Ordering::Relaxed)
-    })));
+    }));
     let one = memory.allocate(5 * PIECE, Tag::Weights, StreamId(0)).unwrap();
     memory.free(one, StreamId(0));
     // Kept memory of the other stream serves: no call.
@@ -386,7 +386,16 @@ fn the_reclaim_hook_is_called_when_nothing_else_is_left() {
     promises.store(PIECE, Ordering::Relaxed);
     report(memory.allocate(PIECE, Tag::Optimizer, StreamId(0)));
     assert!(called.swap(0, Ordering::Relaxed) > PIECE);
-    // Nor is it asked about a failure that was asked for.
+    // Nor is it asked when it has been taken back, by who set it and nobody else.
+    let hook: Reclaim = Arc::new(|_| 0);
+    memory.unset_reclaim(&hook);
+    report(memory.allocate(PIECE, Tag::Optimizer, StreamId(0)));
+    assert!(called.swap(0, Ordering::Relaxed) > 0);
+    memory.set_reclaim(Arc::clone(&hook));
+    memory.unset_reclaim(&hook);
+    report(memory.allocate(PIECE, Tag::Optimizer, StreamId(0)));
+    assert_eq!(called.load(Ordering::Relaxed), 0);
+    // Nor about a failure that was asked for.
     memory.free(two, StreamId(0));
     memory.lock().fail_at(Some(1));
     assert!(report(memory.allocate(512, Tag::Optimizer, StreamId(0))).injected);
@@ -405,7 +414,7 @@ fn a_hook_may_free_blocks() {
     let memory = Rc::new(Memory::new(allocator(&world)));
     let block = memory.allocate(8 * PIECE, Tag::Optimizer, StreamId(0)).unwrap();
     HELD.with_borrow_mut(|held| held.push((memory.clone(), block)));
-    memory.set_reclaim(Some(Arc::new(|_| {
+    memory.set_reclaim(Arc::new(|_| {
         HELD.with_borrow_mut(|held| {
             held.drain(..)
                 .map(|(memory, block)| {
@@ -415,7 +424,7 @@ fn a_hook_may_free_blocks() {
                 })
                 .sum()
         })
-    })));
+    }));
     let block = memory.allocate(2 * PIECE, Tag::Activations, StreamId(0)).unwrap();
     assert_eq!(memory.usage().total, 2 * PIECE);
     memory.free(block, StreamId(0));
@@ -432,7 +441,7 @@ fn the_hook_is_asked_again_where_what_it_gave_lies_apart() {
     let (first, last): (Vec<_>, Vec<_>) = halves.enumerate().partition(|(i, _)| i % 2 == 1);
     let blocks = first.into_iter().chain(last).map(|(_, block)| block).rev().collect();
     HELD.set(Some((memory.clone(), blocks)));
-    memory.set_reclaim(Some(Arc::new(|wanted| {
+    memory.set_reclaim(Arc::new(|wanted| {
         HELD.with_borrow_mut(|held| {
             let (memory, blocks) = held.as_mut().unwrap();
             let mut given = 0;
@@ -442,7 +451,7 @@ fn the_hook_is_asked_again_where_what_it_gave_lies_apart() {
             }
             given
         })
-    })));
+    }));
     let block = memory.allocate(2 * PIECE, Tag::Activations, StreamId(0)).unwrap();
     // Two pieces in vain, and four more: the rest stays.
     assert_eq!(memory.usage().total, (8 - 6 + 2) * PIECE);
@@ -515,4 +524,17 @@ What helps:
     report.tag = Tag::Optimizer;
     report.requested = 20 << 30;
     assert!(report.advice()[0].contains("--optimizer-bits"), "{report}");
+}
+
+#[test]
+fn a_low_limit_makes_small_pieces() {
+    let world = World::new(GRANULE, 256 * GRANULE, 1024 * GRANULE, 1);
+    for (limit, mapped) in [(None, PIECE), (Some(256 * GRANULE), 2 * GRANULE), (Some(5 * GRANULE), GRANULE)] {
+        let mut allocator = allocator(&world);
+        allocator.set_limit(limit).unwrap();
+        let block = allocator.allocate(512, Tag::Weights, StreamId(0)).unwrap();
+        assert_eq!(allocator.mapped(), mapped, "{limit:?}");
+        allocator.free(block, StreamId(0));
+        allocator.trim().unwrap();
+    }
 }

@@ -3,12 +3,42 @@
 //! Host bytes go through pinned staging memory in pieces, so that the caller's memory is free when the call returns and
 //! the device is never waited for unless all pieces are under way. Under unified addressing one call copies from and to
 //! anywhere.
+//!
+//! What is small is copied by a kernel, which reads or writes the staging memory across the bus. The copy engine would do
+//! it behind all copies that any stream has been given, though they wait for something else; and the compute stream, or the
+//! host, would wait with it.
 
-use super::{DeviceBuffer, Event, Gpu, driver::check, gpu::lock};
+use super::{Args, DeviceBuffer, Entry, Event, Gpu, Module, Stream, driver::check, gpu::lock};
 use crate::Result;
 use cudarc::driver::sys;
 use rayon::prelude::*;
 use std::ptr::NonNull;
+
+/// The kernel of small copies, which is built with all others.
+pub static COPY: Module = Module {
+    name: "copy",
+    ptx: include_str!("../../../kernels/ptx/copy.ptx"),
+    entries: &[Entry { name: "copy_bytes", floats: false, params: &[8, 8, 4] }],
+};
+
+/// Bytes that a kernel copies rather than the copy engine.
+const SMALL: usize = 256 << 10;
+const THREADS: usize = 256;
+
+/// Queues a copy of at most [`SMALL`] bytes on `stream`. False, and nothing queued, if the addresses are not aligned.
+///
+/// # Safety
+/// Both addresses are the device's to use and have the bytes until the stream has done it, and nothing else writes them
+/// meanwhile.
+unsafe fn copy_small(gpu: &Gpu, stream: Stream, to: u64, from: u64, bytes: usize) -> Result<bool> {
+    if bytes > SMALL || !(to | from).is_multiple_of(4) {
+        return Ok(false);
+    }
+    let blocks = (bytes / 4 + bytes % 4).div_ceil(THREADS) as u32;
+    let args = Args::new().u64(to).u64(from).u32(bytes as u32);
+    gpu.launch_on(stream, &COPY, "copy_bytes", [blocks, 1, 1], [THREADS as u32, 1, 1], 0, args)?;
+    Ok(true)
+}
 
 /// Bytes of a piece of staging memory.
 const PIECE: usize = 16 << 20;
@@ -26,13 +56,44 @@ pub(super) struct Staging {
     /// The piece being filled, and how far.
     current: usize,
     filled: usize,
+    /// [`SMALL`] bytes that downloads come through.
+    readback: Option<NonNull<u8>>,
+}
+
+// SAFETY: as of `Piece`.
+unsafe impl Send for Staging {}
+
+/// Pinned host memory, filled with zeros, for the life of the process.
+fn pinned(bytes: usize) -> Result<NonNull<u8>> {
+    let mut memory = std::ptr::null_mut();
+    // SAFETY: the context is current (the callers'); the call writes one pointer.
+    check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut memory, bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) })?;
+    let memory: NonNull<u8> = NonNull::new(memory.cast())
+        .ok_or_else(|| crate::Error::Cuda { op: "cuMemHostAlloc", what: "gave no memory".into() })?;
+    // The driver hands out zeroed pages, but does not promise it.
+    // SAFETY: the allocation has the bytes.
+    unsafe { memory.as_ptr().write_bytes(0, bytes) };
+    Ok(memory)
 }
 
 #[derive(Debug)]
 struct Piece {
     memory: NonNull<u8>,
-    /// Reached when the device has read the piece.
-    read: Event,
+    /// Streams that read the piece, each with a mark that is reached when it has.
+    read: Vec<(Stream, Event)>,
+}
+
+impl Piece {
+    /// Notes that what `stream` has been given so far reads the piece.
+    fn read_by(&mut self, gpu: &'static Gpu, stream: Stream) -> Result<()> {
+        if let Some((_, mark)) = self.read.iter().find(|(by, _)| *by == stream) {
+            return mark.record(stream);
+        }
+        let mark = Event::new(gpu, false)?;
+        mark.record(stream)?;
+        self.read.push((stream, mark));
+        Ok(())
+    }
 }
 
 // SAFETY: pinned memory may be used from any thread; it is only touched under the lock of `Gpu::staging`.
@@ -40,25 +101,16 @@ unsafe impl Send for Piece {}
 
 impl Staging {
     /// The rest of the current piece, moving on to the next one if less than `wanted` (at most [`PIECE`]) is left.
-    fn room(&mut self, gpu: &'static Gpu, wanted: usize) -> Result<&mut [u8]> {
+    fn room(&mut self, wanted: usize) -> Result<&mut [u8]> {
         if self.pieces.is_empty() {
             for _ in 0..PIECES {
-                let mut memory = std::ptr::null_mut();
-                // SAFETY: the context is current (`upload`); the call writes one pointer.
-                check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut memory, PIECE, 0) })?;
-                let memory: NonNull<u8> = NonNull::new(memory.cast())
-                    .ok_or_else(|| crate::Error::Cuda { op: "cuMemHostAlloc", what: "gave no memory".into() })?;
-                // The driver hands out zeroed pages, but does not promise it.
-                // SAFETY: the allocation has PIECE bytes.
-                unsafe { memory.as_ptr().write_bytes(0, PIECE) };
-                self.pieces.push(Piece { memory, read: Event::new(gpu, false)? });
+                self.pieces.push(Piece { memory: pinned(PIECE)?, read: Vec::new() });
             }
         }
         if self.filled + wanted.min(PIECE) > PIECE {
-            self.pieces[self.current].read.record(gpu.stream())?;
             self.current = (self.current + 1) % PIECES;
             self.filled = 0;
-            self.pieces[self.current].read.wait()?;
+            self.pieces[self.current].read.drain(..).try_for_each(|(_, mark)| mark.wait())?;
         }
         let piece = &self.pieces[self.current];
         // SAFETY: the piece has PIECE initialized bytes, lives as long as the process, is only reached through this
@@ -69,13 +121,24 @@ impl Staging {
 
 /// Copies `bytes` into `target` from `offset` on. Does not wait for the device while staging memory is free.
 pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+    upload_on(target.gpu().stream(), target, offset, bytes)
+}
+
+/// As [`upload`], on another stream, which first waits for what the compute stream has been given: the target may have been
+/// others' until then.
+pub(crate) fn upload_on(stream: Stream, target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
     let gpu = target.gpu();
     gpu.bind()?;
-    target.ready(gpu.stream())?;
+    if stream != gpu.stream() {
+        let given = Event::new(gpu, false)?;
+        given.record(gpu.stream())?;
+        given.hold(stream)?;
+    }
+    target.ready(stream)?;
     let mut staging = lock(&gpu.staging);
     let mut done = 0;
     while done < bytes.len() {
-        let room = staging.room(gpu, (bytes.len() - done).min(PIECE))?;
+        let room = staging.room((bytes.len() - done).min(PIECE))?;
         let count = room.len().min(bytes.len() - done);
         let (room, part) = (&mut room[..count], &bytes[done..done + count]);
         if count <= CHUNK {
@@ -86,8 +149,13 @@ pub(crate) fn upload(target: &mut DeviceBuffer, offset: usize, bytes: &[u8]) -> 
         let to = target.pointer() + (offset + done) as u64;
         // SAFETY: `room` is pinned memory that stays as it is until the event recorded behind this copy is reached; the
         // target has the bytes (the caller's offset and length are within its tensor).
-        let status = unsafe { sys::cuMemcpyAsync(to, room.as_ptr().expose_provenance() as u64, count, gpu.stream().0) };
-        check("cuMemcpyAsync", status)?;
+        let from = room.as_ptr().expose_provenance() as u64;
+        if !unsafe { copy_small(gpu, stream, to, from, count)? } {
+            // SAFETY: as above.
+            check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, count, stream.0) })?;
+        }
+        let current = staging.current;
+        staging.pieces[current].read_by(gpu, stream)?;
         staging.filled = (staging.filled + count).next_multiple_of(ALIGN).min(PIECE);
         done += count;
     }
@@ -101,6 +169,23 @@ pub(crate) fn download(source: &DeviceBuffer, offset: usize, bytes: &mut [u8]) -
     if !bytes.is_empty() {
         source.ready(gpu.stream())?;
         let from = source.pointer() + offset as u64;
+        let mut staging = lock(&gpu.staging);
+        if bytes.len() <= SMALL {
+            let through = match staging.readback {
+                Some(through) => through,
+                None => *staging.readback.insert(pinned(SMALL)?),
+            };
+            let to = through.as_ptr().expose_provenance() as u64;
+            // SAFETY: the source has the bytes (the caller's offset and length are within its tensor); the target has SMALL,
+            // and the lock is held until the copy has been waited for.
+            if unsafe { copy_small(gpu, gpu.stream(), to, from, bytes.len())? } {
+                gpu.synchronize()?;
+                // SAFETY: as above; the device is done writing it.
+                bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(through.as_ptr(), bytes.len()) });
+                return Ok(());
+            }
+        }
+        drop(staging);
         // SAFETY: the source has the bytes (the caller's offset and length are within its tensor), the target is
         // borrowed exclusively, and the stream is waited for before the borrow ends.
         let to = bytes.as_mut_ptr().expose_provenance() as u64;

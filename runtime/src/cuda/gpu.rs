@@ -5,6 +5,7 @@ use super::{
     driver::{check, devices, gpu_suffices},
     launch::Loaded,
     memory::DeviceMemory,
+    profile::Recording,
 };
 use crate::{Device, Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -38,6 +39,7 @@ pub struct Gpu {
     unreported: Mutex<Option<Error>>,
     /// Streams beside the compute stream that nobody uses now.
     retired: Mutex<Vec<Stream>>,
+    pub(super) recording: Recording,
 }
 
 // SAFETY: context and stream handles may be used from any thread; every call binds the context to its thread first.
@@ -160,6 +162,7 @@ impl Gpu {
             memory: OnceLock::new(),
             unreported: Mutex::default(),
             retired: Mutex::default(),
+            recording: Recording::default(),
         })
     }
 
@@ -235,7 +238,7 @@ impl Gpu {
     }
 
     /// Blocks until all streams have done everything they were given.
-    pub(super) fn synchronize_all(&self) -> Result<()> {
+    pub(crate) fn synchronize_all(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the context is current.
         check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })

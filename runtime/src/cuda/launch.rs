@@ -75,10 +75,20 @@ impl Value {
     }
 }
 
+/// What a kernel has to do at least.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// Floating-point operations of its products; 0 if its operation does not say.
+    pub flops: f64,
+    /// Bytes of the tensors that it reads and writes.
+    pub bytes: f64,
+}
+
 /// The arguments of a launch.
 #[derive(Debug, Default)]
 pub struct Args {
     values: Vec<Value>,
+    work: Work,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -102,24 +112,47 @@ impl Args {
         self.push(value, 8)
     }
 
+    fn touches(mut self, tensor: &Tensor) -> Self {
+        self.work.bytes += tensor.size_bytes() as f64;
+        self
+    }
+
+    /// So many floating-point operations are done, for [`Gpu::record_launches`].
+    pub fn flops(mut self, flops: f64) -> Self {
+        self.work.flops = flops;
+        self
+    }
+
+    /// So many bytes are read and written, where that is not all of the tensors given so far.
+    pub fn moves(mut self, bytes: usize) -> Self {
+        self.work.bytes = bytes as f64;
+        self
+    }
+
     /// A tensor to read.
     pub fn input(self, tensor: &Tensor) -> Self {
-        self.pointer(tensor.device_pointer())
+        self.touches(tensor).pointer(tensor.device_pointer())
     }
 
     /// A tensor to read, or a null pointer.
     pub fn input_opt(self, tensor: Option<&Tensor>) -> Self {
-        self.pointer(tensor.map_or(Ok(0), Tensor::device_pointer))
+        match tensor {
+            Some(tensor) => self.input(tensor),
+            None => self.pointer(Ok(0)),
+        }
     }
 
     /// A tensor to write; nothing else may refer to its storage.
     pub fn output(self, tensor: &mut Tensor) -> Self {
-        self.pointer(tensor.device_pointer_mut())
+        self.touches(tensor).pointer(tensor.device_pointer_mut())
     }
 
     /// A tensor to write, or a null pointer.
     pub fn output_opt(self, tensor: Option<&mut Tensor>) -> Self {
-        self.pointer(tensor.map_or(Ok(0), Tensor::device_pointer_mut))
+        match tensor {
+            Some(tensor) => self.output(tensor),
+            None => self.pointer(Ok(0)),
+        }
     }
 
     /// A matrix of 16-bit elements to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`, the
@@ -127,14 +160,15 @@ impl Args {
     ///
     /// The launch is refused unless `tensor` is such a matrix on a GPU, with rows of a multiple of 16 bytes from an address
     /// that is one too, and a box has 1 to 256 rows and 1 to 64 columns.
-    pub fn tensor_map(mut self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
+    pub fn tensor_map(self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
+        let mut args = self.touches(tensor);
         match TensorMap::new(tensor, rows, columns) {
-            Ok(map) => self.values.push(Value::Map(Box::new(map))),
+            Ok(map) => args.values.push(Value::Map(Box::new(map))),
             Err(error) => {
-                self.error.get_or_insert(error);
+                args.error.get_or_insert(error);
             }
         }
-        self
+        args
     }
 
     /// A 32-bit unsigned number.
@@ -231,6 +265,7 @@ impl Gpu {
             let most = function.shared;
             return Err(invalid(format!("needs {shared} bytes of shared memory a block; this GPU has {most}")));
         }
+        let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays
@@ -252,6 +287,9 @@ impl Gpu {
         };
         let failed = |error| Error::Cuda { op: "launch", what: format!("{entry} {grid:?} x {block:?}: {error}") };
         check("cuLaunchKernel", status).map_err(failed)?;
+        if let Some(start) = start {
+            self.record(start, stream, entry, args.work)?;
+        }
         if std::env::var_os("NIBBLE_CUDA_SYNC").is_some() {
             self.synchronize_all().map_err(failed)?;
             self.report()?;

@@ -45,6 +45,15 @@ fn gpu_pages_give_memory_back_when_it_is_short() {
 }
 
 #[test]
+fn gpu_pages_that_no_host_has_memory_for_say_so() {
+    let Some(gpu) = gpu() else { return };
+    // More than any host has: the driver refuses at once.
+    let pager = Pager::new(Box::new(PinnedPages::new(gpu, 1, 1 << 46).unwrap()), 0, Policy::InPlace).unwrap();
+    let error = pager.write(0, 0, &[1]).unwrap_err().to_string();
+    assert!(error.contains("of host memory cannot be pinned") && error.contains("--optimizer-bits 8"), "{error}");
+}
+
+#[test]
 fn gpu_pages_are_multiples_of_64_kib() {
     let Some(gpu) = gpu() else { return };
     assert!(PinnedPages::new(gpu, 1, 1000).is_err() && UnifiedPages::new(gpu, 1, 0).is_err());

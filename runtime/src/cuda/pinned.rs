@@ -200,6 +200,10 @@ impl PageStore for PinnedPages {
         self.transfers.join(ticket)
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.transfers.reached(ticket)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.transfers.finish(ticket)
     }
@@ -216,13 +220,21 @@ impl PageStore for PinnedPages {
         unsafe { self.transfers.read(from, bytes) }
     }
 
-    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket> {
+    fn store(
+        &mut self,
+        page: usize,
+        offset: usize,
+        source: u64,
+        bytes: usize,
+        after: Option<Ticket>,
+    ) -> Result<Ticket> {
         let resident = self.frames.contains_key(&page);
         let to = self.address(page)? + offset as u64;
         let stream = if resident { self.gpu().stream() } else { self.outward };
         if !resident {
             self.transfers.behind_compute(stream)?;
         }
+        after.map_or(Ok(()), |ticket| self.transfers.hold(stream, ticket))?;
         // SAFETY: the page has the bytes and nobody uses it while it changes (the table's ticket); the caller keeps the
         // source until then.
         unsafe { self.transfers.copy(stream, to, source, bytes)? };

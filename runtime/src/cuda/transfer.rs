@@ -48,7 +48,17 @@ impl Transfers {
 
     /// Lets the compute stream wait for a ticket.
     pub(super) fn join(&self, ticket: Ticket) -> Result<()> {
-        self.event(ticket).map_or(Ok(()), |event| event.hold(self.gpu.stream()))
+        self.hold(self.gpu.stream(), ticket)
+    }
+
+    /// Lets `stream` wait for a ticket.
+    pub(super) fn hold(&self, stream: Stream, ticket: Ticket) -> Result<()> {
+        self.event(ticket).map_or(Ok(()), |event| event.hold(stream))
+    }
+
+    /// Whether a ticket is reached.
+    pub(super) fn reached(&self, ticket: Ticket) -> Result<bool> {
+        self.event(ticket).map_or(Ok(true), Event::is_reached)
     }
 
     /// Blocks until a ticket is reached.

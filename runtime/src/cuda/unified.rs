@@ -283,6 +283,10 @@ impl PageStore for UnifiedPages {
         self.transfers.join(ticket)
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.transfers.reached(ticket)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.transfers.finish(ticket)?;
         let later = self.tickets.split_off(&(ticket.0 + 1));
@@ -302,8 +306,16 @@ impl PageStore for UnifiedPages {
         unsafe { self.transfers.read(from, bytes) }
     }
 
-    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket> {
+    fn store(
+        &mut self,
+        page: usize,
+        offset: usize,
+        source: u64,
+        bytes: usize,
+        after: Option<Ticket>,
+    ) -> Result<Ticket> {
         let (to, stream) = (self.page(page).address + offset as u64, self.transfers.gpu.stream());
+        after.map_or(Ok(()), |ticket| self.transfers.hold(stream, ticket))?;
         // SAFETY: the page has the bytes and is used in the order of the compute stream; the caller keeps the source.
         unsafe { self.transfers.copy(stream, to, source, bytes)? };
         self.transfers.ticket(stream)

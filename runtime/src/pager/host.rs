@@ -174,6 +174,12 @@ impl PageStore for HostPages {
         Ok(())
     }
 
+    fn reached(&mut self, ticket: Ticket) -> Result<bool> {
+        self.must("reached")?;
+        self.catch_up(ticket.0);
+        Ok(true)
+    }
+
     fn finish(&mut self, ticket: Ticket) -> Result<()> {
         self.must("finish")?;
         self.catch_up(ticket.0);
@@ -194,8 +200,18 @@ impl PageStore for HostPages {
         Ok(())
     }
 
-    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket> {
+    fn store(
+        &mut self,
+        page: usize,
+        offset: usize,
+        source: u64,
+        bytes: usize,
+        after: Option<Ticket>,
+    ) -> Result<Ticket> {
         self.must("store")?;
+        if let Some(ticket) = after {
+            self.catch_up(ticket.0);
+        }
         let to = address(self.frames.get_mut(&page).unwrap_or(&mut self.homes[page])) + offset as u64;
         copy(source, to, bytes);
         Ok(Ticket(self.next))

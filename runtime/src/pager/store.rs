@@ -54,6 +54,12 @@ pub trait PageStore: Send {
     /// The device is lost.
     fn join(&mut self, ticket: Ticket) -> Result<()>;
 
+    /// Whether a transfer is done.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn reached(&mut self, ticket: Ticket) -> Result<bool>;
+
     /// Blocks until a transfer is done.
     ///
     /// # Errors
@@ -67,8 +73,9 @@ pub trait PageStore: Send {
     fn read(&mut self, page: usize, offset: usize, bytes: &mut [u8]) -> Result<()>;
 
     /// Copies `bytes` bytes at a device address into a page in host memory, beside the compute stream and behind what it
-    /// has been given. The source must stay as it is until the transfer is done.
-    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize) -> Result<Ticket>;
+    /// has been given and `after`, a transfer of the same page. The source must stay as it is until the transfer is done.
+    fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize, after: Option<Ticket>)
+    -> Result<Ticket>;
 
     /// Lanes on which pages can be streamed through device memory, side by side; 0 if they cannot.
     fn lanes(&self) -> usize {

@@ -288,8 +288,8 @@ impl Table {
         if pages > 0 && !self.sweeping && self.close_lanes().is_err() {
             return 0;
         }
-        let evicted_before = self.resident;
-        let target = evicted_before.saturating_sub(pages.saturating_sub(before - self.resident));
+        let (evicted_before, closed) = (self.resident, before - self.resident());
+        let target = evicted_before.saturating_sub(pages.saturating_sub(closed));
         let mut at = self.pages.len();
         let mut last = None;
         while self.resident > target && at > 0 {
@@ -374,24 +374,34 @@ impl Table {
         }
         self.note(page..page + 1, What::Store);
         let address = source.address()?;
-        // A transfer after another of the same page is in order behind it only in the compute stream.
-        self.join(page)?;
-        let ticket = self.store.store(page, offset, address, source.size_bytes())?;
+        if self.pages[page].resident {
+            self.join(page)?;
+        }
+        // The compute stream need not wait: pages hold the gradients of several parameters, which come one after another.
+        let after = self.pages[page].moving;
+        let ticket = self.store.store(page, offset, address, source.size_bytes(), after)?;
         if !self.pages[page].resident {
             self.pages[page].moving = Some(ticket);
             self.kept.push_back((ticket, source.clone()));
-            self.drop_kept(KEPT)?;
+            self.drop_kept()?;
         }
         Ok(())
     }
 
-    /// Drops kept tensors until `count` are left, each when its transfer is done.
-    fn drop_kept(&mut self, count: usize) -> Result<()> {
-        while self.kept.len() > count {
-            let Some((ticket, tensor)) = self.kept.pop_front() else { break };
-            // Freed in the order of the compute stream, which then comes after the transfer.
-            self.store.join(ticket)?;
-            drop(tensor);
+    /// Drops kept tensors whose transfer is done, and more while there are too many.
+    fn drop_kept(&mut self) -> Result<()> {
+        let most = self.pages.len() * self.store.page_bytes() / KEPT_SHARE;
+        let mut bytes: usize = self.kept.iter().map(|(_, tensor)| tensor.size_bytes()).sum();
+        while let Some((ticket, tensor)) = self.kept.front() {
+            if !self.store.reached(*ticket)? {
+                if bytes <= most {
+                    break;
+                }
+                // Freed in the order of the compute stream, which then comes after the transfer.
+                self.store.join(*ticket)?;
+            }
+            bytes -= tensor.size_bytes();
+            self.kept.pop_front();
         }
         Ok(())
     }
@@ -502,9 +512,9 @@ impl Table {
     }
 }
 
-/// Tensors that may wait for their transfer at a time: enough for a layer's gradients to be on their way while the next
-/// layer's are made, and few enough that they take little memory.
-const KEPT: usize = 16;
+/// Tensors that wait for their transfer may take this part of all pages: enough for a layer's gradients, which come all at
+/// once, to be on their way while the next layer's are made.
+const KEPT_SHARE: usize = 32;
 
 impl Drop for Table {
     fn drop(&mut self) {

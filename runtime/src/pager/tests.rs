@@ -60,6 +60,13 @@ impl Checked {
         tensor.into_device(self.pager.device(), Tag::Workspace).unwrap()
     }
 
+    /// Waits for all streams.
+    fn wait(&self) {
+        if let Ok(gpu) = crate::cuda::Gpu::of(self.pager.device()) {
+            gpu.synchronize_all().unwrap();
+        }
+    }
+
     /// Checks a view of a page, then writes its second half.
     fn touch(&mut self, page: usize, mut view: Tensor, byte: u8) {
         let found = view.to_device(Device::Cpu, Tag::Workspace).unwrap();
@@ -103,7 +110,10 @@ impl Checked {
             assert!(self.pager.lease(page).is_err(), "staged pages are in use");
             for page in page..page + host {
                 let view = staged.tensor(page, 0, DType::U8, &[self.page_bytes])?;
+                // The lane's copies, and then the compute stream's, on which this works.
+                self.wait();
                 self.touch(page, view, byte);
+                self.wait();
             }
             // The first half was not written.
             self.pager.unstage(staged, if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 })?;
@@ -263,6 +273,21 @@ fn what_was_given_back_returns_when_pressure_is_gone_and_later_when_it_returns()
     pager.give_back(PAGE);
     sweep(&pager);
     assert_eq!(pager.resident_bytes(), 8 * PAGE);
+}
+
+#[test]
+fn lanes_that_are_in_use_are_not_given_back_for_pages() {
+    let pager = pager(80, 70, Policy::Stream);
+    pager.settle().unwrap();
+    let (lanes, pages) = pager.open_lanes().unwrap().unwrap();
+    let before = pager.resident_bytes();
+    assert_eq!(before, 70 * PAGE);
+    assert_eq!(pager.give_back(2 * PAGE), 2 * PAGE, "pages leave");
+    assert!(!pager.is_resident(70 - lanes * pages - 1) && pager.is_resident(70 - lanes * pages - 3));
+    // When the sweep is over, the lanes go first.
+    pager.leave_lanes();
+    assert_eq!(pager.give_back(PAGE), lanes * pages * PAGE);
+    assert_eq!(pager.resident_bytes(), before - (2 + lanes * pages) * PAGE);
 }
 
 #[test]

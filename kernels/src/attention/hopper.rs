@@ -1,0 +1,165 @@
+//! Attention on Hopper: what its kernels take, and their launch. They are in `hopper_forward.cuh` and `hopper_backward.cuh`.
+
+use super::{
+    Heads, Layout, Saved,
+    cuda::{TILE, flops, scale_log2, small},
+};
+use crate::cuda::entry;
+use nibble_runtime::{
+    DType, Error, Result, Tag, Tensor,
+    cuda::{Args, Entry, Gpu, Module},
+};
+use std::sync::LazyLock;
+
+const FORWARD: &[usize] = &[128, 128, 128, 8, 8, 8, 4, 4, 4, 4, 4];
+const BACKWARD: &[usize] = &[128, 128, 128, 128, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
+const FINISH: &[usize] = &[8, 8, 8, 4, 4];
+
+pub(crate) static D128: Module = Module {
+    name: "attention_hopper_d128_sm90a",
+    ptx: include_str!("../../ptx/attention_hopper_d128_sm90a.ptx"),
+    entries: &[
+        Entry { name: "attention_hopper_forward_f16", floats: false, params: FORWARD },
+        Entry { name: "attention_hopper_forward_bf16", floats: false, params: FORWARD },
+        Entry { name: "attention_hopper_backward_f16", floats: false, params: BACKWARD },
+        Entry { name: "attention_hopper_backward_bf16", floats: false, params: BACKWARD },
+        Entry { name: "attention_hopper_finish_f16", floats: false, params: FINISH },
+        Entry { name: "attention_hopper_finish_bf16", floats: false, params: FINISH },
+    ],
+};
+
+/// Elements of a head.
+const DIM: usize = 128;
+/// Threads of a block: a warpgroup that copies, and two that multiply.
+const THREADS: u32 = 3 * 128;
+/// Query rows of a tile of the backward kernel.
+const ROWS: usize = 64;
+/// Columns of a box that the TMA copies.
+const BOX: u32 = 64;
+/// Q and O, two stages of K and of V; ten barriers.
+const FORWARD_SHARED: usize = 6 * TILE * DIM * 2 + 10 * 8;
+/// K, V, two stages of Q and dO, two of dS, two of dQ in f32, two of lse and delta; barriers and the ticket.
+const BACKWARD_SHARED: usize =
+    2 * TILE * DIM * 2 + 4 * ROWS * DIM * 2 + 2 * TILE * ROWS * 2 + 2 * ROWS * DIM * 4 + 4 * ROWS * 4 + 14 * 8;
+
+/// `NIBBLE_HOPPER=0` turns the kernels off. For measurements.
+static ENABLED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
+
+/// Whether this GPU and these tensors are the kernels'. Sequences that reach keys of another pass are not: what lies
+/// between their keys, and may be anything, would come along in a tile.
+fn takes(gpu: &Gpu, tensors: &[&Tensor], heads: Heads, layout: &Layout, shared: usize) -> Result<bool> {
+    let mut aligned = true;
+    for tensor in tensors {
+        aligned &= tensor.device_pointer()?.is_multiple_of(16);
+    }
+    let dtype = tensors[0].dtype();
+    Ok(gpu.compute_capability() == (9, 0)
+        && *ENABLED
+        && !tests_forbid()
+        && gpu.shared_per_block() >= shared
+        && heads.dim == DIM
+        && matches!(dtype, DType::F16 | DType::BF16)
+        && tensors.iter().all(|tensor| tensor.dtype() == dtype)
+        && layout.is_whole()
+        && aligned)
+}
+
+/// Whether a test wants the other kernels.
+fn tests_forbid() -> bool {
+    #[cfg(test)]
+    return tests::FORBIDDEN.get();
+    #[cfg(not(test))]
+    false
+}
+
+/// Attention into `o` and `lse`, if the kernel takes it; returns whether it did.
+pub(super) fn forward(
+    gpu: &Gpu,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    heads: Heads,
+    layout: &Layout,
+    (o, lse): (&mut Tensor, &mut Tensor),
+) -> Result<bool> {
+    if !takes(gpu, &[q, k, v], heads, layout, FORWARD_SHARED)? {
+        return Ok(false);
+    }
+    let tiles = &layout.tables()?.queries;
+    let items = small(tiles.shape()[0] * heads.query)?;
+    // Rows beyond those that are reached read as zeros.
+    let (k, v) = (k.rows(0, layout.keys())?, v.rows(0, layout.keys())?);
+    let args =
+        Args::new().tensor_map(q, TILE as u32, BOX).tensor_map(&k, TILE as u32, BOX).tensor_map(&v, TILE as u32, BOX);
+    let args =
+        args.flops(flops(heads, layout, 2)).output(o).output(lse).input(tiles).u32(items).u32(small(heads.query)?);
+    let args = args.u32(small(heads.query / heads.kv)?).u32(small(layout.queries())?).f32(scale_log2(heads));
+    let grid = [items.min(gpu.sm_count().max(1)), 1, 1];
+    let name = entry("attention_hopper_forward", q.dtype())?;
+    gpu.launch(&D128, &name, grid, [THREADS, 1, 1], FORWARD_SHARED, args)?;
+    Ok(true)
+}
+
+/// Gradients into `dq`, `dk` and `dv`, if the kernel takes them; returns whether it did. `delta` is rowsum(dO ∘ O).
+///
+/// dQ is summed in f32, in tiles of 128 rows a sequence: batches of sequences much shorter than that are left to the other
+/// kernels, and so are all where there is no memory for the sums.
+pub(super) fn backward(
+    gpu: &Gpu,
+    saved: &Saved,
+    grad: &Tensor,
+    delta: &Tensor,
+    heads: Heads,
+    layout: &Layout,
+    (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
+) -> Result<bool> {
+    let Saved { q, k, v, lse, .. } = *saved;
+    let (blocks, rows) = (&layout.tables()?.keys, layout.queries());
+    let count = blocks.shape()[0];
+    if !takes(gpu, &[q, k, v, grad], heads, layout, BACKWARD_SHARED)? || count * TILE > 2 * rows.max(TILE) {
+        return Ok(false);
+    }
+    let (parts, elements) = (count * (TILE / ROWS) * heads.query, ROWS * DIM);
+    let empty = Tensor::empty(&[parts, elements], DType::F32, q.device(), Tag::Workspace);
+    let mut sums = match empty {
+        Err(Error::OutOfMemory(_)) => return Ok(false),
+        sums => sums?,
+    };
+    // The ticket, and a counter a part.
+    let mut counters = Tensor::zeros(&[parts + 1], DType::I32, q.device(), Tag::Workspace)?;
+    let kv_rows = |tensor: &Tensor| tensor.rows(0, layout.keys());
+    let (k, v, edge, rows_box) = (kv_rows(k)?, kv_rows(v)?, TILE as u32, ROWS as u32);
+    let args = Args::new().tensor_map(q, rows_box, BOX).tensor_map(&k, edge, BOX).tensor_map(&v, edge, BOX);
+    let args = args
+        .flops(flops(heads, layout, 5))
+        .tensor_map(grad, rows_box, BOX)
+        .input(lse)
+        .input(delta)
+        .output(&mut sums)
+        .output(dk)
+        .output(dv);
+    let args = args.output(&mut counters).input(blocks).u32(small(heads.query)?).u32(small(heads.query / heads.kv)?);
+    let args = args.u32(small(rows)?).f32(heads.scale()).f32(scale_log2(heads));
+    let grid = [small(count * heads.kv)?, 1, 1];
+    let name = entry("attention_hopper_backward", q.dtype())?;
+    gpu.launch(&D128, &name, grid, [THREADS, 1, 1], BACKWARD_SHARED, args)?;
+
+    let args = Args::new().input(&sums).output(dq).input(blocks).u32(small(heads.query)?).f32(heads.scale());
+    let grid = [small(count * (TILE / ROWS) * heads.query)?, 1, 1];
+    gpu.launch(&D128, &entry("attention_hopper_finish", q.dtype())?, grid, [256, 1, 1], 0, args)?;
+    Ok(true)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Whether this thread's attention is left to the other kernels.
+        pub(crate) static FORBIDDEN: Cell<bool> = const { Cell::new(false) };
+    }
+
+    #[test]
+    fn shared_memory_fits() {
+        assert!(FORWARD_SHARED.max(BACKWARD_SHARED) <= 227 << 10);
+    }
+}
