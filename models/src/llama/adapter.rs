@@ -1,6 +1,12 @@
-//! What trains: LoRA adapters on chosen linear layers, embedding and head beside them, or the whole model.
+//! LoRA adapters on chosen linear layers: new ones, those of a file, and back to one.
 
-use super::{Init, Linear, Llama, Lora, Param, adapters::Mounted, init::Start, linear::Magnitude};
+use super::{
+    Init, Linear, Llama, Lora, Param,
+    adapters::Mounted,
+    init::Start,
+    linear::Magnitude,
+    tables::{EMBEDDING, HEAD},
+};
 use crate::{
     Error, Result,
     files::{
@@ -49,8 +55,8 @@ impl Llama {
     /// have.
     ///
     /// # Errors
-    /// No layer is meant, or none by one of the names, or the rank is 0 or more than a layer's weight has; embedding and head are to train and are held
-    /// in 8 bits; `init` does not go with the base or with DoRA.
+    /// No layer is meant, or none by one of the names; the rank is 0 or more than a layer's weight has; embedding and head
+    /// are to train and are held in 8 bits; `init` does not go with the base or with DoRA.
     pub fn add_lora(
         &mut self,
         config: &AdapterConfig,
@@ -75,40 +81,29 @@ impl Llama {
         }
         let (device, mut ids, mut count) = (self.device(), Ids::default(), 0);
         for linear in self.linears_mut().filter(|linear| config.adapts(&linear.name)) {
-            let (n, k) = linear.weight.dims()?;
-            let (name, rank) = (linear.name.clone(), config.rank_of(&linear.name));
+            let rank = config.rank_of(&linear.name);
             if rank == 0 {
-                return Err(Error::Invalid(format!("{name}: LoRA needs a rank of at least 1")));
+                return Err(Error::Invalid(format!("{}: LoRA needs a rank of at least 1", linear.name)));
             }
-            let scale = scale(config.alpha_of(&name), rank, config.use_rslora);
-            let own = |tensor: Tensor| tensor.into_device(device, Tag::Adapters);
-            let (mut a, mut b, mut taken) = (None, None, None);
-            if init != Init::Lora {
-                let original = original(linear, checkpoint)?;
-                let start = linear.start(init, &original, rank, scale);
-                let start = start.map_err(|error| Error::Invalid(format!("{name}: {error}")))?;
-                if matches!(start.weight, Weight::Dense(_)) {
-                    taken = Some((start.a.clone(), start.b.clone()));
+            let scale = scale(config.alpha_of(&linear.name), rank, config.use_rslora);
+            let (mut factors, taken) = match init {
+                Init::Lora => (plain(linear, rank, device, seed)?, None),
+                _ => {
+                    let start = linear.start(init, &original(linear, checkpoint)?, rank, scale);
+                    let Start { a, b, weight } =
+                        start.map_err(|error| Error::Invalid(format!("{}: {error}", linear.name)))?;
+                    let own = |tensor: &Tensor| tensor.copy(Tag::Adapters)?.into_device(device, Tag::Adapters);
+                    let factors = Factors { a: own(&a)?, b: own(&b)?, magnitude: None };
+                    let dense = matches!(weight, Weight::Dense(_));
+                    linear.weight = weight;
+                    (factors, dense.then_some((a, b)))
                 }
-                let Start { a: first, b: second, weight } = start;
-                (a, b, linear.weight) =
-                    (Some(own(first.copy(Tag::Adapters)?)?), Some(own(second.copy(Tag::Adapters)?)?), weight);
+            };
+            if config.use_dora {
+                factors.magnitude = Some(lengths(&linear.dense()?)?);
             }
-            let uniform = || {
-                let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
-                let bound = 1.0 / (k as f32).sqrt();
-                let a: Vec<f32> = (0..(rank * k) as u64).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
-                own(Tensor::from_slice(&a, &[rank, k], Tag::Adapters)?)
-            };
-            let a = a.map_or_else(uniform, Ok)?;
-            let b = b.map_or_else(|| Tensor::zeros(&[n, rank], DType::F32, device, Tag::Adapters), Ok)?;
-            let magnitude = match config.use_dora {
-                true => Some(lengths(&linear.dense()?)?),
-                false => None,
-            };
-            let mut lora = Lora::new(&name, Factors { a, b, magnitude }, scale, config.lora_dropout as f32, &mut ids);
-            lora.taken = taken;
-            linear.lora = Some(lora);
+            let lora = Lora::new(&linear.name, factors, scale, config.lora_dropout as f32, &mut ids);
+            linear.lora = Some(Lora { taken, ..lora });
             count += 1;
         }
         if count == 0 {
@@ -117,49 +112,6 @@ impl Llama {
             return Err(Error::Invalid(what));
         }
         self.train_tables(config, &mut ids)
-    }
-
-    /// Makes embedding and head trainable, in f32, where `config` saves them whole.
-    fn train_tables(&mut self, config: &AdapterConfig, ids: &mut Ids) -> Result<()> {
-        let [embedding, head] = config.saves();
-        // The head of a tied model becomes one of its own, which starts as (or stays) what the embedding was.
-        if self.head.is_none() && (head || (embedding && !config.ensure_weight_tying)) {
-            self.head = Some(Param { name: HEAD.into(), id: None, value: self.embedding.value.clone() });
-        }
-        if embedding {
-            train_table(&mut self.embedding, ids.next())?;
-        }
-        match &mut self.head {
-            Some(param) if head => train_table(param, ids.next()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Gives embedding and head rows for `vocab` tokens, if they have fewer: each the mean of those that there are.
-    ///
-    /// # Errors
-    /// They are held in 8 bits.
-    pub fn grow_vocabulary(&mut self, vocab: usize) -> Result<()> {
-        if vocab <= self.config.vocab_size {
-            return Ok(());
-        }
-        for Param { value, .. } in [Some(&mut self.embedding), self.head.as_mut()].into_iter().flatten() {
-            let Table::Dense(rows) = value else {
-                return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot grow".into()));
-            };
-            let (count, width) = rows.dims2("table")?;
-            let host = rows.to_device(Device::Cpu, Tag::Workspace)?;
-            let mut all = host.to_f32()?.into_owned();
-            let mut mean = vec![0.0f64; width];
-            all.chunks(width).for_each(|row| mean.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x)));
-            let mean: Vec<f32> = mean.iter().map(|sum| (sum / count as f64) as f32).collect();
-            (count..vocab).for_each(|_| all.extend(&mean));
-            let grown =
-                Tensor::from_slice(&all, &[vocab, width], Tag::Weights)?.into_dtype(rows.dtype(), Tag::Weights)?;
-            *value = Table::Dense(grown.into_device(rows.device(), Tag::Weights)?);
-        }
-        self.config.vocab_size = vocab;
-        Ok(())
     }
 
     /// Puts the adapters of a PEFT folder on the layers that it names, ready for use or for more training.
@@ -272,52 +224,6 @@ impl Llama {
         }
         Ok(adapter)
     }
-
-    /// Makes every weight trainable, in f32 (quantized linears are dequantized).
-    ///
-    /// # Errors
-    /// Embedding and head are held in 8 bits.
-    pub fn train_all(&mut self) -> Result<()> {
-        let mut ids = Ids::default();
-        fn whole(param: &mut Param, id: Option<ParamId>) -> Result<()> {
-            param.value = into_dtype(param.value.clone(), DType::F32, Tag::Weights)?;
-            param.id = id;
-            Ok(())
-        }
-        train_table(&mut self.embedding, ids.next())?;
-        for layer in &mut self.layers {
-            whole(&mut layer.input_norm, ids.next())?;
-            whole(&mut layer.post_norm, ids.next())?;
-        }
-        whole(&mut self.norm, ids.next())?;
-        if let Some(head) = &mut self.head {
-            train_table(head, ids.next())?;
-        }
-        for linear in self.layers.iter_mut().flat_map(|layer| layer.linears_mut()) {
-            let dense = match &linear.weight {
-                Weight::Dense(tensor) => tensor.clone(),
-                Weight::Quantized(quantized) => dequantize(quantized, Tag::Weights)?,
-            };
-            linear.weight = Weight::Dense(into_dtype(dense, DType::F32, Tag::Weights)?);
-            linear.id = ids.next();
-        }
-        Ok(())
-    }
-}
-
-/// Names of embedding and head in files.
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-
-/// Makes a table trainable: in f32, in storage of its own.
-fn train_table(param: &mut Param<Table>, id: Option<ParamId>) -> Result<()> {
-    let Table::Dense(value) = &param.value else {
-        return Err(Error::Invalid("embedding and head are held in 8 bits, and cannot train".into()));
-    };
-    let value = into_dtype(value.clone(), DType::F32, Tag::Weights)?;
-    let value = if value.is_unique() { value } else { value.copy(Tag::Weights)? };
-    *param = Param { name: param.name.clone(), id, value: Table::Dense(value) };
-    Ok(())
 }
 
 /// The weight that a layer was loaded from, f32 in host memory: the checkpoint's, before it was quantized here.
@@ -333,6 +239,16 @@ fn original(linear: &Linear, checkpoint: Option<&Checkpoint>) -> Result<Tensor> 
         }
     };
     Ok(into_dtype(dense, DType::F32, Tag::Workspace)?.into_device(Device::Cpu, Tag::Workspace)?)
+}
+
+/// A uniform in ±1/√K, and B zero.
+fn plain(linear: &Linear, rank: usize, device: Device, seed: u64) -> Result<Factors> {
+    let (n, k) = linear.weight.dims()?;
+    let rng = Philox::new(seed, Stream { purpose: INIT_PURPOSE, step: 0, layer: linear.index });
+    let bound = 1.0 / (k as f32).sqrt();
+    let a: Vec<f32> = (0..(rank * k) as u64).map(|i| bound * (2.0 * rng.uniform(i) - 1.0)).collect();
+    let a = Tensor::from_slice(&a, &[rank, k], Tag::Adapters)?.into_device(device, Tag::Adapters)?;
+    Ok(Factors { a, b: Tensor::zeros(&[n, rank], DType::F32, device, Tag::Adapters)?, magnitude: None })
 }
 
 /// The lengths of a weight's rows, from which DoRA's magnitudes start.

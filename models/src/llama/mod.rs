@@ -11,6 +11,7 @@ mod pass;
 mod random;
 mod save;
 mod svd;
+mod tables;
 
 #[cfg(test)]
 mod composed;
