@@ -1,10 +1,10 @@
 //! The command line.
 
-use crate::{data::DataSpec, input::ReadArgs, settings::TrainArgs};
+use crate::{data::DataSpec, input::ReadArgs, paging::Bytes, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
-use nibble_models::sampling::Sampling;
+use nibble_models::{merge::Rule, sampling::Sampling};
 use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
 
@@ -116,6 +116,9 @@ pub struct BenchStepArgs {
     /// Also time the generation of N tokens after a prompt of 128
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub decode: usize,
+    /// Also time batches of N rows, all of one adapter and each of its own, and switching
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub rows: usize,
 }
 
 /// The model to run, and how to hold it.
@@ -151,13 +154,24 @@ pub struct ModelArgs {
 #[command(after_help = "Examples:
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95
   train-llama generate --model M --adapter none --adapter a=runs/a/adapter --adapter b=runs/b/adapter --chat --prompt 'Hi'
+  train-llama generate --model M --adapter a=runs/a/adapter --adapter b=runs/b/adapter --prompts prompts.jsonl
 With several adapters the text of each follows a line with its name.")]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        required_unless_present = "prompts"
+    )]
     pub prompt: String,
+    /// JSONL file of texts to continue in one batch: {"prompt": TEXT, "adapter": NAME}, the first --adapter where none is
+    /// named. Prints {"prompt", "adapter", "text"} lines in the same order
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
     /// Send the prompt as a user's message, by the model's chat template
     #[arg(long)]
     pub chat: bool,
@@ -323,7 +337,9 @@ impl std::str::FromStr for AdapterChoice {
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
   train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter:0.7 --adapter runs/b/adapter:0.3 --out both
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --quant nf4 --out mine-nf4
-The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat).")]
+  train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter --adapter runs/b/adapter --combine ties --out both
+The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat). ties keeps
+the largest changes of each where signs agree; dare_linear and dare_ties keep random ones.")]
 pub struct MergeArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -334,6 +350,18 @@ pub struct MergeArgs {
     /// Folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// How several adapters become one: linear, ties, dare_linear or dare_ties
+    #[arg(long, value_name = "RULE", default_value_t = Rule::Linear)]
+    pub combine: Rule,
+    /// Share of each adapter's changes that ties and dare keep
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub density: f32,
+    /// Of what dare drops
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Largest file of the weights, such as 5GiB [default: one file]
+    #[arg(long, value_name = "BYTES", conflicts_with = "quant")]
+    pub max_shard: Option<Bytes>,
     /// f32, bf16 or f16 [default: as the model's]
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub dtype: DTypeChoice,
@@ -351,7 +379,8 @@ pub struct MergeArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   train-llama export-gguf --model Llama-3.2-1B-mine --type q8_0 --out mine.gguf
-  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf")]
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --lora --out mine-lora.gguf")]
 pub struct ExportGgufArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -362,9 +391,12 @@ pub struct ExportGgufArgs {
     /// File to make
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Type of the matrices: f32, f16, bf16, q8_0 or q4_0 (with embedding and head in q8_0)
+    /// Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_0, q4_k or q4_0 (with embedding and head in more bits)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub r#type: String,
+    /// Write the adapter alone, for llama.cpp's --lora beside the model that it was made for, as f32, f16 or bf16
+    #[arg(long)]
+    pub lora: bool,
 }
 
 /// An adapter to merge: `DIR` or `DIR:WEIGHT`.

@@ -12,6 +12,7 @@ macro_rules! note {
 }
 pub(crate) use note;
 
+mod adapt;
 mod bench_step;
 pub mod best;
 pub mod checkpoint;

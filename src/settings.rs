@@ -6,12 +6,15 @@ use crate::input::ReadArgs;
 use crate::paging::{Bytes, PageMemory, PagedBudget};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use nibble_models::llama::TARGETS;
+use nibble_models::{
+    files::peft::ALL_LINEAR,
+    llama::{Init, TARGETS},
+};
 use nibble_optim::{Schedule, StateBits};
 use nibble_runtime::{DeviceRequest, pager::Policy};
 use serde::{Deserialize, Serialize, de};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     path::{Path, PathBuf},
     str::FromStr,
@@ -164,13 +167,41 @@ pub struct TrainArgs {
     /// Dropout on the adapters' inputs [default: 0.1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub dropout: Option<f32>,
-    /// Linear layers to adapt, separated by commas [default: all seven]
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    /// Linear layers to adapt, by the ends of their paths and separated by commas; or all-linear [default: all seven]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', conflicts_with = "target_pattern")]
     pub targets: Option<Vec<String>>,
+    /// The same, as a regular expression that matches whole paths such as model.layers.0.self_attn.q_proj
+    #[arg(long, value_name = "REGEX")]
+    pub target_pattern: Option<String>,
     /// Scale by α/√r
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     pub rslora: bool,
+    /// Another rank for layers whose path ends with NAME (a regular expression); may be given many times
+    #[arg(long, value_name = "NAME=R", value_parser = entry::<usize>)]
+    #[serde(serialize_with = "as_table", skip_serializing_if = "Vec::is_empty")]
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Another α, likewise
+    #[arg(long, value_name = "NAME=ALPHA", value_parser = entry::<f64>)]
+    #[serde(serialize_with = "as_table", skip_serializing_if = "Vec::is_empty")]
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Train the lengths of the weights' rows too (DoRA): slower, and often better at low rank
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub dora: bool,
+    /// What adapters start from: lora, pissa, olora or loftq[:ITERATIONS] [default: lora]
+    #[arg(long, value_name = "INIT")]
+    pub init: Option<String>,
+    /// Learning rate of B (and of DoRA's lengths) over that of A (LoRA+) [default: 1]
+    #[arg(long, value_name = "RATIO", allow_negative_numbers = true)]
+    pub lora_plus_ratio: Option<f64>,
+    /// Train these whole and save them beside the adapter: embed_tokens, lm_head. In a tied model embed_tokens stays the
+    /// head too, unless lm_head is named as well
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub modules_to_save: Option<Vec<String>>,
+    /// Add these tokens to the vocabulary, separated by commas; embedding and head train whole then
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    pub new_tokens: Option<Vec<String>>,
     /// Type of activations: auto, f32, bf16 or f16 [default: auto, which is f32 on the CPU]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<String>,
@@ -210,6 +241,16 @@ pub struct TrainArgs {
 
 fn is_false(value: &bool) -> bool {
     !value
+}
+
+/// `NAME=VALUE`.
+fn entry<T: FromStr>(text: &str) -> Result<(String, T), String> {
+    let parsed = text.rsplit_once('=').and_then(|(name, value)| Some((name.to_string(), value.parse().ok()?)));
+    parsed.filter(|(name, _)| !name.is_empty()).ok_or_else(|| format!("expected NAME=NUMBER, not {text}"))
+}
+
+fn as_table<T: Serialize, S: serde::Serializer>(entries: &[(String, T)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(entries.iter().map(|(name, value)| (name, value)))
 }
 
 /// What trains.
@@ -296,7 +337,19 @@ pub struct Settings {
     pub alpha: f64,
     pub dropout: f32,
     pub targets: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_pattern: Option<String>,
     pub rslora: bool,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, usize>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    pub dora: bool,
+    #[serde(with = "as_text")]
+    pub init: Init,
+    pub lora_plus_ratio: f64,
+    pub modules_to_save: Vec<String>,
+    pub new_tokens: Vec<String>,
     #[serde(with = "as_text")]
     pub dtype: DTypeChoice,
     #[serde(with = "as_text")]
@@ -386,7 +439,15 @@ impl Default for Settings {
             alpha: 16.0,
             dropout: 0.1,
             targets: TARGETS.map(String::from).to_vec(),
+            target_pattern: None,
             rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            dora: false,
+            init: Init::Lora,
+            lora_plus_ratio: 1.0,
+            modules_to_save: Vec::new(),
+            new_tokens: Vec::new(),
             dtype: DTypeChoice(None),
             device: DeviceRequest::Auto,
             no_shuffle: false,
@@ -519,6 +580,7 @@ impl Settings {
             self.method != Method::Full || self.adapter_init.is_none(),
             "--method full trains no adapter: leave --adapter-init out"
         );
+        self.check_adapter()?;
         let page = self.page_size.0;
         ensure!(
             page >= 256 << 10 && page.is_multiple_of(64 << 10),
@@ -557,6 +619,46 @@ impl Settings {
             skip_bad_rows: self.skip_bad_rows,
             cache: self.cache.clone(),
         }
+    }
+
+    /// What is special about the adapter.
+    fn check_adapter(&self) -> Result<()> {
+        ensure!(
+            self.lora_plus_ratio.is_finite() && self.lora_plus_ratio > 0.0,
+            "--lora-plus-ratio must be above 0 (1 for one learning rate)"
+        );
+        ensure!(
+            !self.targets.iter().any(|name| name == ALL_LINEAR) || self.targets.len() == 1,
+            "--targets {ALL_LINEAR} stands alone"
+        );
+        let whole = !self.modules_to_save.is_empty() || !self.new_tokens.is_empty();
+        if let Some(name) = self.modules_to_save.iter().find(|name| !["embed_tokens", "lm_head"].contains(&&name[..])) {
+            bail!("--modules-to-save: {name} is none of embed_tokens and lm_head");
+        }
+        ensure!(
+            !whole || self.embedding_bits == EmbeddingBits::Stored,
+            "--modules-to-save and --new-tokens train embedding and head: leave --embedding-bits 8 out"
+        );
+        let special = self.dora || self.init != Init::Lora || whole;
+        ensure!(
+            !special || self.method != Method::Full,
+            "--method full trains no adapter: leave --dora, --init, --modules-to-save and --new-tokens out"
+        );
+        ensure!(
+            !special || self.adapter_init.is_none(),
+            "--adapter-init goes on with an adapter as it is: leave --dora, --init, --modules-to-save and --new-tokens out"
+        );
+        ensure!(!self.dora || self.init == Init::Lora, "--dora starts from plain adapters: leave --init out");
+        ensure!(
+            !matches!(self.init, Init::Loftq { .. }) || self.method == Method::Qlora,
+            "--init loftq makes up for quantization: it needs --method qlora"
+        );
+        ensure!(
+            self.init == Init::Lora || self.embedding_bits == EmbeddingBits::Stored,
+            "--init {} writes the changed base, embedding too: leave --embedding-bits 8 out",
+            self.init
+        );
+        Ok(())
     }
 
     /// The quantization of a base that is not quantized yet: NF4 for QLoRA and none otherwise, unless chosen.

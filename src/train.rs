@@ -1,6 +1,8 @@
 //! A training run, in the order in which data walks through it.
 
+pub use crate::adapt::attach;
 use crate::{
+    adapt,
     best::{Best, Evaluations},
     checkpoint::{Checkpoint, Origin, Saver, State},
     cli::DTypeChoice,
@@ -26,7 +28,6 @@ use nibble_models::{
         atomic::{atomic_folder, atomic_write, read_text, write_json},
         peft,
     },
-    llama::LoraConfig,
     tokenizer::Tokenizer,
 };
 use serde::Serialize;
@@ -78,9 +79,9 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     };
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     profile::check(settings.profile.as_deref(), model.llama.device())?;
-    let tokenizer = model.tokenizer()?;
     let digest = model.digest()?;
-    let adapter_config = attach(&mut model, settings)?;
+    let mut adapter_config = attach(&mut model, settings)?;
+    let tokenizer = model.tokenizer()?;
     let stopped = |before| {
         crate::note!("stopped before the first step; nothing was written");
         Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None })
@@ -92,6 +93,10 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         data: examples.known().digest.clone(),
         eval_data: held_out.known().digest.clone(),
     };
+    let base = adapt::changes_base(&model, settings).then(|| dir.join("base"));
+    if let (Some(base), Some(config)) = (&base, &mut adapter_config) {
+        config.base_model_name_or_path = Some(base.display().to_string());
+    }
     let deal = Deal::new(&examples, &data)?;
     let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, deal, held_out };
     let Setup { tokenizer, held_out, .. } = &setup;
@@ -114,6 +119,9 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         dir.create(settings)?;
         write_json(&dir.join(SAMPLES), &samples)?;
     }
+    if let Some(base) = &base {
+        adapt::save_base(&model, tokenizer.as_ref(), base)?;
+    }
     let Optimized { log, interrupted, evaluations, after } =
         optimize(&mut model, &setup, checkpoint, origin, before, &mut samples.after)?;
 
@@ -135,6 +143,11 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
         "  {}/  metrics.jsonl  report.html  loss.svg  settings.toml  summary.json  tensorboard/",
         setup.trained()
     );
+    if base.is_some() {
+        crate::note!(
+            "  base/  what the adapter is for, instead of the model: --model {path}/base --adapter {path}/adapter"
+        );
+    }
     if interrupted {
         crate::note!("--resume {path} continues");
     }
@@ -220,39 +233,6 @@ pub fn source(settings: &Settings) -> ModelSource {
         dtype: settings.dtype,
         device: settings.device,
     }
-}
-
-/// Makes parameters trainable, and says how many.
-pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<peft::AdapterConfig>> {
-    let lora = LoraConfig {
-        rank: settings.rank,
-        alpha: settings.alpha,
-        dropout: settings.dropout,
-        rslora: settings.rslora,
-        targets: settings.targets.clone(),
-    };
-    let config = match (settings.method, &settings.adapter_init) {
-        (Method::Full, _) => {
-            model.llama.train_all()?;
-            None
-        }
-        (_, Some(dir)) => Some(model.attach(dir)?),
-        (_, None) => {
-            model.llama.add_lora(&lora, settings.seed)?;
-            let base = settings.model.as_ref().map(|path| path.display().to_string());
-            Some(lora.to_peft(base))
-        }
-    };
-    model.llama.recomputed = settings.recompute.0;
-    let parameters = model.llama.parameters();
-    let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
-    crate::note!(
-        "trains   {:.2}M parameters in {} tensors by {}",
-        count as f64 / 1e6,
-        parameters.len(),
-        settings.method
-    );
-    Ok(config)
 }
 
 /// The training and the held-out examples; `None` if the user interrupted.
@@ -476,7 +456,12 @@ fn keep(model: &Model, setup: &Setup, name: &str) -> Result<()> {
 /// Writes what was trained to `folder`: an adapter, or a model after full fine-tuning.
 fn save(model: &Model, setup: &Setup, folder: &Path) -> Result<()> {
     match &setup.adapter_config {
-        Some(config) => peft::write_adapter(folder, &model.llama.adapter(config.clone()))?,
+        Some(config) => {
+            peft::write_adapter(folder, &model.llama.adapter(config.clone())?)?;
+            if let Some(tokenizer) = setup.tokenizer.as_ref().filter(|_| model.has_own_tokens()) {
+                tokenizer.save(folder)?;
+            }
+        }
         None => {
             model.llama.save(folder, model.stored_dtype()?)?;
             if let Some(tokenizer) = &setup.tokenizer {

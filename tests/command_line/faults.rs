@@ -250,7 +250,9 @@ fn adapters_that_do_not_fit() {
     edit_json(&config, |c| c["peft_type"] = json!("IA3"));
     refused(&["adapter_config.json", "IA3"]);
     edit_json(&config, |c| c["use_dora"] = json!(true));
-    refused(&["adapter_config.json", "use_dora"]);
+    refused(&["adapter_model.safetensors", "use_dora"]);
+    edit_json(&config, |c| c["lora_bias"] = json!(true));
+    refused(&["adapter_config.json", "lora_bias"]);
     fs::write(&weights, &good_weights[..good_weights.len() / 2]).unwrap();
     refused(&["adapter_model.safetensors"]);
     let mut infinite = good_weights.clone();

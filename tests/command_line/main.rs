@@ -12,3 +12,4 @@ mod resume;
 mod support;
 mod text;
 mod training;
+mod variants;

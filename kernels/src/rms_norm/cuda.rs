@@ -78,6 +78,7 @@ pub(super) fn backward_add(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Te
 /// Gradient of the weight, f32 `[D]`: sums over groups of rows, then over the groups, both in a fixed order.
 pub(super) fn weight_grad(x: &Tensor, rstd: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let op = "rms_norm weight gradient";
+    check_dtype(op, x.dtype(), &[grad])?;
     let (gpu, device) = (Gpu::of(x.device())?, x.device());
     let (rows, width) = x.dims2(op)?;
     // At most as many groups as a grid's second axis takes blocks.

@@ -191,6 +191,23 @@ impl Tokenizer {
         Self::assemble(inner, Specials { bos, eos, pad, unk, add_bos, add_eos, chat_template }).map_err(Error::Invalid)
     }
 
+    /// The same tokenizer with more tokens, each of which is one token wherever it stands in a text.
+    ///
+    /// # Errors
+    /// A token is empty, or there already.
+    pub fn with_new_tokens(self, tokens: &[String]) -> Result<Self> {
+        let Tokenizer { mut inner, bos, eos, pad, unk, add_bos, add_eos, chat_template, .. } = self;
+        for token in tokens {
+            if token.is_empty() || inner.token_to_id(token).is_some() {
+                return Err(Error::Invalid(format!("the new token \"{token}\" is empty or in the vocabulary already")));
+            }
+            let added = tokenizers::AddedToken::from(token.as_str(), false).normalized(false);
+            inner.add_tokens([added]).map_err(|error| Error::Invalid(error.to_string()))?;
+        }
+        let (add_bos, add_eos) = (Some(add_bos), Some(add_eos));
+        Self::assemble(inner, Specials { bos, eos, pad, unk, add_bos, add_eos, chat_template }).map_err(Error::Invalid)
+    }
+
     /// The same tokenizer with this chat template.
     pub fn with_chat_template(self, source: impl Into<String>) -> Self {
         Tokenizer { chat_template: Some(source.into()), ..self }
