@@ -12,7 +12,8 @@ use nibble_kernels::{
 use nibble_models::{
     Llama,
     files::checkpoint::Checkpoint,
-    llama::{LoadOptions, LoraConfig, Packed, Quantization, TARGETS},
+    files::peft::{ALL_LINEAR, AdapterConfig, TargetModules},
+    llama::{Init, LoadOptions, Packed, Quantization},
 };
 use nibble_optim::{AdamW, Gradients, StateBits, Update};
 use nibble_runtime::{
@@ -29,8 +30,9 @@ fn load(path: &Path) -> Llama {
     let options =
         LoadOptions { quantization: Some(NF4), dtype: DType::F32, device: Device::Cpu, tables_in_8_bits: false };
     let (mut llama, _) = Llama::load(&checkpoint, options, |_, _| {}).expect("a Llama");
-    let targets = TARGETS.map(String::from).to_vec();
-    llama.add_lora(&LoraConfig { rank: 16, alpha: 16.0, dropout: 0.0, rslora: false, targets }, 0).expect("targets");
+    let target_modules = Some(TargetModules::Pattern(ALL_LINEAR.into()));
+    let config = AdapterConfig { r: 16, lora_alpha: 16.0, target_modules, ..AdapterConfig::default() };
+    llama.add_lora(&config, Init::Lora, None, 0).expect("targets");
     llama
 }
 
@@ -49,7 +51,7 @@ fn step(criterion: &mut Criterion, name: &str, mut llama: Llama, lengths: &[usiz
             llama.train(batch, 1.0 / tokens as f32, None, &mut grads).expect("a step");
             let mut clip = grads.clip(1.0, 1.0).expect("a norm");
             let parameters = llama.parameters_mut().into_iter();
-            let update = |(id, value)| Update { id, value, decay: true, previous: None };
+            let update = |(id, value)| Update { id, value, decay: true, rate: 1.0, previous: None };
             let mut updates: Vec<Update> = parameters.map(update).collect();
             optimizer.step(&mut updates, &grads, 1e-4, &mut clip).expect("an update");
         });

@@ -2,6 +2,7 @@
 
 usage: check_peft.py adapter MODEL_DIR ADAPTER_DIR...    adapters loaded by peft: logits as `train-llama logits --quant none`
        check_peft.py merged MODEL_DIR ADAPTER_DIR...     `train-llama merge` in f32 against peft's merge_and_unload
+       check_peft.py combined MODEL_DIR ADAPTER_DIR...   `merge --combine ties` and linear against peft's functions on the deltas
        check_peft.py quantized DIR...                    folders of `train-llama quantize` loaded by transformers: logits as ours
        check_peft.py folder DIR...                       Hugging Face folders: logits as ours, with --quant none
        check_peft.py golden MODEL_DIR OUT_DIR            makes tests/golden/peft_interop: adapters and logits of peft
@@ -18,7 +19,7 @@ import tempfile
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 PROGRAM = os.environ.get("NIBBLE", str(pathlib.Path(__file__).parent.parent / "target/release/train-llama"))
 IDS = [1, 17, 300, 5, 42, 42, 7, 211, 99, 450, 3, 128, 256, 64, 32, 16]
@@ -75,6 +76,34 @@ def merged(model, *folders):
     return results
 
 
+def combined(model, *folders):
+    from peft.utils.merge_utils import task_arithmetic, ties
+    weights = torch.tensor([1.0, 0.5, -0.25, 2.0][: len(folders)])
+    deltas = []
+    for folder in folders:
+        peft = PeftModel.from_pretrained(load(model), folder).base_model
+        modules = [(name, module) for name, module in peft.model.named_modules() if hasattr(module, "get_delta_weight")]
+        deltas.append({name: module.get_delta_weight("default").detach() for name, module in modules})
+    results = []
+    for rule, combine in (("linear", lambda tasks: task_arithmetic(tasks, weights)), ("ties", lambda tasks: ties(tasks, weights, 0.3))):
+        with tempfile.TemporaryDirectory() as place:
+            out = os.path.join(place, "merged")
+            parts = [part for folder, weight in zip(folders, weights) for part in ("--adapter", f"{folder}:{weight}")]
+            subprocess.run([PROGRAM, "merge", "--model", model, *parts, "--combine", rule, "--density", "0.3", "--dtype", "f32", "--max-shard", "200KiB", "--out", out], check=True, stderr=subprocess.DEVNULL)
+            found = dict(load(out).named_parameters())
+        worst, largest = 0.0, 0.0
+        for name, base in load(model).named_parameters():
+            module = name.removesuffix(".weight")
+            tasks = [of.get(module) for of in deltas]
+            expected = base + combine(tasks) if tasks[0] is not None else base
+            worst = max(worst, (found[name] - expected).abs().max().item())
+            largest = max(largest, (expected - base).abs().max().item())
+        ok = worst <= 1e-6
+        print(f"{'ok  ' if ok else 'FAIL'} {rule}, in shards: weights differ by at most {worst:.2e} (at most 1e-06), changes up to {largest:.2e}")
+        results.append(ok)
+    return results
+
+
 def dequantized(model):
     """bitsandbytes' own dequantized values in f32 linears: its products on a CPU may round to bf16."""
     import bitsandbytes
@@ -107,6 +136,7 @@ def folder(*folders):
 
 # Name, and what differs from peft's defaults.
 GOLDEN = {
+    "dora": dict(r=2, lora_alpha=6, use_dora=True, target_modules=r"^(?!.*mlp).*layers\.[01]\..*_proj$|.*2\.mlp\.down_proj", rank_pattern={r"layers\.1\..*": 3}, alpha_pattern={"[qk]_proj": 5}),
     "rslora": dict(r=3, lora_alpha=9, use_rslora=True, target_modules=["q_proj", "o_proj", "down_proj"]),
     "patterns": dict(r=2, lora_alpha=4, target_modules=r".*\.(k_proj|gate_proj)", rank_pattern={"gate_proj": 5}, alpha_pattern={"gate_proj": 20}),
 }
@@ -124,11 +154,67 @@ def golden(model, out):
         os.remove(os.path.join(out, name, "README.md"))
         tensors[f"logits.{name}"] = theirs(peft)[None].contiguous()
     save_file(tensors, os.path.join(out, "golden.safetensors"))
+    tied(os.path.join(out, "tied"))
     return []
 
 
+def loftq(weight, rank, iterations):
+    """peft's loftq_init, which runs on a GPU alone, with its own decomposition and the nearest values of NF4."""
+    from bitsandbytes.functional import get_4bit_type
+    from peft.utils.loftq_utils import _low_rank_decomposition
+    code = get_4bit_type("nf4", device="cpu")
+    target = weight.clone()
+    for _ in range(iterations):
+        blocks = target.reshape(-1, 64)
+        scales = blocks.abs().amax(1, keepdim=True)
+        nearest = ((blocks / scales)[..., None] - code).abs().argmin(-1)
+        quantized = (code[nearest] * scales).reshape(target.shape)
+        parts = _low_rank_decomposition(weight - quantized, rank)
+        target = weight - parts["L"] @ parts["R"]
+    return parts["R"].contiguous(), parts["L"].contiguous()
+
+
+# Names of adapters of a tied model, and what they save whole.
+TIED = {"embedding": ["embed_tokens"], "head": ["lm_head"], "both": ["embed_tokens", "lm_head"], "tokens": ["embed_tokens"]}
+
+
+def tied(out):
+    """A tiny tied model; adapters with tables of their own and their logits; and what peft's initialisations make of its weights."""
+    torch.manual_seed(11)
+    shape = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    base = os.path.join(out, "model")
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, initializer_range=0.3)).save_pretrained(base)
+    ids = torch.tensor([[1, 17, 39, 5, 8, 8]])
+    tensors = {"ids": ids}
+    for name, whole in TIED.items():
+        torch.manual_seed(12)
+        model = load(base)
+        if name == "tokens":
+            model.resize_token_embeddings(43)
+        settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=list(whole), ensure_weight_tying=name == "tokens")
+        model = get_peft_model(model, settings)
+        for _, value in model.named_parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.3)
+        model.save_pretrained(os.path.join(out, name))
+        os.remove(os.path.join(out, name, "README.md"))
+        with torch.no_grad():
+            tensors[f"logits.{name}"] = model.eval()(ids + (3 if name == "tokens" else 0) * (ids == 39)).logits.float().contiguous()
+    targets = ["v_proj", "down_proj"]
+    for init in ("pissa", "olora"):
+        config = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=targets, init_lora_weights=init)
+        for name, value in get_peft_model(load(base), config).named_parameters():
+            if ".lora_" in name:
+                tensors[f"{init}.{name.replace('base_model.model.', '').replace('.default.weight', '')}"] = value.detach().contiguous()
+    for name, value in load(base).named_parameters():
+        if any(target in name for target in targets):
+            name = name.removesuffix(".weight")
+            tensors[f"loftq.{name}.lora_A"], tensors[f"loftq.{name}.lora_B"] = loftq(value.detach(), rank=3, iterations=2)
+    save_file(tensors, os.path.join(out, "golden.safetensors"))
+
+
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (adapter, merged, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
+    command = {f.__name__: f for f in (adapter, merged, combined, quantized, folder, golden)}.get(sys.argv[1] if len(sys.argv) > 2 else "")
     if command is None:
         sys.exit(__doc__)
     sys.exit(0 if all(command(*sys.argv[2:])) else 1)

@@ -11,7 +11,13 @@ use crate::{
     train::{attach, source},
 };
 use anyhow::{Result, bail, ensure};
-use nibble_models::{LlamaConfig, generate::generate, sampling::Sampling};
+use nibble_models::{
+    Llama, LlamaConfig,
+    batch::{Request, generate_batch},
+    files::peft::AdapterConfig,
+    generate::generate,
+    sampling::Sampling,
+};
 use nibble_runtime::{
     cuda::Gpu,
     memory,
@@ -28,7 +34,7 @@ const PURPOSE: u32 = 0xBE7C;
 /// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled.
 pub fn run(args: &BenchStepArgs) -> Result<()> {
     // No file is read: the tokens are random.
-    let train = TrainArgs { data: Some("random tokens".into()), ..args.train.clone() };
+    let train = TrainArgs { data: Some(std::path::PathBuf::from("random tokens").into()), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
     // One micro-batch a step.
     let settings = Settings { grad_accum: 1, ..settings };
@@ -37,10 +43,10 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let clock = Instant::now();
     let mut model = Model::load(&source(&settings))?;
     profile::check(settings.profile.as_deref(), model.llama.device())?;
-    attach(&mut model, &settings)?;
+    let adapter = attach(&mut model, &settings)?;
     let device = model.llama.device();
     device.synchronize()?;
-    eprintln!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
+    crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
     let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);
@@ -97,9 +103,53 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
         let rest = clock.elapsed().as_secs_f64() - first;
         println!("decoding: {:.1} tok/s after a prompt of {PROMPT} in {first:.4} s", args.decode as f64 / rest);
     }
+    if let (true, Some(config)) = (args.rows > 0, adapter) {
+        mixed(&mut model.llama, config, args.rows, args.decode.max(1))?;
+    }
     if let Ok(gpu) = Gpu::of(device) {
         println!("driver: {} in use on the whole GPU", report::bytes(gpu.total_memory() - gpu.free_memory()?));
     }
+    Ok(())
+}
+
+/// Times batches of `rows` texts: all of one adapter, and each of its own. And switching from one to another.
+fn mixed(llama: &mut Llama, config: AdapterConfig, rows: usize, tokens: usize) -> Result<()> {
+    let adapter = llama.adapter(config)?;
+    let names: Vec<String> = (0..rows).map(|i| i.to_string()).collect();
+    for name in &names {
+        llama.add_adapter(name, &adapter, "the trained adapter".as_ref())?;
+    }
+    let mut switch = Vec::new();
+    for name in names.iter().cycle().take(4 * rows) {
+        let clock = Instant::now();
+        llama.switch_adapter(Some(name))?;
+        switch.push(clock.elapsed().as_secs_f64());
+    }
+    let run = |distinct: usize, tokens: usize| {
+        let request = |i: usize| Request { prompt: vec![1 + i as u32], adapter: Some(names[i % distinct].clone()) };
+        let requests: Vec<Request> = (0..rows).map(request).collect();
+        let clock = Instant::now();
+        generate_batch(llama, &requests, tokens, &[], Sampling::GREEDY, |_, _| true)?;
+        anyhow::Ok(clock.elapsed().as_secs_f64())
+    };
+    // In turns, so that what else the machine does falls on both alike. The first token pays for the adapters' way in.
+    let mut rates = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        for (rates, distinct) in rates.iter_mut().zip([1, rows]) {
+            let rest = run(distinct, tokens + 1)? - run(distinct, 1)?;
+            rates.push((rows * tokens) as f64 / rest);
+        }
+    }
+    let [one, each] = rates.map(|mut rates| {
+        rates.sort_by(f64::total_cmp);
+        rates[rates.len() / 2]
+    });
+    println!(
+        "{rows} rows: {one:.1} tok/s with one adapter, {each:.1} tok/s with {rows} ({:.2} of it); switching takes at most \
+         {:.4} ms",
+        each / one,
+        1e3 * switch.into_iter().fold(0.0, f64::max)
+    );
     Ok(())
 }
 

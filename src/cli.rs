@@ -1,10 +1,10 @@
 //! The command line.
 
-use crate::{paging::Bytes, settings::TrainArgs};
+use crate::{data::DataSpec, input::ReadArgs, paging::Bytes, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
-use nibble_models::sampling::Sampling;
+use nibble_models::{merge::Rule, sampling::Sampling};
 use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
 
@@ -26,6 +26,9 @@ use std::path::PathBuf;
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
+    /// Say nothing but errors and warnings
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
     #[command(flatten)]
     pub train: TrainArgs,
 }
@@ -33,16 +36,28 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Fine-tune a model (the default command)
+    #[command(after_help = "Examples:
+  train-llama train --model meta-llama/Llama-3.2-1B-Instruct --data org/dialogues --epochs 2
+  train-llama train --model Llama-3.2-1B --data chats.jsonl:2,more/ --eval-data held-out.csv --eval-every 50 --pack
+  train-llama train --model Llama-3.2-1B --data chats.jsonl --show-batch
+  train-llama train --config runs/mine/settings.toml --out runs/again")]
     Train(Box<TrainArgs>),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Talk with a model
     Chat(ChatArgs),
-    /// Mean NLL, perplexity and exact match on a data file
+    /// Mean NLL, perplexity, exact match and, of multiple choice, accuracy
+    #[command(after_help = "Examples:
+  train-llama eval --model Llama-3.2-1B-Instruct --data test.jsonl
+  train-llama eval --model Llama-3.2-1B --adapter none --adapter runs/mine/adapter --data questions.csv --json")]
     Eval(EvalArgs),
     /// Write the logits of token ids to a safetensors file, for comparing with other programs
+    #[command(after_help = "Example:
+  train-llama logits --model Llama-3.2-1B --ids 128000,9906,1917 --out logits.safetensors")]
     Logits(LogitsArgs),
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
+    #[command(after_help = "Example:
+  train-llama quantize --model Llama-3.2-1B --out Llama-3.2-1B-nf4")]
     Quantize(QuantizeArgs),
     /// Write a model with adapters merged into its weights as a Hugging Face folder
     Merge(MergeArgs),
@@ -51,8 +66,21 @@ pub enum Command {
     /// Say what training would take in memory and time, before anything is loaded
     Plan(Box<PlanArgs>),
     /// Time warm training steps of a model on random tokens, and say what memory they take
+    #[command(after_help = "Example:
+  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --recompute")]
     BenchStep(Box<BenchStepArgs>),
+    /// Show the figures of runs, the settings in which they differ, and their curves
+    Compare(CompareArgs),
+    /// Print a script that completes commands and options in a shell
+    #[command(after_help = "Examples:
+  train-llama completions bash > ~/.local/share/bash-completion/completions/train-llama
+  train-llama completions zsh > ~/.zfunc/_train-llama
+  train-llama completions fish > ~/.config/fish/completions/train-llama.fish")]
+    Completions { shell: clap_complete::Shell },
     /// Say what a checkpoint, GGUF, adapter or data file holds
+    #[command(after_help = "Examples:
+  train-llama inspect Llama-3.2-1B
+  train-llama inspect train.parquet")]
     Inspect {
         /// Folder or file
         path: PathBuf,
@@ -74,6 +102,23 @@ pub struct PlanArgs {
     pub memory: Option<Bytes>,
 }
 
+/// Which runs to compare.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama compare runs/a runs/b
+  train-llama compare runs/* --html compared.html")]
+pub struct CompareArgs {
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// Write a page with their curves
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Print one JSON list instead of columns
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// What to time.
 #[derive(Debug, Args)]
 pub struct BenchStepArgs {
@@ -89,6 +134,9 @@ pub struct BenchStepArgs {
     /// Also time the generation of N tokens after a prompt of 128
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub decode: usize,
+    /// Also time batches of N rows, all of one adapter and each of its own, and switching
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub rows: usize,
 }
 
 /// The model to run, and how to hold it.
@@ -124,13 +172,24 @@ pub struct ModelArgs {
 #[command(after_help = "Examples:
   train-llama generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95
   train-llama generate --model M --adapter none --adapter a=runs/a/adapter --adapter b=runs/b/adapter --chat --prompt 'Hi'
+  train-llama generate --model M --adapter a=runs/a/adapter --adapter b=runs/b/adapter --prompts prompts.jsonl
 With several adapters the text of each follows a line with its name.")]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        required_unless_present = "prompts"
+    )]
     pub prompt: String,
+    /// JSONL file of texts to continue in one batch: {"prompt": TEXT, "adapter": NAME}, the first --adapter where none is
+    /// named. Prints {"prompt", "adapter", "text"} lines in the same order
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
     /// Send the prompt as a user's message, by the model's chat template
     #[arg(long)]
     pub chat: bool,
@@ -211,9 +270,11 @@ impl SamplingArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// JSONL or text file
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// Files (JSONL, JSON, CSV, Parquet, text; also .gz, .zst) and folders of them, with commas between
+    #[arg(long, value_name = "PATH,…")]
+    pub data: DataSpec,
+    #[command(flatten)]
+    pub read: ReadArgs,
     /// Tokens of an example at most
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub seq_len: usize,
@@ -294,7 +355,9 @@ impl std::str::FromStr for AdapterChoice {
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --out Llama-3.2-1B-mine
   train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter:0.7 --adapter runs/b/adapter:0.3 --out both
   train-llama merge --model Llama-3.2-1B --adapter runs/mine/adapter --quant nf4 --out mine-nf4
-The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat).")]
+  train-llama merge --model Llama-3.2-1B --adapter runs/a/adapter --adapter runs/b/adapter --combine ties --out both
+The adapters' effects are added: W + w1*s1*B1*A1 + w2*s2*B2*A2 (what peft's add_weighted_adapter calls cat). ties keeps
+the largest changes of each where signs agree; dare_linear and dare_ties keep random ones.")]
 pub struct MergeArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -305,6 +368,18 @@ pub struct MergeArgs {
     /// Folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// How several adapters become one: linear, ties, dare_linear or dare_ties
+    #[arg(long, value_name = "RULE", default_value_t = Rule::Linear)]
+    pub combine: Rule,
+    /// Share of each adapter's changes that ties and dare keep
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub density: f32,
+    /// Of what dare drops
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Largest file of the weights, such as 5GiB [default: one file]
+    #[arg(long, value_name = "BYTES", conflicts_with = "quant")]
+    pub max_shard: Option<Bytes>,
     /// f32, bf16 or f16 [default: as the model's]
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub dtype: DTypeChoice,
@@ -322,7 +397,8 @@ pub struct MergeArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   train-llama export-gguf --model Llama-3.2-1B-mine --type q8_0 --out mine.gguf
-  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf")]
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --type f16 --out mine.gguf
+  train-llama export-gguf --model Llama-3.2-1B --adapter runs/mine/adapter --lora --out mine-lora.gguf")]
 pub struct ExportGgufArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder (whose weights are dequantized) or .gguf file
     #[arg(long, value_name = "PATH")]
@@ -333,9 +409,12 @@ pub struct ExportGgufArgs {
     /// File to make
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Type of the matrices: f32, f16, bf16, q8_0 or q4_0 (with embedding and head in q8_0)
+    /// Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_0, q4_k or q4_0 (with embedding and head in more bits)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub r#type: String,
+    /// Write the adapter alone, for llama.cpp's --lora beside the model that it was made for, as f32, f16 or bf16
+    #[arg(long)]
+    pub lora: bool,
 }
 
 /// An adapter to merge: `DIR` or `DIR:WEIGHT`.

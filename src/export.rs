@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{AdapterPart, DTypeChoice, ExportGgufArgs, MergeArgs},
-    report,
+    hub, report,
 };
 use anyhow::{Context, Result, bail, ensure};
 use nibble_kernels::quantize::{ScaleRounding, dequantize, quantize};
@@ -11,10 +11,12 @@ use nibble_models::{
     files::{
         atomic::{atomic_write, write_json},
         checkpoint::{Checkpoint, CheckpointTensor, write_checkpoint},
+        gguf::GgmlType,
         peft::read_adapter,
-        safetensors::stream_safetensors,
+        safetensors::stream_shards,
     },
-    merge::{Loss, Merged, Part},
+    lora_gguf::export_lora_gguf,
+    merge::{Combination, Loss, Merged, Part},
     tokenizer::{GgufVocab, Tokenizer},
 };
 use nibble_runtime::{DType, Tag};
@@ -43,31 +45,32 @@ pub fn merge_command(args: &MergeArgs) -> Result<()> {
     if out.join("config.json").exists() || out.is_file() {
         bail!("{} already holds a model; choose another --out or move it away", out.display());
     }
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.model)?)?;
     let dtype = match args.dtype {
         DTypeChoice(Some(dtype)) => dtype,
         DTypeChoice(None) => checkpoint.dtype()?,
     };
-    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
+    let combination = Combination { rule: args.combine, density: args.density, seed: args.seed };
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?, combination)?;
     let loss = match args.quant {
-        None => write_dense(&merged, dtype, out)?,
+        None => write_dense(&merged, dtype, args.max_shard.map_or(usize::MAX, |most| most.0), out)?,
         Some(_) => write_quantized(&merged, dtype, args)?,
     };
-    companions(&checkpoint, out)?;
+    companions(&merged, out)?;
     let form = args.quant.map_or(dtype.to_string(), |quant| quant.to_string());
     report_loss(&loss, &form);
-    eprintln!("wrote {}", out.display());
+    crate::note!("wrote {}", out.display());
     Ok(())
 }
 
 /// Weight by weight, then the configuration.
-fn write_dense(merged: &Merged, dtype: DType, out: &Path) -> Result<Loss> {
+fn write_dense(merged: &Merged, dtype: DType, most: usize, out: &Path) -> Result<Loss> {
     let weights = merged.weights();
     let outlines: Vec<_> = weights.iter().map(|(name, shape)| (name.clone(), dtype, shape.clone())).collect();
     std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
     let bar = report::bar("merge", weights.len());
     let mut loss = Loss::default();
-    stream_safetensors(&out.join("model.safetensors"), &outlines, &[("format", "pt")], |i| {
+    stream_shards(out, &outlines, &[("format", "pt")], most, |i| {
         let (name, shape) = &weights[i];
         let exact = merged.weight(name, shape)?;
         let written = exact.value.clone().into_dtype(dtype, Tag::Workspace)?;
@@ -76,7 +79,7 @@ fn write_dense(merged: &Merged, dtype: DType, out: &Path) -> Result<Loss> {
         Ok(written)
     })?;
     bar.finish_and_clear();
-    write_json(&out.join("config.json"), &merged.checkpoint().config().to_json(dtype))?;
+    write_json(&out.join("config.json"), &merged.config().to_json(dtype))?;
     Ok(loss)
 }
 
@@ -105,12 +108,17 @@ fn write_quantized(merged: &Merged, dtype: DType, args: &MergeArgs) -> Result<Lo
         bar.inc(1);
     }
     bar.finish_and_clear();
-    write_checkpoint(&args.out, merged.checkpoint().config(), dtype, &weights)?;
+    write_checkpoint(&args.out, merged.config(), dtype, &weights)?;
     Ok(loss)
 }
 
-/// Tokenizer, chat template and generation settings: as they are from a folder, made from a GGUF's header.
-fn companions(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+/// Tokenizer, chat template and generation settings: as they are from a folder, made from a GGUF's header. The tokenizer of
+/// an adapter that has tokens of its own is that beside it.
+fn companions(merged: &Merged, out: &Path) -> Result<()> {
+    let checkpoint = merged.checkpoint();
+    if let Some(folder) = merged.tokenizer_folder() {
+        return Ok(Tokenizer::from_folder(folder)?.save(out)?);
+    }
     if let Some(gguf) = checkpoint.gguf() {
         return Ok(Tokenizer::from_gguf(gguf)?.save(out)?);
     }
@@ -134,12 +142,19 @@ pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
     ensure!(!out.exists(), "{} exists already; choose another --out or move it away", out.display());
     let wanted = args.r#type.to_uppercase();
     let kind = KINDS.into_iter().map(|(kind, _)| kind).find(|kind| kind.to_string() == wanted);
-    let kind = kind.with_context(|| format!("--type: expected f32, f16, bf16, q8_0 or q4_0, not {}", args.r#type))?;
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let merged = Merged::new(&checkpoint, parts(&args.adapter)?)?;
-    let vocab = match checkpoint.gguf() {
-        Some(gguf) => GgufVocab::read(gguf)?,
-        None => {
+    let kind = kind.with_context(|| {
+        let known: Vec<String> = KINDS.iter().map(|(kind, _)| kind.to_string().to_lowercase()).collect();
+        format!("--type: expected one of {}, not {}", known.join(", "), args.r#type)
+    })?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.model)?)?;
+    if args.lora {
+        return export_adapter(args, kind, &checkpoint);
+    }
+    let merged = Merged::new(&checkpoint, parts(&args.adapter)?, Combination::default())?;
+    let vocab = match (merged.tokenizer_folder(), checkpoint.gguf()) {
+        (Some(folder), _) => GgufVocab::from_tokenizer(&Tokenizer::from_folder(folder)?)?,
+        (None, Some(gguf)) => GgufVocab::read(gguf)?,
+        (None, None) => {
             let folder = checkpoint.shards().map_or(checkpoint.path(), |shards| shards.folder());
             GgufVocab::from_tokenizer(&Tokenizer::from_folder(folder)?)?
         }
@@ -148,13 +163,27 @@ pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
     let loss = export_gguf(&merged, &vocab, kind, out, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     report_loss(&loss, &kind.to_string());
-    eprintln!("wrote {}", out.display());
+    crate::note!("wrote {}", out.display());
+    Ok(())
+}
+
+/// Writes one adapter as a GGUF file of its own.
+fn export_adapter(args: &ExportGgufArgs, kind: GgmlType, checkpoint: &Checkpoint) -> Result<()> {
+    let [part] = &args.adapter[..] else { bail!("--lora writes one adapter: give one --adapter") };
+    ensure!(part.weight == 1.0, "--lora writes the adapter as it is; llama.cpp takes a weight when it loads it");
+    let adapter = read_adapter(&part.dir)?;
+    // That it is for this model: the order of the rows of q and k depends on the heads.
+    let merged = Merged::new(checkpoint, parts(&args.adapter)?, Combination::default())?;
+    let name = part.dir.file_name().map_or("adapter".into(), |name| name.to_string_lossy());
+    let loss = export_lora_gguf(&adapter, merged.config(), &name, kind, &args.out)?;
+    report_loss(&loss, &kind.to_string());
+    crate::note!("wrote {}", args.out.display());
     Ok(())
 }
 
 fn report_loss(loss: &Loss, form: &str) {
     let change = loss.of_change().map_or(String::new(), |of| format!(", {of:.3e} of what the adapters changed"));
-    eprintln!(
+    crate::note!(
         "lossy    weights as {form} differ by at most {:.3e}, by {:.3e} of their norm{change}",
         loss.largest,
         loss.relative()

@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{DTypeChoice, EmbeddingBits, ModelArgs, QuantChoice},
-    default_task, report,
+    default_task, hub, report,
 };
 use anyhow::{Context, Result, ensure};
 use nibble_kernels::{
@@ -64,9 +64,19 @@ pub struct Model {
     /// What the user calls the model.
     pub name: String,
     /// `None` for a random model.
-    checkpoint: Option<Checkpoint>,
+    pub checkpoint: Option<Checkpoint>,
+    /// What an adapter adds to the vocabulary.
+    own_tokens: Option<OwnTokens>,
     /// The unpacked embedded model, for as long as its files are mapped.
     _unpacked: Option<TempDir>,
+}
+
+/// Tokens that come with an adapter.
+enum OwnTokens {
+    /// To be trained.
+    New(Vec<String>),
+    /// In the tokenizer beside the adapter.
+    Beside(PathBuf),
 }
 
 impl Model {
@@ -82,7 +92,7 @@ impl Model {
 
     fn load_in(source: &ModelSource, dtype: Option<fn(&Checkpoint) -> Result<DType>>) -> Result<Model> {
         let (device, why_cpu) = source.device.resolve()?;
-        eprintln!("device   {}", report::device(device, why_cpu.as_deref())?);
+        crate::note!("device   {}", report::device(device, why_cpu.as_deref())?);
         let options = |dtype, as_it_is: bool| LoadOptions {
             quantization: source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
                 quant_type,
@@ -125,9 +135,13 @@ impl Model {
         unpacked: Option<TempDir>,
     ) -> Model {
         let c = &llama.config;
-        eprintln!(
+        crate::note!(
             "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
-            c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size
+            c.num_layers,
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.vocab_size
         );
         let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
         let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
@@ -135,14 +149,14 @@ impl Model {
             Table::Dense(_) => "embedding, head and norms",
             Table::Rows8(_) => "embedding, head (both in 8 bits) and norms",
         };
-        eprintln!(
+        crate::note!(
             "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; {tables} {other}; \
              computing in {}",
             footprint.weights as f64 / 1e6,
             QuantChoice(quant_type(&llama)),
             llama.dtype
         );
-        Model { llama, footprint, name, checkpoint, _unpacked: unpacked }
+        Model { llama, footprint, name, checkpoint, own_tokens: None, _unpacked: unpacked }
     }
 
     /// The tokenizer that comes with the checkpoint; `None` for a folder without a `tokenizer.json`.
@@ -151,19 +165,29 @@ impl Model {
     /// It cannot be read, or has more tokens than the model.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
-        let path = checkpoint.path();
-        let tokenizer = match checkpoint.gguf() {
-            Some(gguf) => Tokenizer::from_gguf(gguf)?,
-            None if !path.join("tokenizer.json").exists() => return Ok(None),
-            None => Tokenizer::from_folder(path)?,
-        };
-        let (tokens, vocab) = (tokenizer.vocab_size(), self.llama.config.vocab_size);
-        let path = path.display();
-        ensure!(
-            tokens <= vocab,
-            "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
-        );
-        Ok(Some(tokenizer))
+        match &self.own_tokens {
+            // Whether it fits is known where its adapter is in use.
+            Some(OwnTokens::Beside(dir)) => Ok(Some(Tokenizer::from_folder(dir)?)),
+            Some(OwnTokens::New(tokens)) => {
+                let tokenizer = tokenizer_of(checkpoint)?.map(|tokenizer| tokenizer.with_new_tokens(tokens));
+                let tokenizer = tokenizer.transpose()?;
+                tokenizer.iter().try_for_each(|own| fits(own, self.llama.config.vocab_size, checkpoint.path()))?;
+                Ok(tokenizer)
+            }
+            None => tokenizer_of(checkpoint),
+        }
+    }
+
+    /// The tokenizer of a model that is not loaded, and the size of its vocabulary.
+    ///
+    /// # Errors
+    /// As [`Model::tokenizer`].
+    pub fn tokenizer_without_weights(source: &ModelSource) -> Result<(Option<Tokenizer>, usize)> {
+        if let Some(shape) = source.path.as_deref().and_then(random_shape) {
+            return Ok((None, LlamaConfig::shape(shape)?.vocab_size));
+        }
+        let (checkpoint, _unpacked) = open(source)?;
+        Ok((tokenizer_of(&checkpoint)?, checkpoint.config().vocab_size))
     }
 
     /// As [`Model::tokenizer`], for work that cannot do without.
@@ -202,11 +226,44 @@ impl Model {
         Ok(format!("{:x}", sum.finalize()))
     }
 
+    /// Adds tokens to the vocabulary, and rows for them to embedding and head.
+    ///
+    /// # Errors
+    /// There is no tokenizer, or it has one of them; embedding and head are held in 8 bits.
+    pub fn add_tokens(&mut self, tokens: &[String]) -> Result<()> {
+        let vocab = self.needs_tokenizer()?.with_new_tokens(tokens)?.vocab_size();
+        self.llama.grow_vocabulary(vocab)?;
+        self.own_tokens = Some(OwnTokens::New(tokens.to_vec()));
+        Ok(())
+    }
+
+    /// Whether an adapter has tokens that the model lacks: it is saved with its tokenizer.
+    pub fn has_own_tokens(&self) -> bool {
+        self.own_tokens.is_some()
+    }
+
+    /// Notes that an adapter has a tokenizer of its own, where it has tokens of its own.
+    fn note_tokens(&mut self, adapter: &peft::Adapter, dir: &Path) -> Result<()> {
+        let base = self.checkpoint.as_ref().map(|checkpoint| checkpoint.config().vocab_size);
+        let own = adapter.embedding.as_ref().is_some_and(|table| Some(table.shape()[0]) != base);
+        if own && dir.join("tokenizer.json").is_file() {
+            let other = |own: &OwnTokens| matches!(own, OwnTokens::Beside(beside) if beside != dir);
+            ensure!(
+                !self.own_tokens.as_ref().is_some_and(other),
+                "{}: another adapter has tokens of its own already, and one tokenizer is used at a time",
+                dir.display()
+            );
+            self.own_tokens = Some(OwnTokens::Beside(dir.to_path_buf()));
+        }
+        Ok(())
+    }
+
     /// Puts a PEFT adapter on the model.
     pub fn attach(&mut self, dir: &Path) -> Result<peft::AdapterConfig> {
         let adapter = peft::read_adapter(dir)?;
         self.llama.set_adapter(&adapter, dir)?;
-        eprintln!("adapter  {}: {}", dir.display(), described(&adapter));
+        self.note_tokens(&adapter, dir)?;
+        crate::note!("adapter  {}: {}", dir.display(), described(&adapter));
         Ok(adapter.config)
     }
 
@@ -214,7 +271,8 @@ impl Model {
     pub fn add_adapter(&mut self, name: &str, dir: &Path) -> Result<()> {
         let adapter = peft::read_adapter(dir)?;
         self.llama.add_adapter(name, &adapter, dir)?;
-        eprintln!("adapter  {name}: {}", described(&adapter));
+        self.note_tokens(&adapter, dir)?;
+        crate::note!("adapter  {name}: {}", described(&adapter));
         Ok(())
     }
 
@@ -228,20 +286,48 @@ impl Model {
     }
 }
 
-fn described(adapter: &peft::Adapter) -> String {
-    let rank = adapter.tensors.values().next().map_or(0, |(a, _)| a.shape()[0]);
-    format!("rank {rank} on {} layers", adapter.tensors.len())
-}
-
-/// The checkpoint, and the folder that the embedded one was unpacked into.
+/// The checkpoint of a model, and the folder of the embedded one, to be kept as long as its files are mapped.
 fn open(source: &ModelSource) -> Result<(Checkpoint, Option<TempDir>)> {
     match &source.path {
-        Some(path) => Ok((Checkpoint::open(path)?, None)),
+        Some(path) => Ok((Checkpoint::open(&hub::model(path)?)?, None)),
         None => {
-            let dir = default_task::unpack().context("unpacking the embedded model")?;
-            Ok((Checkpoint::open(&dir.path().join(default_task::MODEL))?, Some(dir)))
+            let unpacked = default_task::unpack().context("unpacking the embedded model")?;
+            Ok((Checkpoint::open(&unpacked.path().join(default_task::MODEL))?, Some(unpacked)))
         }
     }
+}
+
+fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
+    let path = checkpoint.path();
+    let tokenizer = match checkpoint.gguf() {
+        Some(gguf) => Tokenizer::from_gguf(gguf)?,
+        None if !path.join("tokenizer.json").exists() => return Ok(None),
+        None => Tokenizer::from_folder(path)?,
+    };
+    fits(&tokenizer, checkpoint.config().vocab_size, path)?;
+    Ok(Some(tokenizer))
+}
+
+/// Refuses a tokenizer that has more tokens than the model.
+fn fits(tokenizer: &Tokenizer, vocab: usize, path: &Path) -> Result<()> {
+    let (tokens, path) = (tokenizer.vocab_size(), path.display());
+    ensure!(
+        tokens <= vocab,
+        "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
+    );
+    Ok(())
+}
+
+fn described(adapter: &peft::Adapter) -> String {
+    let mut ranks: Vec<usize> = adapter.factors.values().map(|factors| factors.a.shape()[0]).collect();
+    ranks.sort_unstable();
+    ranks.dedup();
+    let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    let kind = if adapter.config.use_dora { "DoRA of rank" } else { "rank" };
+    let tables = [("embedding", &adapter.embedding), ("head", &adapter.head)];
+    let whole: String =
+        tables.iter().filter(|(_, table)| table.is_some()).map(|(name, _)| format!(", {name}")).collect();
+    format!("{kind} {} on {} layers{whole}", ranks.join(" and "), adapter.factors.len())
 }
 
 /// What can be said of a model before it is loaded.

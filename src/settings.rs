@@ -1,15 +1,20 @@
 //! Settings of a training run: defaults, a TOML file, and the command line, each over the one before.
 
 use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};
+use crate::data::{DataOptions, DataSpec, Format};
+use crate::input::ReadArgs;
 use crate::paging::{Bytes, PageMemory, PagedBudget};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use nibble_models::llama::TARGETS;
+use nibble_models::{
+    files::peft::ALL_LINEAR,
+    llama::{Init, TARGETS},
+};
 use nibble_optim::{Schedule, StateBits};
 use nibble_runtime::{DeviceRequest, pager::Policy};
 use serde::{Deserialize, Serialize, de};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     path::{Path, PathBuf},
     str::FromStr,
@@ -20,7 +25,8 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 /// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
 /// otherwise.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
+    "cache",
     "out",
     "save-every",
     "save-minutes",
@@ -45,12 +51,26 @@ pub struct TrainArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder or .gguf file [default: the embedded model]
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
-    /// JSONL or text file to train on [default: the embedded task]
-    #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
-    /// JSONL or text file to evaluate on, before and after
-    #[arg(long, value_name = "FILE")]
-    pub eval_data: Option<PathBuf>,
+    /// Data to train on: files (JSONL, JSON, CSV, Parquet, text; also .gz, .zst) and folders of them, several with commas
+    /// between, each with a weight if it is not 1: a.jsonl:2,b.csv,folder:0.5 [default: the embedded task]
+    #[arg(long, value_name = "PATH[:WEIGHT],…")]
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataSpec>,
+    /// Data to evaluate on, before and after
+    #[arg(long, value_name = "PATH,…")]
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub eval_data: Option<DataSpec>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub read: ReadArgs,
+    /// Show the first N micro-batches, learned and unlearned text apart, and train nothing
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", conflicts_with = "resume")]
+    #[serde(skip)]
+    pub show_batch: Option<usize>,
+    /// Print the outcome as one JSON object on standard output at the end
+    #[arg(long)]
+    #[serde(skip)]
+    pub json: bool,
     /// Start from this PEFT adapter instead of a new one
     #[arg(long, value_name = "DIR")]
     pub adapter_init: Option<PathBuf>,
@@ -95,6 +115,10 @@ pub struct TrainArgs {
     /// Tokens of an example at most [default: 512]
     #[arg(long, value_name = "N")]
     pub seq_len: Option<usize>,
+    /// Fill each micro-batch with as many examples as fit into batch-size times seq-len tokens; they stay apart
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub pack: bool,
     /// Learning rate [default: 2e-4]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub lr: Option<f64>,
@@ -144,13 +168,41 @@ pub struct TrainArgs {
     /// Dropout on the adapters' inputs [default: 0.1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub dropout: Option<f32>,
-    /// Linear layers to adapt, separated by commas [default: all seven]
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    /// Linear layers to adapt, by the ends of their paths and separated by commas; or all-linear [default: all seven]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', conflicts_with = "target_pattern")]
     pub targets: Option<Vec<String>>,
+    /// The same, as a regular expression that matches whole paths such as model.layers.0.self_attn.q_proj
+    #[arg(long, value_name = "REGEX")]
+    pub target_pattern: Option<String>,
     /// Scale by α/√r
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     pub rslora: bool,
+    /// Another rank for layers whose path ends with NAME (a regular expression); may be given many times
+    #[arg(long, value_name = "NAME=R", value_parser = entry::<usize>)]
+    #[serde(serialize_with = "as_table", skip_serializing_if = "Vec::is_empty")]
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Another α, likewise
+    #[arg(long, value_name = "NAME=ALPHA", value_parser = entry::<f64>)]
+    #[serde(serialize_with = "as_table", skip_serializing_if = "Vec::is_empty")]
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Train the lengths of the weights' rows too (DoRA): slower, and often better at low rank
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub dora: bool,
+    /// What adapters start from: lora, pissa, olora or loftq[:ITERATIONS] [default: lora]
+    #[arg(long, value_name = "INIT")]
+    pub init: Option<String>,
+    /// Learning rate of B (and of DoRA's lengths) over that of A (LoRA+) [default: 1]
+    #[arg(long, value_name = "RATIO", allow_negative_numbers = true)]
+    pub lora_plus_ratio: Option<f64>,
+    /// Train these whole and save them beside the adapter: embed_tokens, lm_head. In a tied model embed_tokens stays the
+    /// head too, unless lm_head is named as well
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub modules_to_save: Option<Vec<String>>,
+    /// Add these tokens to the vocabulary, separated by commas; embedding and head train whole then
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    pub new_tokens: Option<Vec<String>>,
     /// Type of activations: auto, f32, bf16 or f16 [default: auto, which is f32 on the CPU]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<String>,
@@ -195,6 +247,16 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
+/// `NAME=VALUE`.
+fn entry<T: FromStr>(text: &str) -> Result<(String, T), String> {
+    let parsed = text.rsplit_once('=').and_then(|(name, value)| Some((name.to_string(), value.parse().ok()?)));
+    parsed.filter(|(name, _)| !name.is_empty()).ok_or_else(|| format!("expected NAME=NUMBER, not {text}"))
+}
+
+fn as_table<T: Serialize, S: serde::Serializer>(entries: &[(String, T)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(entries.iter().map(|(name, value)| (name, value)))
+}
+
 /// What trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -228,10 +290,15 @@ impl Display for Method {
 pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataSpec>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub eval_data: Option<DataSpec>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    pub skip_bad_rows: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<PathBuf>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_data: Option<PathBuf>,
+    pub cache: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_init: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -252,6 +319,7 @@ pub struct Settings {
     pub batch_size: usize,
     pub grad_accum: usize,
     pub seq_len: usize,
+    pub pack: bool,
     pub lr: f64,
     #[serde(with = "as_text")]
     pub schedule: Schedule,
@@ -273,7 +341,19 @@ pub struct Settings {
     pub alpha: f64,
     pub dropout: f32,
     pub targets: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_pattern: Option<String>,
     pub rslora: bool,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, usize>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    pub dora: bool,
+    #[serde(with = "as_text")]
+    pub init: Init,
+    pub lora_plus_ratio: f64,
+    pub modules_to_save: Vec<String>,
+    pub new_tokens: Vec<String>,
     #[serde(with = "as_text")]
     pub dtype: DTypeChoice,
     #[serde(with = "as_text")]
@@ -359,6 +439,9 @@ impl Default for Settings {
             model: None,
             data: None,
             eval_data: None,
+            format: None,
+            skip_bad_rows: false,
+            cache: None,
             adapter_init: None,
             out: None,
             save_every: None,
@@ -372,6 +455,7 @@ impl Default for Settings {
             batch_size: 4,
             grad_accum: 4,
             seq_len: 512,
+            pack: false,
             lr: 2e-4,
             schedule: Schedule::Constant,
             warmup: 0,
@@ -389,7 +473,15 @@ impl Default for Settings {
             alpha: 16.0,
             dropout: 0.1,
             targets: TARGETS.map(String::from).to_vec(),
+            target_pattern: None,
             rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            dora: false,
+            init: Init::Lora,
+            lora_plus_ratio: 1.0,
+            modules_to_save: Vec::new(),
+            new_tokens: Vec::new(),
             dtype: DTypeChoice(None),
             device: DeviceRequest::Auto,
             no_shuffle: false,
@@ -527,6 +619,7 @@ impl Settings {
             self.method != Method::Full || self.adapter_init.is_none(),
             "--method full trains no adapter: leave --adapter-init out"
         );
+        self.check_adapter()?;
         let page = self.page_size.0;
         ensure!(
             page >= 256 << 10 && page.is_multiple_of(64 << 10),
@@ -553,9 +646,61 @@ impl Settings {
         ensure!(self.patience.is_none() || self.eval_every.is_some(), "--patience needs --eval-every");
         ensure!(
             self.eval_every.is_none() || self.eval_data.is_some() || self.data.is_none(),
-            "--eval-every needs --eval-data: a JSONL or text file to evaluate on"
+            "--eval-every needs --eval-data: data to evaluate on"
         );
-        ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: a JSONL or text file to train on");
+        ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: data to train on");
+        Ok(())
+    }
+
+    /// How the data is read, for a model of this vocabulary.
+    pub fn data_options(&self, vocab_size: usize) -> DataOptions {
+        DataOptions {
+            seq_len: self.seq_len,
+            vocab_size,
+            format: self.format,
+            all_choices: false,
+            skip_bad_rows: self.skip_bad_rows,
+            cache: self.cache.clone(),
+        }
+    }
+
+    /// What is special about the adapter.
+    fn check_adapter(&self) -> Result<()> {
+        ensure!(
+            self.lora_plus_ratio.is_finite() && self.lora_plus_ratio > 0.0,
+            "--lora-plus-ratio must be above 0 (1 for one learning rate)"
+        );
+        ensure!(
+            !self.targets.iter().any(|name| name == ALL_LINEAR) || self.targets.len() == 1,
+            "--targets {ALL_LINEAR} stands alone"
+        );
+        let whole = !self.modules_to_save.is_empty() || !self.new_tokens.is_empty();
+        if let Some(name) = self.modules_to_save.iter().find(|name| !["embed_tokens", "lm_head"].contains(&&name[..])) {
+            bail!("--modules-to-save: {name} is none of embed_tokens and lm_head");
+        }
+        ensure!(
+            !whole || self.embedding_bits == EmbeddingBits::Stored,
+            "--modules-to-save and --new-tokens train embedding and head: leave --embedding-bits 8 out"
+        );
+        let special = self.dora || self.init != Init::Lora || whole;
+        ensure!(
+            !special || self.method != Method::Full,
+            "--method full trains no adapter: leave --dora, --init, --modules-to-save and --new-tokens out"
+        );
+        ensure!(
+            !special || self.adapter_init.is_none(),
+            "--adapter-init goes on with an adapter as it is: leave --dora, --init, --modules-to-save and --new-tokens out"
+        );
+        ensure!(!self.dora || self.init == Init::Lora, "--dora starts from plain adapters: leave --init out");
+        ensure!(
+            !matches!(self.init, Init::Loftq { .. }) || self.method == Method::Qlora,
+            "--init loftq makes up for quantization: it needs --method qlora"
+        );
+        ensure!(
+            self.init == Init::Lora || self.embedding_bits == EmbeddingBits::Stored,
+            "--init {} writes the changed base, embedding too: leave --embedding-bits 8 out",
+            self.init
+        );
         Ok(())
     }
 
@@ -580,7 +725,7 @@ pub(crate) mod as_text {
 }
 
 /// The same, for optional values.
-mod as_optional_text {
+pub(crate) mod as_optional_text {
     use super::*;
 
     pub fn serialize<T: Display, S: serde::Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -26,6 +26,8 @@ pub struct Stepper {
     scaling: LossScale,
     max_grad_norm: f64,
     seed: u64,
+    /// What each parameter's learning rate is multiplied by.
+    rates: Vec<f64>,
     /// The parameters from before the last update, for when it turns out to have broken the model.
     good: Vec<Tensor>,
     paging: Option<Paging>,
@@ -57,6 +59,7 @@ impl Stepper {
             scaling: LossScale::new(llama.dtype),
             max_grad_norm: settings.max_grad_norm,
             seed: settings.seed,
+            rates: rates(llama, settings.lora_plus_ratio),
             good: snapshot(llama)?,
         })
     }
@@ -101,8 +104,10 @@ impl Stepper {
             .parameters_mut()
             .into_iter()
             .zip(&mut self.good)
-            .map(|((id, value), previous)| Update {
+            .zip(&self.rates)
+            .map(|(((id, value), previous), &rate)| Update {
                 id,
+                rate,
                 decay: value.shape().len() > 1,
                 value,
                 previous: Some(previous),
@@ -140,6 +145,13 @@ impl Stepper {
         restore(llama, &self.good)?;
         Ok(Some("the last update made parameters infinite".into()))
     }
+}
+
+/// LoRA+: B and DoRA's magnitudes learn `ratio` times as fast as the rest, as in peft's `create_loraplus_optimizer`. (Hayou et al.,
+/// "LoRA+", arXiv 2402.12354.)
+fn rates(llama: &Llama, ratio: f64) -> Vec<f64> {
+    let fast = |name: &str| name.ends_with(".lora_B.weight") || name.ends_with(".lora_magnitude_vector");
+    llama.parameters().iter().map(|(_, name, _)| if fast(name) { ratio } else { 1.0 }).collect()
 }
 
 /// A copy of every trainable parameter.

@@ -7,14 +7,18 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use nibble_models::{
+    batch::{Request, generate_batch},
     chat::{ChatTemplate, Message},
     generate::{Limits, Sequence},
     sampling::Sampling,
     stream::TextStream,
     tokenizer::Tokenizer,
 };
+use serde::Deserialize;
+use serde_json::json;
 use std::{
     io::{BufRead, IsTerminal, Write},
+    path::Path,
     time::Instant,
 };
 
@@ -67,13 +71,10 @@ pub fn generate_command(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling.sampling()?;
     let mut model = load(&args.model)?;
     let tokenizer = model.needs_tokenizer()?;
-    let prompt = if args.chat {
-        let text = template(&tokenizer, "leave --chat out")?.render(&[Message::new("user", &args.prompt)], true)?;
-        // The template writes the special tokens itself.
-        tokenizer.encode(&text, false)?
-    } else {
-        tokenizer.encode(&args.prompt, true)?
-    };
+    if let Some(path) = &args.prompts {
+        return generate_all(args, path, &model, &tokenizer, sampling);
+    }
+    let prompt = encode(&tokenizer, &args.prompt, args.chat)?;
     let writer = Writer::new(&args.sampling, sampling, &model, &tokenizer);
     for adapter in choices(&args.model.adapter) {
         model.llama.switch_adapter(adapter.key())?;
@@ -85,6 +86,82 @@ pub fn generate_command(args: &GenerateArgs) -> Result<()> {
         }
         let mut sequence = Sequence::with_capacity(&model.llama, prompt.len() + args.sampling.max_tokens)?;
         writer.write(&model, &mut sequence, &prompt)?;
+    }
+    Ok(())
+}
+
+fn encode(tokenizer: &Tokenizer, prompt: &str, chat: bool) -> Result<Vec<u32>> {
+    if !chat {
+        return Ok(tokenizer.encode(prompt, true)?);
+    }
+    let text = template(tokenizer, "leave --chat out")?.render(&[Message::new("user", prompt)], true)?;
+    // The template writes the special tokens itself.
+    Ok(tokenizer.encode(&text, false)?)
+}
+
+/// A line of a file of prompts.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Prompt {
+    prompt: String,
+    /// The first of the command line's if it is missing; "none" is the base.
+    adapter: Option<String>,
+}
+
+/// Continues all prompts of a file in one batch.
+fn generate_all(
+    args: &GenerateArgs,
+    path: &Path,
+    model: &Model,
+    tokenizer: &Tokenizer,
+    sampling: Sampling,
+) -> Result<()> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let given = choices(&args.model.adapter);
+    let first = given.first().map_or(AdapterChoice::NONE, |choice| &choice.name);
+    let (mut prompts, mut requests) = (Vec::new(), Vec::new());
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let at = || format!("{}, line {}", path.display(), number + 1);
+        let Prompt { prompt, adapter } = serde_json::from_str(line).with_context(at)?;
+        let name = adapter.unwrap_or_else(|| first.to_string());
+        let known = name == AdapterChoice::NONE || given.iter().any(|choice| choice.name == name);
+        ensure!(known, "{}: no --adapter is named \"{name}\"", at());
+        let tokens = encode(tokenizer, &prompt, args.chat).with_context(at)?;
+        let limit = model.llama.config.max_position_embeddings;
+        ensure!(
+            tokens.len() + args.sampling.max_tokens <= limit,
+            "{}: {} tokens and --max-tokens are more than the {limit} that the model reads",
+            at(),
+            tokens.len()
+        );
+        let adapter = (name != AdapterChoice::NONE).then(|| name.clone());
+        requests.push(Request { prompt: tokens, adapter });
+        prompts.push((prompt, name));
+    }
+    ensure!(!requests.is_empty(), "{} holds no prompt", path.display());
+    let end = model.stop_ids(tokenizer);
+    let mut streams: Vec<(TextStream, String)> = requests
+        .iter()
+        .map(|request| (TextStream::new(tokenizer, &request.prompt, &args.sampling.stop), String::new()))
+        .collect();
+    let mut failure = None;
+    generate_batch(&model.llama, &requests, args.sampling.max_tokens, &end, sampling, |row, token| {
+        let (stream, text) = &mut streams[row];
+        if end.contains(&token) || failure.is_some() {
+            return false;
+        }
+        match stream.push(token) {
+            Ok(new) => text.push_str(&new),
+            Err(error) => failure = Some(error),
+        }
+        failure.is_none() && !stream.stopped()
+    })?;
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    for ((prompt, adapter), (stream, mut text)) in prompts.iter().zip(streams) {
+        text.push_str(&stream.finish());
+        print(&format!("{}\n", json!({"prompt": prompt, "adapter": adapter, "text": text})))?;
     }
     Ok(())
 }

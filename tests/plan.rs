@@ -32,7 +32,7 @@ fn settings(options: &str, device: Device) -> Settings {
 
 fn planned(settings: &Settings, device: Device) -> Usage {
     let chip = Gpu::of(device).ok().map(Gpu::chip);
-    peak(&Job::new(&Outline::read(&source(settings)).unwrap(), settings, chip)).unwrap()
+    peak(&Job::new(&Outline::read(&source(settings)).unwrap(), settings, chip).unwrap()).unwrap()
 }
 
 /// The peaks of two steps, less what was held before.
@@ -64,6 +64,13 @@ fn gpu_steps_take_what_is_planned() {
         "--method lora --optimizer-bits 8",
         "--method lora --grad-accum 2 --no-double-quant",
         "--embedding-bits 8 --recompute 3",
+        "--dora --dropout 0 --rank 4",
+        "--dora --recompute 2 --batch-size 1 --seq-len 20",
+        "--method lora --dora --rank-pattern gate_proj=3",
+        "--modules-to-save embed_tokens --dropout 0",
+        "--modules-to-save lm_head --recompute",
+        "--modules-to-save embed_tokens,lm_head --grad-accum 2",
+        "--target-pattern .*layers.[02].*proj --rank-pattern q_proj=2",
         "--method full",
         "--method full --recompute --grad-accum 2",
     ] {

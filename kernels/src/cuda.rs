@@ -26,6 +26,7 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::GEMM_QUANT_BF16,
     &crate::linear::GEMM_QUANT_F16,
     &crate::linear::LORA,
+    &crate::mixed::cuda::MODULE,
     &crate::norm::cuda::MODULE,
     &crate::quantize::cuda::QUANTIZE,
     &crate::random::cuda::MODULE,

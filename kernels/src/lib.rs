@@ -5,6 +5,7 @@ pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
 pub mod cuda;
+pub mod dora;
 pub mod dropout;
 pub mod dynamic8;
 pub mod elementwise;
@@ -13,6 +14,7 @@ pub mod embedding;
 mod golden;
 pub mod linear;
 mod math;
+pub mod mixed;
 pub mod norm;
 #[cfg(any(test, feature = "build-ptx"))]
 pub mod ptx;

@@ -11,11 +11,20 @@ use nibble_runtime::{Tag, Tensor};
 use std::path::Path;
 
 /// The types of matrices that can be written, with llama.cpp's number of a file of them.
-pub const KINDS: [(GgmlType, u32); 5] =
-    [(GgmlType::F32, 0), (GgmlType::F16, 1), (GgmlType::BF16, 32), (GgmlType::Q8_0, 7), (GgmlType::Q4_0, 2)];
+pub const KINDS: [(GgmlType, u32); 8] = [
+    (GgmlType::F32, 0),
+    (GgmlType::F16, 1),
+    (GgmlType::BF16, 32),
+    (GgmlType::Q8_0, 7),
+    (GgmlType::Q6_K, 18),
+    (GgmlType::Q5_0, 8),
+    (GgmlType::Q4_K, 14),
+    (GgmlType::Q4_0, 2),
+];
 
 /// Writes `merged` to `path` with matrices of type `kind` and norms in f32; `progress` is told the tensors done. Embedding
-/// and head of a Q4_0 file are Q8_0, and matrices whose rows are no whole blocks F16.
+/// and head have more bits: Q8_0 in a file of Q4_0 or Q5_0, Q6_K in one of Q4_K. Matrices whose rows are no whole blocks
+/// are Q5_0 instead of Q4_K, Q8_0 instead of Q6_K, and else F16.
 ///
 /// # Errors
 /// The model's rotary scaling has no form in GGUF, the vocabulary is larger than the model's, `kind` is none of [`KINDS`],
@@ -27,7 +36,7 @@ pub fn export_gguf(
     path: &Path,
     mut progress: impl FnMut(usize),
 ) -> Result<Loss> {
-    let config = merged.checkpoint().config();
+    let config = merged.config();
     let name =
         merged.checkpoint().path().file_stem().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     let keys = keys(config, kind, name, vocab)?;
@@ -78,16 +87,22 @@ pub fn export_gguf(
 
 fn kind_of(name: &str, shape: &[usize], kind: GgmlType) -> GgmlType {
     let table = name == "lm_head.weight" || name == "model.embed_tokens.weight";
-    let kind = if table && kind == GgmlType::Q4_0 { GgmlType::Q8_0 } else { kind };
+    let kind = match kind {
+        GgmlType::Q4_0 | GgmlType::Q5_0 if table => GgmlType::Q8_0,
+        GgmlType::Q4_K if table => GgmlType::Q6_K,
+        kind => kind,
+    };
     match *shape {
         [_, columns] if columns.is_multiple_of(kind.block) => kind,
+        [_, columns] if columns.is_multiple_of(32) && kind == GgmlType::Q4_K => GgmlType::Q5_0,
+        [_, columns] if columns.is_multiple_of(32) && kind == GgmlType::Q6_K => GgmlType::Q8_0,
         [_, _] => GgmlType::F16,
         _ => GgmlType::F32,
     }
 }
 
 /// The rows of q or k in GGUF's order: the two halves of each head alternate.
-fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor> {
+pub(crate) fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor> {
     let (rows, columns) = weight.dims2("q or k")?;
     let (half, width) = (rows / heads / 2, columns * weight.dtype().size());
     let bytes = weight.bytes()?;

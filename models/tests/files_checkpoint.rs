@@ -9,7 +9,7 @@ use nibble_models::{
     files::{
         checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor, write_checkpoint},
         inspect::describe,
-        peft::{AdapterConfig, TargetModules, read_adapter, write_adapter},
+        peft::{AdapterConfig, Factors, TargetModules, read_adapter, write_adapter},
         safetensors::{SafetensorsFile, write_safetensors},
     },
 };
@@ -360,8 +360,8 @@ fn folders_that_are_not_a_readable_model_say_why() {
 fn golden_adapters_round_trip_to_the_byte() {
     for name in ["adapter-init", "adapter-final"] {
         let adapter = read_adapter(&golden(name)).unwrap();
-        assert_eq!((adapter.config.r, adapter.config.lora_alpha, adapter.tensors.len()), (8, 16.0, 21));
-        let (a, b) = &adapter.tensors["model.layers.2.mlp.down_proj"];
+        assert_eq!((adapter.config.r, adapter.config.lora_alpha, adapter.factors.len()), (8, 16.0, 21));
+        let Factors { a, b, .. } = &adapter.factors["model.layers.2.mlp.down_proj"];
         assert_eq!((a.shape(), b.shape()), (&[8, 384][..], &[128, 8][..]));
         let folder = copy_golden("adapter-init");
         write_adapter(folder.path(), &adapter).unwrap();
@@ -391,6 +391,10 @@ fn adapter_settings_are_read_and_strange_ones_refused() {
         c["rank_pattern"] = json!({"q_proj": 4, "^model.layers.0.mlp.up_proj": 2});
         c["alpha_pattern"] = json!({"self_attn.q_proj": 1});
         c["layers_to_transform"] = json!(1);
+        c["use_dora"] = json!(true);
+        c["modules_to_save"] = json!(["model.embed_tokens", "lm_head"]);
+        c["ensure_weight_tying"] = json!(true);
+        c["bias"] = json!("lora_only");
         c["from_the_future"] = json!({"x": 1});
     })
     .unwrap();
@@ -399,17 +403,36 @@ fn adapter_settings_are_read_and_strange_ones_refused() {
     assert_eq!((config.rank_of("model.layers.0.mlp.up_proj"), config.rank_of("a.model.layers.0.mlp.up_proj")), (2, 8));
     assert_eq!((config.alpha_of("model.layers.0.self_attn.q_proj"), config.alpha_of("q_proj")), (1.0, 2.5));
     assert_eq!(AdapterConfig::from_json(&config.to_json().to_string(), Path::new("c")).unwrap(), config);
+    assert_eq!(config.saves(), [true, true]);
+    assert!(config.adapts("model.layers.0.mlp.up_proj") && !config.adapts("lm_head"));
+    // As Python's re: whole paths for targets, ends of paths for ranks.
+    let config = adapter_config(|c| {
+        c["target_modules"] = json!(r"^(?!.*mlp).*\.[qk]_proj|model\.layers\.1\.mlp\.down_proj");
+        c["rank_pattern"] = json!({r"layers\.1\..*": 4, "k_proj": 2});
+    })
+    .unwrap();
+    let adapts = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"];
+    let spares = ["model.layers.0.self_attn.v_proj", "model.layers.2.mlp.down_proj", "model.layers.1.mlp.down_proj.x"];
+    assert!(adapts.iter().all(|module| config.adapts(module)) && !spares.iter().any(|module| config.adapts(module)));
+    let k_proj = |layer: usize| config.rank_of(&format!("model.layers.{layer}.self_attn.k_proj"));
+    assert_eq!((k_proj(0), k_proj(1), config.rank_of("model.layers.0.mlp.up_proj")), (2, 2, 8));
+    assert_eq!(config.rank_of("model.layers.1.mlp.up_proj"), 4);
+    let layers = adapter_config(|c| {
+        c["target_modules"] = json!(["q_proj", "mlp.up_proj"]);
+        c["layers_to_transform"] = json!([1]);
+        c["exclude_modules"] = json!(".*up.*");
+    })
+    .unwrap();
+    assert!(layers.adapts("model.layers.1.self_attn.q_proj"));
+    assert!(!layers.adapts("model.layers.0.self_attn.q_proj") && !layers.adapts("model.layers.1.mlp.up_proj"));
 
     let unsupported = [
         ("peft_type", json!("IA3")),
-        ("use_dora", json!(true)),
-        ("bias", json!("all")),
-        ("modules_to_save", json!(["lm_head"])),
+        ("modules_to_save", json!(["norm"])),
         ("lora_bias", json!(true)),
         ("fan_in_fan_out", json!(true)),
         ("init_lora_weights", json!("pissa")),
         ("trainable_token_indices", json!([3])),
-        ("rank_pattern", json!({".*q_proj": 4})),
     ];
     for (key, value) in unsupported {
         let error = adapter_config(|c| c[key] = value).unwrap_err();
@@ -424,6 +447,10 @@ fn adapter_settings_are_read_and_strange_ones_refused() {
         ("lora_dropout", json!(1.0)),
         ("target_modules", json!([1])),
         ("rank_pattern", json!([])),
+        ("rank_pattern", json!({"q_proj(": 4})),
+        ("target_modules", json!("(?<!x")),
+        ("bias", json!("some")),
+        ("modules_to_save", json!("lm_head")),
     ] {
         let error = adapter_config(|c| c[key] = value).unwrap_err();
         assert!(matches!(error, Error::File { .. }), "{key}: {error}");
@@ -449,6 +476,8 @@ fn adapters_whose_tensors_do_not_fit_are_refused() {
     let prefix = "base_model.model.model.layers.0.self_attn.q_proj";
     let vector = Tensor::from_slice(&[1f32], &[1], Tag::Workspace).unwrap();
     dora.push((format!("{prefix}.lora_magnitude_vector"), vector));
+    assert!(matches!(error_of(&dora), Error::Mismatch { .. }));
+    dora.last_mut().unwrap().0 = format!("{prefix}.lora_B.bias");
     assert!(matches!(error_of(&dora), Error::Unsupported { .. }));
     let mut nan = all.clone();
     nan[0].1 = Tensor::from_slice(&vec![f32::NAN; nan[0].1.numel()], nan[0].1.shape(), Tag::Workspace).unwrap();
@@ -468,9 +497,9 @@ fn adapters_whose_tensors_do_not_fit_are_refused() {
     assert!(
         read_adapter(folder.path())
             .unwrap()
-            .tensors
+            .factors
             .values()
-            .all(|(a, b)| a.dtype() == DType::F32 && b.dtype() == DType::F32)
+            .all(|Factors { a, b, .. }| a.dtype() == DType::F32 && b.dtype() == DType::F32)
     );
     std::fs::remove_file(folder.path().join("adapter_model.safetensors")).unwrap();
     assert!(read_adapter(folder.path()).unwrap_err().to_string().contains("adapter_model.safetensors"));

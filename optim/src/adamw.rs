@@ -65,6 +65,8 @@ pub struct Update<'a> {
     pub value: &'a mut Tensor,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// What the step's learning rate is multiplied by for this parameter.
+    pub rate: f64,
     /// Gets the values from before the update, if given: f32, of the same shape.
     pub previous: Option<&'a mut Tensor>,
 }
@@ -425,13 +427,14 @@ fn step_whole(
     }
     let mut moments: BTreeMap<ParamId, &mut Moments> = all.iter_mut().map(|(&id, m)| (id, m)).collect();
     let mut jobs = Vec::with_capacity(params.len());
-    for Update { id, value, decay, previous } in params {
+    for Update { id, value, decay, rate, previous } in params {
         let grad = grads.whole(*id).ok_or_else(|| no_gradient(*id))?;
         if grad.shape() != value.shape() {
             return Err(named(*id, format!("has shape {:?}, its gradient {:?}", value.shape(), grad.shape())));
         }
         let moments = moments.remove(id).ok_or_else(|| named(*id, "is to be updated twice"))?;
-        jobs.push(Job { previous: previous.as_deref_mut(), ..Job::whole(value, grad, moments.borrow(), *decay) });
+        let whole = Job::whole(value, grad, moments.borrow(), *decay);
+        jobs.push(Job { previous: previous.as_deref_mut(), rate: *rate, ..whole });
     }
     adamw::step_all(&mut jobs, config, step, clip)
 }
@@ -464,7 +467,7 @@ mod tests {
 
     /// The parameters as updates, weight decay on every other one.
     fn updates(params: &mut [Tensor]) -> Vec<Update<'_>> {
-        let update = |(id, value)| Update { id: ParamId(id), value, decay: id % 2 == 0, previous: None };
+        let update = |(id, value)| Update { id: ParamId(id), value, decay: id % 2 == 0, rate: 1.0, previous: None };
         params.iter_mut().enumerate().map(update).collect()
     }
 
@@ -514,6 +517,22 @@ mod tests {
             let factor = if id % 2 == 0 { 1.0 - 0.5 * 0.01 } else { 1.0 };
             assert!(after.as_slice::<f32>().unwrap().iter().zip(before).all(|(a, b)| *a == b * factor));
         }
+    }
+
+    #[test]
+    fn each_parameter_has_its_own_learning_rate() {
+        let run = |lr: f64, rates: [f64; 4]| {
+            let (mut params, mut optimizer) = (parameters(), optimizer(StateBits::F32));
+            let mut all = updates(&mut params);
+            all.iter_mut().zip(rates).for_each(|(update, rate)| update.rate = rate);
+            let mut clip = clip(&mut gradients(0), 1.0);
+            optimizer.step(&mut all, &gradients(0), lr, &mut clip).unwrap();
+            params
+        };
+        let mixed = run(1e-3, [1.0, 8.0, 8.0, 0.0]);
+        let (slow, fast, still) = (run(1e-3, [1.0; 4]), run(8e-3, [1.0; 4]), parameters());
+        let expected = [&slow[0], &fast[1], &fast[2], &still[3]].map(|tensor| tensor.bytes().unwrap());
+        assert_eq!(bytes(&mixed), expected);
     }
 
     #[test]

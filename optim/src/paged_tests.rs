@@ -104,6 +104,7 @@ impl Trainer {
                 id: ParamId(id),
                 value,
                 decay: id % 2 == 0,
+                rate: [1.0, 16.0][usize::from(id % 4 == 1)],
                 previous: (id % 3 != 0).then_some(previous),
             })
             .collect();

@@ -162,7 +162,7 @@ fn update(
     // Of the parameters, which are in order, only those between the first and the last of the pages.
     let from = views.first_key_value().map_or(0, |(first, _)| params.partition_point(|update| update.id < *first));
     let to = views.last_key_value().map_or(0, |(last, _)| params.partition_point(|update| update.id <= *last));
-    for Update { id, value, decay, previous } in &mut params[from..to] {
+    for Update { id, value, decay, rate, previous } in &mut params[from..to] {
         let Some(views) = views.remove(id) else { continue };
         let part = views.iter_mut().map(|(start, grad, moments)| adamw::Part {
             start: *start,
@@ -170,7 +170,7 @@ fn update(
             moments: moments.borrow(),
         });
         let parts = part.collect();
-        jobs.push(Job { param: value, decay: *decay, previous: previous.as_deref_mut(), parts });
+        jobs.push(Job { param: value, decay: *decay, rate: *rate, previous: previous.as_deref_mut(), parts });
     }
     let stream = lane.and_then(|lane| state.pager().lane(lane));
     adamw::step_on(&mut jobs, config, step, clip, stream)

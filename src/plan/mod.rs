@@ -13,13 +13,12 @@ use crate::{
     default_task,
     model::Outline,
     report::bytes,
-    settings::{MemoryBudget, Method, Settings, TrainArgs},
+    settings::{MemoryBudget, Settings, TrainArgs},
     train::source,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 pub use job::Job;
 pub use memory::peak;
-use nibble_models::files::peft;
 use nibble_runtime::{Tag, memory::Usage};
 pub use room::Room;
 use room::{Choice, recomputing, remedy};
@@ -30,16 +29,7 @@ const SMALLER: &str = "a smaller model";
 
 /// The job of these settings on the device of `room`.
 fn job(settings: &Settings, room: &Room) -> Result<Job> {
-    let outline = Outline::read(&source(settings))?;
-    let mut settings = settings.clone();
-    if let Some(dir) = settings.adapter_init.as_ref().filter(|_| settings.method != Method::Full) {
-        let adapter = peft::read_adapter(dir)?;
-        let ranks = adapter.tensors.values().filter_map(|(a, _)| a.shape().first().copied());
-        settings.rank = ranks.max().context("the adapter has no layers")?;
-        let of_adapter = |name: &String| adapter.tensors.keys().any(|module| module.ends_with(name.as_str()));
-        settings.targets = nibble_models::llama::TARGETS.map(String::from).into_iter().filter(of_adapter).collect();
-    }
-    Ok(Job::new(&outline, &settings, room.chip))
+    Job::new(&Outline::read(&source(settings))?, settings, room.chip)
 }
 
 /// The memory of `--memory-budget`, where it was given; to be found before anything is loaded.
@@ -78,7 +68,7 @@ pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Resu
             remedy(&job, &room)?.unwrap_or_else(|| SMALLER.into())
         );
     };
-    eprintln!(
+    crate::note!(
         "plan     {}: {} of {} at the peak ({})",
         options(&chosen, &job),
         bytes(usage.total_peak),
@@ -95,7 +85,7 @@ pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Resu
 /// The model cannot be read, or a setting makes no sense.
 pub fn table(args: &PlanArgs) -> Result<String> {
     // No data is read.
-    let train = TrainArgs { data: Some("any".into()), ..args.train.clone() };
+    let train = TrainArgs { data: Some(std::path::PathBuf::from("any").into()), ..args.train.clone() };
     let mut settings = Settings::resolve(&train, default_task::RECIPE)?;
     let given = args.memory.or(match settings.memory_budget.take() {
         Some(MemoryBudget::Bytes(bytes)) => Some(bytes),

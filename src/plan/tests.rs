@@ -13,7 +13,7 @@ fn job(options: &str, chip: Option<Chip>) -> Job {
     let settings = Settings::resolve(&Cli::try_parse_from(args).unwrap().train, "").unwrap();
     let model = settings.model.as_ref().unwrap().to_str().unwrap();
     let config = LlamaConfig::shape(model.strip_prefix("random:").unwrap()).unwrap();
-    Job::new(&Outline { config, stored: DType::BF16, quantized: None }, &settings, chip)
+    Job::new(&Outline { config, stored: DType::BF16, quantized: None }, &settings, chip).unwrap()
 }
 
 /// With which kernels a step was measured.

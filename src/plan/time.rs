@@ -124,29 +124,39 @@ impl Rates {
         let (layers, again) = (c.num_layers as f64, job.recomputed() as f64);
         let (d, f, vocab) = (c.hidden_size as f64, c.intermediate_size as f64, c.vocab_size as f64);
         let (q, kv) = ((c.num_heads * c.head_dim) as f64, (c.num_kv_heads * c.head_dim) as f64);
-        let full = job.is_full();
+        let trains = job.trains();
         let shapes = c.linear_shapes().map(|[n, k]| (n as f64, k as f64));
         let weights: f64 = shapes.iter().map(|(n, k)| n * k).sum();
         // A layer that runs again leaves its last product out.
         let passes = 2.0 * layers + again * (1.0 - shapes[6].0 * shapes[6].1 / weights);
 
         // Products with the layers' weights, adapters' branches within; dequantized or cast before each.
-        let ranks = job.ranks().map(|rank| rank as f64);
-        let branches: f64 = shapes.iter().zip(ranks).map(|((n, k), r)| r * (n + k)).sum();
+        // Of adapters, what a layer has on average.
+        let on_linears = |f: &dyn Fn(f64, f64, f64) -> f64| -> f64 {
+            let of_layer = |ranks: &[usize; 7]| -> f64 {
+                shapes
+                    .iter()
+                    .zip(ranks)
+                    .filter(|(_, rank)| **rank > 0)
+                    .map(|((n, k), rank)| f(*n, *k, *rank as f64))
+                    .sum()
+            };
+            trains.ranks.iter().map(of_layer).sum::<f64>() / layers
+        };
+        let branches = on_linears(&|n, k, r| r * (n + k));
         let mut seconds = passes * 2.0 * t * (weights + branches / 2.0) / self.products;
-        let converted = match (job.quantized, full) {
+        let converted = match (job.quantized, trains.all) {
             (Some(_), _) => 2.516,
             (None, true) => 6.0,
             (None, false) => 0.0,
         };
         seconds += passes * weights * converted / self.bytes;
-        if full {
+        if trains.all {
             seconds += layers * 2.0 * t * weights / self.weight_grads;
         }
 
         // The adapters' own: t and u, dB and dA. Each reads an input or a gradient.
-        let of_inputs: f64 = shapes.iter().zip(ranks).map(|((_, k), r)| if r > 0.0 { *k } else { 0.0 }).sum();
-        let of_grads: f64 = shapes.iter().zip(ranks).map(|((n, _), r)| if r > 0.0 { *n } else { 0.0 }).sum();
+        let (of_inputs, of_grads) = (on_linears(&|_, k, _| k), on_linears(&|n, _, _| n));
         let reads = (layers + again) * of_inputs + layers * (2.0 * of_grads + of_inputs);
         let work = (layers + again) * branches / 2.0 + layers * 1.5 * branches;
         seconds += t * w * reads / self.bytes + 2.0 * t * work / self.adapters;
@@ -156,7 +166,12 @@ impl Rates {
         let [forward, backward] = self.attention.map(|part| part.rate(s.seq_len));
         seconds += pair * ((layers + again) * 2.0 / forward + layers * 5.0 / backward);
 
-        if s.dropout > 0.0 {
+        if trains.dora {
+            // Norms of all weights in f32; each output once more; lengths applied on the way out and back.
+            seconds += layers * on_linears(&|n, k, _| n * k) * (2.0 * t / self.products + 24.0 / self.bytes);
+            seconds += t * w * (2.0 * (layers + again) + 5.0 * layers) * of_grads / self.bytes;
+        }
+        if trains.dropout {
             let [down, weight, input] = self.dropout;
             seconds += t * of_inputs * ((layers + again) * down + layers * (weight + input));
         }
@@ -169,7 +184,7 @@ impl Rates {
 
         // The head, its loss and the embedding.
         let head = 2.0 * t * vocab * d;
-        seconds += match full {
+        seconds += match trains.head {
             false => 2.0 * head / self.head,
             true => 2.0 * head / self.mixed + head / self.weight_grads,
         };

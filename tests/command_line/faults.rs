@@ -250,7 +250,9 @@ fn adapters_that_do_not_fit() {
     edit_json(&config, |c| c["peft_type"] = json!("IA3"));
     refused(&["adapter_config.json", "IA3"]);
     edit_json(&config, |c| c["use_dora"] = json!(true));
-    refused(&["adapter_config.json", "use_dora"]);
+    refused(&["adapter_model.safetensors", "use_dora"]);
+    edit_json(&config, |c| c["lora_bias"] = json!(true));
+    refused(&["adapter_config.json", "lora_bias"]);
     fs::write(&weights, &good_weights[..good_weights.len() / 2]).unwrap();
     refused(&["adapter_model.safetensors"]);
     let mut infinite = good_weights.clone();
@@ -281,7 +283,7 @@ fn data_that_cannot_be_trained_on() {
         (text, "{\"text\":\"hello\"}\n{\"txt\":\"hello\"}", &["d.jsonl:2:", "text"]),
         (text, "{\"question\":\"a\"}", &["d.jsonl:1:", "question", "prompt"]),
         (text, "{\"text\":\"a\"}\nnot json", &["d.jsonl:2:", "JSON"]),
-        (text, "[1,2]", &["d.jsonl:1:", "a list"]),
+        (text, "[1,2]", &["d.jsonl:1:", "a number"]),
         (text, "{\"text\":\"\"}", &["d.jsonl:1:", "empty"]),
         (text, "{\"prompt\":\"a\",\"completion\":\"\"}", &["d.jsonl:1:", "completion"]),
         (text, "{\"prompt\":\"a\",\"completion\":5}", &["d.jsonl:1:", "a number"]),
@@ -305,7 +307,8 @@ fn data_that_cannot_be_trained_on() {
     place.refuses_training(&["--model", text, "--data", "d.txt"], &["d.txt", "UTF-8 at byte 1"]);
     place.write("d.txt", "");
     place.refuses_training(&["--model", text, "--data", "d.txt"], &["d.txt", "no examples"]);
-    place.refuses_training(&["--data", "."], &["directory"]);
+    fs::create_dir(place.path("empty")).unwrap();
+    place.refuses_training(&["--data", "empty"], &["empty", "no data files", ".jsonl"]);
     place.refuses(&["inspect", "d.txt"], &["d.txt"]);
     place.write("d.jsonl", "{\"text\":\"a\"}\n{\"text\":1}");
     place.refuses(&["inspect", "d.jsonl"], &["d.jsonl:2:", "a number"]);

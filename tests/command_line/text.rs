@@ -117,3 +117,40 @@ fn adapters_are_switched_in_place() {
     refuses(&["--adapter", "=one/adapter"], &["NAME=DIR"]);
     refuses(&["--adapter", "none=one/adapter"], &["none"]);
 }
+
+/// A batch of prompts is answered as each alone, with its own adapter, in the order of the file.
+#[test]
+fn prompts_of_one_batch_have_their_own_adapters() {
+    let place = Place::new();
+    place.model_with_text();
+    for (run, seed) in [("one", "1"), ("two", "2")] {
+        place.train(run, &["--lr", "0.05", "--seed", seed, "--steps", "4"]);
+    }
+    let adapters = ["--model", "texts", "--adapter", "one=one/adapter", "--adapter", "two=two/adapter"];
+    let rows = [("abc", Some("two")), ("a longer one", None), ("abc", Some("none")), ("abc", Some("one"))];
+    let line = |(prompt, adapter): &(&str, Option<&str>)| match adapter {
+        Some(adapter) => format!("{{\"prompt\": \"{prompt}\", \"adapter\": \"{adapter}\"}}\n\n"),
+        None => format!("{{\"prompt\": \"{prompt}\"}}\n"),
+    };
+    place.write("prompts.jsonl", rows.iter().map(line).collect::<String>());
+    let batch = [&["generate", "--prompts", "prompts.jsonl", "--max-tokens", "12"], &adapters[..]].concat();
+    let lines: Vec<serde_json::Value> =
+        place.ok(&batch).stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), rows.len());
+    for ((prompt, adapter), line) in rows.iter().zip(&lines) {
+        let adapter = adapter.unwrap_or("one");
+        let dir = format!("{adapter}={adapter}/adapter");
+        let alone = ["generate", "--model", "texts", "--max-tokens", "12", "--prompt", prompt, "--adapter"];
+        let dir = if adapter == "none" { "none" } else { &dir };
+        let expected = place.ok(&[&alone[..], &[dir]].concat()).stdout;
+        let text = line["text"].as_str().unwrap();
+        assert_eq!(format!("{prompt}{text}\n"), expected, "{adapter}");
+        assert_eq!((line["prompt"].as_str(), line["adapter"].as_str()), (Some(*prompt), Some(adapter)));
+    }
+    assert!(lines[0]["text"] != lines[3]["text"]);
+    place.write("bad.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"a\", \"adapter\": \"three\"}\n");
+    let bad = [&["generate", "--prompts", "bad.jsonl"], &adapters[..]].concat();
+    place.refuses(&bad, &["bad.jsonl", "line 2", "three"]);
+    place.write("bad.jsonl", "{\"text\": \"a\"}\n");
+    place.refuses(&bad, &["bad.jsonl", "line 1", "text"]);
+}

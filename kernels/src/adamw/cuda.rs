@@ -33,7 +33,7 @@ pub(super) fn step_on(
     let gpu = Gpu::of(device)?;
     let mut list = TensorList::new(PIECE);
     for job in &mut *jobs {
-        let Job { param, decay, previous, parts } = job;
+        let Job { param, decay, previous, parts, .. } = job;
         let param = param.device_pointer_on(stream)?;
         let previous = previous.as_ref().map_or(Ok(0), |previous| previous.device_pointer_on(stream))?;
         for Part { start, grad, moments } in parts {

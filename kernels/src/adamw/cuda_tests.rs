@@ -36,7 +36,8 @@ fn run(device: Device, sizes: &[usize], eight: bool, dtype: DType, scales: &[f32
             .map(|(i, (((param, grad), ([m, v], [m8, v8])), previous))| {
                 let moments = if eight { MomentsMut::Bits8 { m: m8, v: v8 } } else { MomentsMut::F32 { m, v } };
                 let previous = (i % 3 != 0).then_some(previous);
-                Job { previous, ..Job::whole(param, grad, moments, i % 2 == 0) }
+                let rate = [1.0, 16.0, 0.5][i % 3];
+                Job { previous, rate, ..Job::whole(param, grad, moments, i % 2 == 0) }
             })
             .collect();
         step_all(&mut jobs, &AdamWConfig { lr: 1e-2, ..AdamWConfig::default() }, step as u32, &mut clip).unwrap();

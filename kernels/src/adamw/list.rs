@@ -31,6 +31,8 @@ pub struct Job<'a> {
     pub param: &'a mut Tensor,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// What the step's learning rate is multiplied by for this parameter.
+    pub rate: f64,
     /// Gets the values from before the update, f32.
     pub previous: Option<&'a mut Tensor>,
     /// What to update; no two parts share elements.
@@ -40,12 +42,15 @@ pub struct Job<'a> {
 impl<'a> Job<'a> {
     /// The update of a whole parameter.
     pub fn whole(param: &'a mut Tensor, grad: &Tensor, moments: MomentsMut<'a>, decay: bool) -> Self {
-        Job { param, decay, previous: None, parts: vec![Part { start: 0, grad: grad.clone(), moments }] }
+        Job { param, decay, rate: 1.0, previous: None, parts: vec![Part { start: 0, grad: grad.clone(), moments }] }
     }
 
     fn check(&self) -> Result<()> {
         let (op, param) = ("adamw", &*self.param);
         check_param(param)?;
+        if !(self.rate >= 0.0 && self.rate.is_finite()) {
+            return Err(Error::invalid(op, format!("a learning rate times {}; expected at least 0", self.rate)));
+        }
         for Part { start, grad, moments } in &self.parts {
             let count = grad.numel();
             if !grad.dtype().is_float() {
@@ -73,8 +78,8 @@ impl<'a> Job<'a> {
 }
 
 /// Update number `step` (from 1 on) of all parameters, by gradients times the factor of `clip`. Where its norm is not
-/// finite nothing is changed. `clip` notes whether every parameter is finite afterwards. On a GPU all of it is one launch
-/// that nobody waits for; the results are those of [`super::step32`] and [`super::step8`] to the bit, however parameters
+/// finite nothing is changed. `clip` notes whether every parameter is finite afterwards. On a GPU all parameters of one
+/// learning rate are one launch, and nobody waits for it; the results are those of [`super::step32`] and [`super::step8`] to the bit, however parameters
 /// are cut into parts.
 ///
 /// # Errors
@@ -101,7 +106,15 @@ pub fn step_on(
     match jobs.first().map(|job| job.param.device()) {
         None => Ok(Vec::new()),
         Some(Device::Cpu) => on_cpu(jobs, config, step, clip).map(|()| Vec::new()),
-        Some(device) => cuda::step_on(jobs, &Coefficients::new(config, step, 1.0), clip, device, stream),
+        Some(device) => {
+            jobs.sort_by(|a, b| a.rate.total_cmp(&b.rate));
+            let mut kept = Vec::new();
+            for jobs in jobs.chunk_by_mut(|a, b| a.rate == b.rate) {
+                let config = AdamWConfig { lr: config.lr * jobs[0].rate, ..*config };
+                kept.extend(cuda::step_on(jobs, &Coefficients::new(&config, step, 1.0), clip, device, stream)?);
+            }
+            Ok(kept)
+        }
     }
 }
 
@@ -112,7 +125,8 @@ fn on_cpu(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Clip) ->
     }
     let update = |job: &mut Job| -> Result<bool> {
         let weight_decay = if job.decay { config.weight_decay } else { 0.0 };
-        let coefficients = Coefficients::new(&AdamWConfig { weight_decay, ..*config }, step, factor);
+        let config = AdamWConfig { lr: config.lr * job.rate, weight_decay, ..*config };
+        let coefficients = Coefficients::new(&config, step, factor);
         let mut finite = true;
         for Part { start, grad, moments } in &mut job.parts {
             let range = *start..*start + grad.numel();

@@ -88,6 +88,7 @@ pub(super) fn workspace(rows: usize, width: usize) -> usize {
 /// Gradient of the weight, f32 `[D]`: sums over groups of rows, then over the groups, both in a fixed order.
 pub(super) fn weight_grad(x: &Tensor, rstd: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let op = "rms_norm weight gradient";
+    check_dtype(op, x.dtype(), &[grad])?;
     let (gpu, device) = (Gpu::of(x.device())?, x.device());
     let (rows, width) = x.dims2(op)?;
     let group_rows = group_rows(rows);

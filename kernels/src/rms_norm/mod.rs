@@ -65,7 +65,7 @@ pub fn backward_add(
     dx: &mut Tensor,
     want_weight: bool,
 ) -> Result<Option<Tensor>> {
-    let (rows, width) = check(x, weight)?;
+    let (rows, _) = check(x, weight)?;
     check_rstd("rms_norm backward", rstd, rows)?;
     if grad.shape() != x.shape() || dx.shape() != x.shape() {
         let what = format!("gradient {:?}, input gradient {:?}, input {:?}", grad.shape(), dx.shape(), x.shape());
@@ -82,17 +82,30 @@ pub fn backward_add(
                 cpu::backward_add(&xs, &weight.to_f32()?, rstd, &grads, wide.as_mut_slice()?);
                 *dx = wide.cast(dtype, Tag::Workspace)?;
             }
-            if !want_weight {
-                return Ok(None);
-            }
+        }
+        Device::Cuda(_) => cuda::backward_add(x, weight, rstd, grad, dx)?,
+    }
+    want_weight.then(|| weight_grad(x, rstd, grad)).transpose()
+}
+
+/// The gradient of the weight, f32 `[D]`: `Σ_rows dy · x · rstd`.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn weight_grad(x: &Tensor, rstd: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let op = "rms_norm weight gradient";
+    let (rows, width) = x.dims2(op)?;
+    check_rstd(op, rstd, rows)?;
+    if grad.shape() != x.shape() {
+        return Err(Error::shape(op, format!("gradient {:?}, input {:?}", grad.shape(), x.shape())));
+    }
+    match x.device() {
+        Device::Cpu => {
             let mut dw = Tensor::zeros(&[width], DType::F32, Device::Cpu, Tag::Gradients)?;
-            cpu::weight_grad(&xs, rstd, &grads, dw.as_mut_slice()?);
-            Ok(Some(dw))
+            cpu::weight_grad(&x.to_f32()?, rstd.as_slice()?, &grad.to_f32()?, dw.as_mut_slice()?);
+            Ok(dw)
         }
-        Device::Cuda(_) => {
-            cuda::backward_add(x, weight, rstd, grad, dx)?;
-            want_weight.then(|| cuda::weight_grad(x, rstd, grad)).transpose()
-        }
+        Device::Cuda(_) => cuda::weight_grad(x, rstd, grad),
     }
 }
 

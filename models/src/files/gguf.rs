@@ -4,6 +4,7 @@
 //! the file before it is used, and none decides an allocation. Source: `docs/gguf.md` of ggml.
 
 mod encode;
+mod encode_k;
 mod llama;
 mod metadata;
 pub mod quants;

@@ -3,7 +3,7 @@
 use super::{
     checkpoint::{Checkpoint, CheckpointKind},
     gguf::GgufFile,
-    peft::{self, TargetModules, read_adapter},
+    peft::{self, Factors, TargetModules, read_adapter},
     safetensors::SafetensorsFile,
 };
 use crate::{Error, LlamaConfig, Result};
@@ -176,8 +176,14 @@ fn describe_adapter(path: &Path, lines: &mut Lines) -> Result<()> {
         Some(TargetModules::Pattern(pattern)) => lines.add("targets", one_line(pattern)),
         None => {}
     }
-    lines.add("modules", adapter.tensors.len());
-    let parameters: usize = adapter.tensors.values().map(|(a, b)| a.numel() + b.numel()).sum();
+    if config.use_dora {
+        lines.add("kind of adapter", "DoRA");
+    }
+    lines.add("modules", adapter.factors.len());
+    let modules = adapter.factors.values();
+    let tensors = modules.flat_map(|Factors { a, b, magnitude }| [Some(a), Some(b), magnitude.as_ref()]);
+    let tensors = tensors.chain([adapter.embedding.as_ref(), adapter.head.as_ref()]).flatten();
+    let parameters: usize = tensors.map(|tensor| tensor.numel()).sum();
     lines.add("parameters", parameters);
     let mut tally = Tally::default();
     tally.add_file(&SafetensorsFile::open(&path.join(peft::TENSORS_FILE))?)?;

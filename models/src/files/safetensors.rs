@@ -2,7 +2,10 @@
 //!
 //! Format: a u64 length, a JSON header of that length, then the tensors' bytes without gaps.
 
-use super::{atomic::atomic_write, mapped::MappedFile};
+use super::{
+    atomic::{atomic_write, write_json},
+    mapped::MappedFile,
+};
 use crate::{Error, Result};
 use nibble_runtime::{DType, Device, Tag, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
@@ -218,6 +221,48 @@ pub fn stream_safetensors(
         write_tensors(file, &layout, order.iter().map(|&i| made(i)))
     });
     failure.map_or(written, Err)
+}
+
+/// As [`stream_safetensors`], into the files of a model's `folder`: `model.safetensors`, or, where the tensors have more
+/// than `most` bytes together, `model-00001-of-0000N.safetensors` and so on, each with no more (unless one tensor has),
+/// and then `model.safetensors.index.json`, which says where each is.
+///
+/// # Errors
+/// As [`stream_safetensors`].
+pub fn stream_shards(
+    folder: &Path,
+    outlines: &[(String, DType, Vec<usize>)],
+    metadata: &[(&str, &str)],
+    most: usize,
+    mut tensor: impl FnMut(usize) -> Result<Tensor>,
+) -> Result<()> {
+    let size = |(_, dtype, shape): &(String, DType, Vec<usize>)| dtype.size() * shape.iter().product::<usize>();
+    let (mut shards, mut filled): (Vec<Range<usize>>, usize) = (Vec::new(), 0);
+    for (i, outline) in outlines.iter().enumerate() {
+        let bytes = size(outline);
+        if shards.is_empty() || (filled > 0 && filled.saturating_add(bytes) > most) {
+            shards.push(i..i);
+            filled = 0;
+        }
+        filled += bytes;
+        shards.last_mut().into_iter().for_each(|shard| shard.end = i + 1);
+    }
+    let mut weight_map = serde_json::Map::new();
+    for (number, shard) in shards.iter().enumerate() {
+        let name = match shards.len() {
+            1 => "model.safetensors".to_string(),
+            count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+        };
+        stream_safetensors(&folder.join(&name), &outlines[shard.clone()], metadata, |i| tensor(shard.start + i))?;
+        weight_map.extend(outlines[shard.clone()].iter().map(|(tensor, ..)| (tensor.clone(), name.clone().into())));
+    }
+    if shards.len() == 1 {
+        return Ok(());
+    }
+    let total: usize = outlines.iter().map(size).sum();
+    let mut index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    index.sort_all_objects();
+    write_json(&folder.join("model.safetensors.index.json"), &index)
 }
 
 /// Writes a safetensors file's bytes to `out`: tensors of the names, types and shapes of `layout`, in that order, each

@@ -1,6 +1,6 @@
 //! The layer composed of primitive tape operations: what the hand-written backward pass is tested against.
 
-use super::{Layer, Linear, NormNode, Pass};
+use super::{Layer, Linear, Magnitude, NormNode, Pass};
 use nibble_kernels::{
     attention, dropout,
     dropout::Mask,
@@ -35,6 +35,33 @@ impl Function for Frozen<'_> {
     }
     fn backward(&self, _: &[Tensor], (): (), grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
         Ok(vec![Some(input_grad(&grad, self.0, 1.0)?)])
+    }
+}
+
+/// `x·diag(m·inverse norms)`, the norms being constants. Inputs: `x` and `m`.
+struct Lengths(Vec<f32>);
+
+impl Lengths {
+    fn each(&self, x: &Tensor, by: impl Fn(usize, f32) -> f32) -> Result<Tensor> {
+        let values: Vec<f32> = x.to_f32()?.iter().enumerate().map(|(i, &x)| by(i, x)).collect();
+        Tensor::from_slice(&values, x.shape(), Tag::Workspace)
+    }
+}
+
+impl Function for Lengths {
+    type Saved = ();
+    fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, ())> {
+        let (m, n) = (inputs[1].to_f32()?.into_owned(), self.0.len());
+        Ok((self.each(&inputs[0], |i, x| x * m[i % n] * self.0[i % n])?, ()))
+    }
+    fn backward(&self, inputs: &[Tensor], (): (), grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let (m, n) = (inputs[1].to_f32()?.into_owned(), self.0.len());
+        let dx = self.each(&grad, |i, g| g * m[i % n] * self.0[i % n])?;
+        let mut dm = vec![0.0; n];
+        for (i, (g, x)) in grad.to_f32()?.iter().zip(inputs[0].to_f32()?.iter()).enumerate() {
+            dm[i % n] += g * x * self.0[i % n];
+        }
+        Ok(vec![Some(dx), Some(Tensor::from_slice(&dm, &[n], Tag::Workspace)?)])
     }
 }
 
@@ -131,7 +158,16 @@ fn linear<'a>(tape: &mut Tape<'a>, linear: &'a Linear, x: &Var, pass: &'a Pass) 
     let [a, b] = [&lora.a, &lora.b].map(|param| tape.parameter(param.id.unwrap(), &param.value));
     let t = tape.apply(Product, &[&dropped, &a], keep)?;
     let delta = tape.apply(Product, &[&t, &b], keep)?;
-    tape.apply(AddScaled(lora.scale), &[&y, &delta], keep)
+    let z = tape.apply(AddScaled(lora.scale), &[&y, &delta], keep)?;
+    let Some(Magnitude { param, .. }) = &lora.magnitude else { return Ok(z) };
+    let (weight, a, b) = (linear.dense()?, lora.a.value.to_f32()?, lora.b.value.to_f32()?);
+    let (w, k, r) = (weight.to_f32()?, weight.shape()[1], a.len() / weight.shape()[1]);
+    let inverse = |n: usize| {
+        let v = |k0: usize| w[n * k + k0] + lora.scale * (0..r).map(|r0| b[n * r + r0] * a[r0 * k + k0]).sum::<f32>();
+        (0..k).map(|k0| v(k0) * v(k0)).sum::<f32>().sqrt().recip()
+    };
+    let m = tape.parameter(param.id.unwrap(), &param.value);
+    tape.apply(Lengths((0..weight.shape()[0]).map(inverse).collect()), &[&z, &m], keep)
 }
 
 /// The output of `layer` for `x`, through primitive nodes.

@@ -13,7 +13,8 @@ use super::{
     linear::{Linear, Param, ParamGrads},
 };
 use nibble_kernels::{
-    attention, rms_norm,
+    attention::{self, Segment},
+    rms_norm,
     rotary::{self, Direction},
     swiglu,
 };
@@ -115,9 +116,10 @@ impl Layer {
         let (o, lse) = match cache {
             None => attention::forward(&q, &k, &v, pass.heads, &pass.layout)?,
             Some(cache) => {
-                let past = pass.layout.segments().first().map_or(0, |segment| segment.keys - segment.queries);
-                append(&mut cache.keys, &k, past)?;
-                append(&mut cache.values, &v, past)?;
+                for segment in pass.layout.segments() {
+                    append(&mut cache.keys, &k, segment)?;
+                    append(&mut cache.values, &v, segment)?;
+                }
                 attention::forward(&q, &cache.keys, &cache.values, pass.heads, &pass.layout)?
             }
         };
@@ -203,15 +205,15 @@ fn norm_backward(
     Ok(())
 }
 
-/// Writes `rows` into `cache` from row `past` on.
-fn append(cache: &mut Tensor, rows: &Tensor, past: usize) -> Result<()> {
+/// Writes a segment's new rows behind those that `cache` holds of it.
+fn append(cache: &mut Tensor, rows: &Tensor, segment: &Segment) -> Result<()> {
     let (capacity, width) = cache.dims2("cache")?;
-    let count = rows.dims2("cache")?.0;
-    if past + count > capacity {
-        let what = format!("{count} tokens after {past} do not fit a cache of {capacity}");
+    let Segment { query, queries, key, keys } = *segment;
+    if key + keys > capacity {
+        let what = format!("{queries} tokens up to row {} do not fit a cache of {capacity}", key + keys);
         return Err(Error::invalid("cache", what));
     }
-    cache.copy_from(past * width, rows)
+    cache.copy_from((key + keys - queries) * width, &rows.rows(query, queries)?)
 }
 
 /// The layer as a tape node. Inputs: `x`, then the trainable parameters in [`Layer::visit`]'s order.

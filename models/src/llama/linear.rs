@@ -3,20 +3,27 @@
 //! With dropout `m` on the adapter's input and `t = s·m(x)·Aᵀ`, `y = x·Wᵀ + t·Bᵀ` (Hu et al., "LoRA", arXiv 2106.09685).
 //! Backward, from the gradient `g` of `y`, with `u = s·g·B`:
 //! `dB = gᵀ·t`, `dA = uᵀ·m(x)`, `dx = g·W + m(u·A)`, and `dW = gᵀ·x` where the weight trains.
+//!
+//! With DoRA the output is scaled column by column, `y·diag(gains)` ([`nibble_kernels::dora`]), and the gradient on its
+//! way back too; the magnitude's gradient needs the output from before that, which is made again. Dropout is on the
+//! adapter's input alone: peft drops that of the share of `x·Wᵀ` which the gains add, too, for one more product.
 
 use super::Pass;
 use nibble_kernels::{
     cast::into_dtype,
-    linear::{Weight, forward_lora, input_grad_lora, input_grad_lora_add, lora, weight_grad},
+    dora, elementwise,
+    linear::{Weight, forward_lora, input_grad_add, input_grad_lora, input_grad_lora_add, lora, weight_grad},
+    mixed,
+    quantize::dequantize,
 };
 use nibble_runtime::{DType, ParamId, Result, Tag, Tensor};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::OnceLock};
 
 /// Gradients of a layer's parameters.
 pub(crate) type ParamGrads = BTreeMap<ParamId, Tensor>;
 
 /// A tensor (or a table) that trains if it has an id.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Param<T = Tensor> {
     /// Name in files, without the adapter's prefix.
     pub name: String,
@@ -37,6 +44,32 @@ pub struct Lora {
     pub scale: f32,
     /// Probability of dropping an input element.
     pub dropout: f32,
+    /// Lengths of the rows of `W + s·B·A`, with DoRA.
+    pub magnitude: Option<Magnitude>,
+    /// A and B from before training, where `s·B·A` of them was taken out of the base weight.
+    pub taken: Option<(Tensor, Tensor)>,
+}
+
+/// DoRA's magnitude, and what follows from it and the weights until they change.
+#[derive(Debug)]
+pub struct Magnitude {
+    /// `[N]`.
+    pub param: Param,
+    /// [`dora::inverse_norms`] and [`dora::gains`].
+    made: OnceLock<(Tensor, Tensor)>,
+}
+
+impl Magnitude {
+    /// With nothing made of it yet.
+    pub fn new(param: Param) -> Self {
+        Magnitude { param, made: OnceLock::new() }
+    }
+}
+
+impl Lora {
+    fn params(&self) -> impl Iterator<Item = &Param> {
+        [&self.a, &self.b].into_iter().chain(self.magnitude.as_ref().map(|magnitude| &magnitude.param))
+    }
 }
 
 /// A linear layer without bias.
@@ -60,12 +93,12 @@ fn cast(param: &Param, dtype: DType) -> Result<Tensor> {
 }
 
 impl Linear {
-    /// Names of the two adapter parameters and of the weight, with those that train.
+    /// The weight and the adapter's parameters, as far as they train.
     pub fn visit<'a>(&'a self, f: &mut impl FnMut(ParamId, String, &'a Tensor)) {
         if let (Some(id), Weight::Dense(value)) = (self.id, &self.weight) {
             f(id, format!("{}.weight", self.name), value);
         }
-        for param in self.lora.iter().flat_map(|lora| [&lora.a, &lora.b]) {
+        for param in self.lora.iter().flat_map(Lora::params) {
             if let Some(id) = param.id {
                 f(id, param.name.clone(), &param.value);
             }
@@ -77,7 +110,13 @@ impl Linear {
         if let (Some(id), Weight::Dense(value)) = (self.id, &mut self.weight) {
             f(id, value);
         }
-        for param in self.lora.iter_mut().flat_map(|lora| [&mut lora.a, &mut lora.b]) {
+        let Some(Lora { a, b, magnitude, .. }) = &mut self.lora else { return };
+        let magnitude = magnitude.as_mut().map(|magnitude| {
+            // Whoever may write does.
+            magnitude.made = OnceLock::new();
+            &mut magnitude.param
+        });
+        for param in [a, b].into_iter().chain(magnitude) {
             if let Some(id) = param.id {
                 f(id, &mut param.value);
             }
@@ -92,10 +131,58 @@ impl Linear {
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let dtype = x.dtype();
+        if let Some((mixture, owners)) = &pass.mixture {
+            let weight = self.weight(dtype)?;
+            let y = match mixture.side(self.index) {
+                Some(adapters) => mixed::forward(x, &weight, adapters, owners, residual, Tag::Activations)?,
+                None => forward_lora(x, &weight, None, residual, dtype, Tag::Activations)?,
+            };
+            return Ok((y, None));
+        }
         let t = self.low_rank(x, pass)?;
         let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
-        let y = forward_lora(x, &self.weight(dtype)?, t.as_ref().zip(b.as_ref()), residual, dtype, Tag::Activations)?;
+        let low_rank = t.as_ref().zip(b.as_ref());
+        let y = match self.gains()? {
+            None => forward_lora(x, &self.weight(dtype)?, low_rank, residual, dtype, Tag::Activations)?,
+            Some((_, gains)) => {
+                let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
+                let mut y = dora::scale(&z, gains, Tag::Activations)?;
+                residual.map_or(Ok(()), |residual| elementwise::add_assign(&mut y, residual))?;
+                y
+            }
+        };
         Ok((y, t))
+    }
+
+    /// `W` in f32, in storage of its own.
+    pub(crate) fn dense(&self) -> Result<Tensor> {
+        let dense = match &self.weight {
+            Weight::Dense(tensor) => tensor.clone(),
+            Weight::Quantized(quantized) => dequantize(quantized, Tag::Workspace)?,
+        };
+        let dense = into_dtype(dense, DType::F32, Tag::Workspace)?;
+        if dense.is_unique() { Ok(dense) } else { dense.copy(Tag::Workspace) }
+    }
+
+    /// `1/‖V‖` and the gains of the outputs, with DoRA: made when they are first asked for, and anew after the parameters
+    /// have been given out to write.
+    pub(crate) fn gains(&self) -> Result<Option<&(Tensor, Tensor)>> {
+        self.lora.as_ref().map_or(Ok(None), |lora| self.gains_of(lora))
+    }
+
+    /// The same, of an adapter that is for this layer.
+    pub(crate) fn gains_of<'a>(&self, lora: &'a Lora) -> Result<Option<&'a (Tensor, Tensor)>> {
+        let Lora { a, b, scale, magnitude: Some(Magnitude { param, made }), .. } = lora else {
+            return Ok(None);
+        };
+        if let Some(made) = made.get() {
+            return Ok(Some(made));
+        }
+        let mut v = self.dense()?;
+        input_grad_add(&b.value, &Weight::Dense(a.value.clone()), *scale, &mut v)?;
+        let inverse_norms = dora::inverse_norms(&v)?;
+        let gains = dora::gains(&param.value, &inverse_norms)?;
+        Ok(Some(made.get_or_init(|| (inverse_norms, gains))))
     }
 
     /// The adapter's `t` `[T, r]`, where there is one.
@@ -120,6 +207,20 @@ impl Linear {
         if let Some(id) = self.id {
             grads.insert(id, weight_grad(grad, x, 1.0)?);
         }
+        let (full_b, scaled);
+        let grad = match (&self.lora, self.gains()?) {
+            (Some(Lora { b, magnitude: Some(magnitude), .. }), Some((inverse_norms, gains))) => {
+                full_b = cast(b, dtype)?;
+                if let Some(id) = magnitude.param.id {
+                    let low_rank = t.map(|t| (t, &full_b));
+                    let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
+                    grads.insert(id, dora::magnitude_grad(&z, grad, inverse_norms)?);
+                }
+                scaled = dora::scale(grad, gains, Tag::Workspace)?;
+                &scaled
+            }
+            _ => grad,
+        };
         let mut branch = None;
         if let (Some(lora), Some(t)) = (&self.lora, t) {
             let mask = pass.mask(lora.dropout, self.index);

@@ -2,23 +2,29 @@
 
 mod adapter;
 mod adapters;
+mod init;
 mod layer;
 mod linear;
 mod load;
+mod mixture;
 mod pass;
 mod random;
 mod save;
+mod svd;
+mod tables;
 
 #[cfg(test)]
 mod composed;
 #[cfg(test)]
 mod tests;
 
-pub use adapter::{LoraConfig, TARGETS};
+pub use adapter::TARGETS;
 pub use adapters::Adapters;
+pub use init::Init;
 pub use layer::{Layer, LayerCache};
-pub use linear::{Linear, Lora, Param};
+pub use linear::{Linear, Lora, Magnitude, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
+pub use mixture::Mixture;
 pub use pass::{Angles, DropoutKey, Pass};
 pub use random::SHAPES;
 
@@ -205,11 +211,31 @@ impl Llama {
             return Err(Error::Invalid("decoding needs a token and the cache that this model made".into()));
         }
         let pass = Pass::continued(&self.config, past, ids.len(), rope)?.to_device(self.device())?;
+        self.last_logits(ids, &pass, &[ids.len() - 1], cache)
+    }
+
+    /// Logits f32 `[rows, V]` after the rows `last` of `ids`, which `pass` lays out over the cache: each of its segments
+    /// continues what the cache holds of it.
+    pub(crate) fn last_logits(
+        &self,
+        ids: &[i32],
+        pass: &Pass,
+        last: &[usize],
+        cache: &mut [LayerCache],
+    ) -> Result<Tensor> {
         let mut x = table::gather(ids, &self.embedding.value, self.dtype)?;
         for (layer, cache) in self.layers.iter().zip(cache) {
-            x = layer.forward(&x, &pass, Some(cache))?.0;
+            x = layer.forward(&x, pass, Some(cache))?.0;
         }
-        let (hidden, _) = rms_norm::forward(&x.rows(ids.len() - 1, 1)?, &self.norm.value, self.config.rms_norm_eps)?;
+        if last.len() < ids.len() {
+            let width = x.dims2("hidden states")?.1;
+            let mut chosen = Tensor::empty(&[last.len(), width], x.dtype(), x.device(), Tag::Workspace)?;
+            for (i, &row) in last.iter().enumerate() {
+                chosen.copy_from(i * width, &x.rows(row, 1)?)?;
+            }
+            x = chosen;
+        }
+        let (hidden, _) = rms_norm::forward(&x, &self.norm.value, self.config.rms_norm_eps)?;
         self.project(&hidden)
     }
 }

@@ -1,5 +1,6 @@
 //! What all layers share in one forward pass over a packed batch.
 
+use super::Mixture;
 use crate::LlamaConfig;
 use nibble_kernels::{
     attention::{Heads, Layout, Segment},
@@ -7,7 +8,7 @@ use nibble_kernels::{
     rotary::{RopeScaling, RotaryTable},
 };
 use nibble_runtime::{Device, Result, Tag, Tensor};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Layout of a batch, rotary angles and dropout of one pass.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub struct Pass {
     pub heads: Heads,
     /// Dropout of the adapters' inputs; `None` outside of training.
     pub dropout: Option<DropoutKey>,
+    /// Adapters for rows of several, instead of those on the layers, and the owner of each row, i32 `[T]`.
+    pub(crate) mixture: Option<(Arc<Mixture>, Tensor)>,
 }
 
 /// What dropout masks of a pass depend on, besides probability and layer.
@@ -76,6 +79,25 @@ impl Pass {
         Self::new(config, &positions, segments, rope.clone(), None)
     }
 
+    /// A pass over several sequences in one cache: each `(first, past, count)` has its keys from row `first` on, of which
+    /// `past` are there, and `count` tokens more to read.
+    pub(crate) fn batched(config: &LlamaConfig, spans: &[(usize, usize, usize)], rope: &RotaryTable) -> Result<Self> {
+        let positions: Vec<i32> =
+            spans.iter().flat_map(|&(_, past, count)| past as i32..(past + count) as i32).collect();
+        let mut query = 0;
+        let segment = |&(key, past, queries): &(usize, usize, usize)| {
+            query += queries;
+            Segment { query: query - queries, queries, key, keys: past + queries }
+        };
+        Self::new(config, &positions, spans.iter().map(segment).collect(), rope.clone(), None)
+    }
+
+    /// The same pass, with these adapters; `owners` has a row's each.
+    pub(crate) fn mixed(self, mixture: Arc<Mixture>, owners: &[i32]) -> Result<Self> {
+        let owners = Tensor::from_slice(owners, &[owners.len()], Tag::Workspace)?;
+        Ok(Pass { mixture: Some((mixture, owners)), ..self })
+    }
+
     fn new(
         config: &LlamaConfig,
         positions: &[i32],
@@ -86,7 +108,7 @@ impl Pass {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
         let layout = Layout::new(segments, positions.device())?;
-        Ok(Pass { positions, layout, rope, heads, dropout })
+        Ok(Pass { positions, layout, rope, heads, dropout, mixture: None })
     }
 
     /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.
@@ -96,7 +118,11 @@ impl Pass {
     pub fn to_device(self, device: Device) -> Result<Self> {
         let positions = self.positions.into_device(device, Tag::Workspace)?;
         let (rope, layout) = (self.rope.to_device(device)?, self.layout.into_device(device)?);
-        Ok(Pass { positions, rope, layout, ..self })
+        let on = |(mixture, owners): (_, Tensor)| {
+            Ok::<_, nibble_runtime::Error>((mixture, owners.into_device(device, Tag::Workspace)?))
+        };
+        let mixture = self.mixture.map(on).transpose()?;
+        Ok(Pass { positions, rope, layout, mixture, heads: self.heads, dropout: self.dropout })
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

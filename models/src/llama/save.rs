@@ -39,7 +39,8 @@ impl Llama {
             }
         }
         weights.push(("model.norm.weight".into(), cast(&self.norm.value)?));
-        if let Some(head) = &self.head {
+        // A tied model whose head an adapter has untied is still tied without it.
+        if let Some(head) = self.head.as_ref().filter(|_| !self.config.tie_word_embeddings) {
             weights.push(("lm_head.weight".into(), table(&head.value)?));
         }
         write_checkpoint(dir, &self.config, dtype, &weights)

@@ -1,7 +1,12 @@
 //! Hand-written backward = tape of primitives = finite differences of an f64 layer.
 
 use super::{composed, layer::LayerNode, *};
-use crate::{generate, sampling::Sampling};
+use crate::{
+    batch::{Request, generate_batch},
+    files::peft::{ALL_LINEAR, AdapterConfig, TargetModules},
+    generate,
+    sampling::Sampling,
+};
 use nibble_kernels::{
     linear::Weight,
     quantize::{QuantType, ScaleRounding, quantize},
@@ -36,8 +41,25 @@ fn config(kv: usize, group: usize, half: usize, hidden: usize, ffn: usize) -> Ll
     }
 }
 
+/// A plain adapter of every linear layer.
+fn everywhere(rank: usize, dropout: f32) -> AdapterConfig {
+    AdapterConfig {
+        r: rank,
+        lora_alpha: 3.0,
+        lora_dropout: f64::from(dropout),
+        use_rslora: rank > 2,
+        target_modules: Some(TargetModules::Pattern(ALL_LINEAR.into())),
+        ..AdapterConfig::default()
+    }
+}
+
 /// A model with random weights (linears in NF4 if `quantized`), adapters whose B is not zero, and dropout.
 fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed: u64) -> Llama {
+    model_with(config, quantized, lora.map(|(rank, dropout)| everywhere(rank, dropout)), seed)
+}
+
+/// The same, with this adapter: the whole model trains if there is none.
+fn model_with(config: LlamaConfig, quantized: bool, lora: Option<AdapterConfig>, seed: u64) -> Llama {
     let c = config.clone();
     let (d, f, q, kv) = (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
     let mut salt = seed;
@@ -101,9 +123,8 @@ fn model(config: LlamaConfig, quantized: bool, lora: Option<(usize, f32)>, seed:
     };
     match lora {
         None => llama.train_all().unwrap(),
-        Some((rank, dropout)) => {
-            let targets = TARGETS.map(String::from).to_vec();
-            llama.add_lora(&LoraConfig { rank, alpha: 3.0, dropout, rslora: rank > 2, targets }, seed).unwrap();
+        Some(lora) => {
+            llama.add_lora(&lora, Init::Lora, None, seed).unwrap();
             for (id, value) in llama.parameters_mut() {
                 if value.as_slice::<f32>().unwrap().iter().all(|&x| x == 0.0) {
                     *value = random(value.shape(), seed ^ id.0 as u64, 0.5);
@@ -198,6 +219,18 @@ impl Reference<'_> {
             let [a, b] = [&lora.a, &lora.b].map(|param| self.values[&param.id.unwrap()].clone());
             let delta = Self::product(&Self::product(&dropped, &a, k), &b, a.len() / k);
             y.iter_mut().zip(delta).for_each(|(y, delta)| *y += f64::from(lora.scale) * delta);
+            if let Some(Magnitude { param, .. }) = &lora.magnitude {
+                // Norms are constants: of the values that the layer has, not of those that are tried.
+                let [a, b] = [&lora.a, &lora.b].map(|param| wide(&param.value));
+                let (m, r) = (&self.values[&param.id.unwrap()], a.len() / k);
+                let v = |at: usize| {
+                    let low_rank: f64 = (0..r).map(|i| b[at / k * r + i] * a[i * k + at % k]).sum();
+                    weight[at] + f64::from(lora.scale) * low_rank
+                };
+                let norm = |row: usize| (0..k).map(|i| v(row * k + i).powi(2)).sum::<f64>().sqrt();
+                let norms: Vec<f64> = (0..n).map(norm).collect();
+                y.iter_mut().enumerate().for_each(|(i, y)| *y *= m[i % n] / norms[i % n]);
+            }
         }
         y
     }
@@ -278,11 +311,12 @@ proptest! {
     #[test]
     fn by_hand_and_by_primitives_and_by_finite_differences(
         lengths in prop::collection::vec(1usize..5, 1..4), kv in 1usize..3, group in 1usize..4, half in 1usize..3,
-        hidden in 2usize..7, ffn in 1usize..8, rank in 0usize..4, quantized: bool, dropout: bool, seed: u64,
+        hidden in 2usize..7, ffn in 1usize..8, rank in 0usize..4, quantized: bool, dropout: bool, dora: bool, seed: u64,
     ) {
         // Rank 0 stands for full fine-tuning.
-        let lora = (rank > 0).then_some((rank, if dropout { 0.3 } else { 0.0 }));
-        let llama = model(config(kv, group, half, hidden, ffn), quantized && rank > 0, lora, seed);
+        let lora = everywhere(rank, if dropout { 0.3 } else { 0.0 });
+        let lora = (rank > 0).then_some(AdapterConfig { use_dora: dora, ..lora });
+        let llama = model_with(config(kv, group, half, hidden, ffn), quantized && rank > 0, lora, seed);
         let key = Some(DropoutKey { seed, step: 3 });
         let pass = {
             let rope = llama.config.rope.table(llama.config.head_dim, 32).unwrap();
@@ -294,7 +328,7 @@ proptest! {
         let (y, dx, grads) = differentiate(&llama, &pass, &x, &dy, true, Saving::Keep);
         let (y2, dx2, grads2) = differentiate(&llama, &pass, &x, &dy, false, Saving::Keep);
         prop_assert!(distance(&y, &y2) < 2e-6 && distance(&dx, &dx2) < 1e-5);
-        prop_assert_eq!(grads.len(), if rank > 0 { 14 } else { 9 });
+        prop_assert_eq!(grads.len(), if rank == 0 { 9 } else if dora { 21 } else { 14 });
         prop_assert_eq!(grads.len(), grads2.len());
 
         let mut values = BTreeMap::new();
@@ -323,8 +357,9 @@ proptest! {
     }
 
     #[test]
-    fn recomputing_gives_the_same_bits(lengths in prop::collection::vec(1usize..9, 1..4), seed: u64) {
-        let mut llama = model(config(2, 2, 2, 12, 10), true, Some((4, 0.2)), seed);
+    fn recomputing_gives_the_same_bits(lengths in prop::collection::vec(1usize..9, 1..4), dora: bool, seed: u64) {
+        let lora = AdapterConfig { use_dora: dora, ..everywhere(4, 0.2) };
+        let mut llama = model_with(config(2, 2, 2, 12, 10), true, Some(lora), seed);
         let tokens: usize = lengths.iter().sum();
         let ids: Vec<i32> = (0..tokens as i32).map(|i| i % 11).collect();
         let labels: Vec<i32> = (0..tokens as i32).map(|i| if i % 3 == 0 { -100 } else { (i + 1) % 11 }).collect();
@@ -422,13 +457,23 @@ fn tables_in_8_bits_are_the_tables_they_stand_for() {
 fn new_adapters_change_nothing() {
     let mut llama = model(config(2, 1, 2, 8, 8), false, None, 1);
     let before = llama.logits(&[1, 2, 3], &[3]).unwrap();
-    let targets = vec!["q_proj".to_string(), "down_proj".into()];
-    let lora = LoraConfig { rank: 3, alpha: 6.0, dropout: 0.5, rslora: false, targets };
-    llama.add_lora(&lora, 1).unwrap();
+    let targets = |names: [&str; 2]| Some(TargetModules::Names(names.map(String::from).to_vec()));
+    let lora = AdapterConfig { target_modules: targets(["q_proj", "down_proj"]), ..everywhere(3, 0.5) };
+    llama.add_lora(&lora, Init::Lora, None, 1).unwrap();
     assert_eq!(llama.layers[0].linears().map(|l| l.lora.is_some()), [true, false, false, false, false, false, true]);
     assert_eq!(before.bytes().unwrap(), llama.logits(&[1, 2, 3], &[3]).unwrap().bytes().unwrap());
-    assert!(llama.add_lora(&LoraConfig { targets: vec!["lm_head".into()], ..lora.clone() }, 1).is_err());
-    assert!(llama.add_lora(&LoraConfig { rank: 0, ..lora }, 1).is_err());
+    let mut refused = |lora: AdapterConfig| llama.add_lora(&lora, Init::Lora, None, 1).unwrap_err().to_string();
+    let error = refused(AdapterConfig { target_modules: targets(["q_proj", "lm_head"]), ..lora.clone() });
+    assert!(error.contains("lm_head") && error.contains("q_proj"), "{error}");
+    refused(AdapterConfig { r: 0, ..lora.clone() });
+    let pattern = |text: &str| Some(TargetModules::Pattern(text.into()));
+    assert!(refused(AdapterConfig { target_modules: pattern("q_("), ..lora.clone() }).contains("q_("));
+    refused(AdapterConfig { target_modules: pattern("q_proj"), ..lora });
+    // DoRA starts at the lengths that the rows have: nothing changes but roundings.
+    let dora = AdapterConfig { use_dora: true, ..everywhere(3, 0.5) };
+    llama.add_lora(&dora, Init::Lora, None, 1).unwrap();
+    let after = llama.logits(&[1, 2, 3], &[3]).unwrap();
+    assert!(distance(&wide(&after), &wide(&before)) < 1e-6);
 }
 
 /// Adapters on and off by name give the logits, to the bit, of a model that has never had another.
@@ -436,10 +481,7 @@ fn new_adapters_change_nothing() {
 fn switching_adapters_exchanges_them_whole() {
     let ids = [1, 2, 3];
     let plain = |seed| model(config(2, 1, 2, 8, 8), true, Some((seed as usize + 1, 0.0)), seed);
-    let adapter = |seed| plain(seed).adapter(LoraConfig::to_peft(&settings(seed as usize + 1), None));
-    fn settings(rank: usize) -> LoraConfig {
-        LoraConfig { rank, alpha: 3.0, dropout: 0.0, rslora: rank > 2, targets: TARGETS.map(String::from).to_vec() }
-    }
+    let adapter = |seed| plain(seed).adapter(everywhere(seed as usize + 1, 0.0)).unwrap();
     let bits = |llama: &Llama| llama.logits(&ids, &[3]).unwrap().bytes().unwrap().to_vec();
     let base = || {
         let mut llama = plain(5);
@@ -467,6 +509,63 @@ fn switching_adapters_exchanges_them_whole() {
     assert!(error.contains("one, two"), "{error}");
     assert!(llama.add_adapter("one", &adapter(1), "x".as_ref()).unwrap_err().to_string().contains("NAME=DIR"));
     assert!(bits(&llama) == all[2], "mistakes change nothing");
+}
+
+/// Rows of a batch write what each writes alone with its adapter: of several ranks and scales, a DoRA, none, some twice, of
+/// several lengths, and some that end before others.
+fn mixed_as_alone(llama: &mut Llama) {
+    let names = ["one", "two", "dora"];
+    let request = |prompt: &[u32], adapter: Option<&str>| Request {
+        prompt: prompt.to_vec(),
+        adapter: adapter.map(str::to_string),
+    };
+    let requests = [
+        request(&[1, 2, 3], Some("two")),
+        request(&[4], None),
+        request(&[1, 2, 3], Some("one")),
+        request(&[5, 6, 7, 8, 9, 10, 1], Some("dora")),
+        request(&[1, 2, 3], None),
+        request(&[7, 7], Some("two")),
+    ];
+    for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, seed: 3, ..Sampling::GREEDY }] {
+        let mut texts = Vec::new();
+        for Request { prompt, adapter } in &requests {
+            llama.switch_adapter(adapter.as_deref()).unwrap();
+            texts.push(generate::generate(llama, prompt, 9, &[3], sampling, |_| true).unwrap());
+        }
+        assert!(texts.iter().any(|text| text.len() < 9) && texts.iter().any(|text| text.len() == 9), "{texts:?}");
+        assert!(texts[0] != texts[2] && texts[0] != texts[4]);
+        // Whichever is on the layers.
+        for active in [None, Some("one")] {
+            llama.switch_adapter(active).unwrap();
+            let mut heard = vec![Vec::new(); requests.len()];
+            let found = generate_batch(llama, &requests, 9, &[3], sampling, |number, token| {
+                heard[number].push(token);
+                true
+            });
+            assert_eq!((found.unwrap(), heard), (texts.clone(), texts.clone()));
+        }
+    }
+    assert_eq!(llama.mixture(&names).unwrap().owner(Some("dora")).unwrap(), 2);
+    assert!(llama.mixture(&["three"]).is_err());
+    assert!(generate_batch(llama, &[request(&[], None)], 9, &[], Sampling::GREEDY, |_, _| true).is_err());
+}
+
+#[test]
+fn a_mixed_batch_writes_what_each_row_writes_alone() {
+    let shape = || config(2, 2, 2, 12, 8);
+    for quantized in [false, true] {
+        let mut llama = model(shape(), quantized, Some((1, 0.0)), 5);
+        llama.linears_mut().for_each(|linear| linear.lora = None);
+        let targets = Some(TargetModules::Names(vec!["q_proj".into(), "down_proj".into()]));
+        let few = AdapterConfig { target_modules: targets, ..everywhere(3, 0.0) };
+        let dora = AdapterConfig { use_dora: true, ..everywhere(2, 0.0) };
+        for (name, settings) in [("one", few), ("two", everywhere(5, 0.0)), ("dora", dora)] {
+            let adapter = model_with(shape(), quantized, Some(settings.clone()), name.len() as u64 + 40);
+            llama.add_adapter(name, &adapter.adapter(settings).unwrap(), "x".as_ref()).unwrap();
+        }
+        mixed_as_alone(&mut llama);
+    }
 }
 
 /// What a conversation reads again, and what it does not, makes no difference to its text.

@@ -78,7 +78,7 @@ impl Workload {
 
     /// One [`AdamW::step`].
     pub fn step(&mut self) -> Result<Took> {
-        let update = |(id, value)| Update { id: ParamId(id), value, decay: true, previous: None };
+        let update = |(id, value)| Update { id: ParamId(id), value, decay: true, rate: 1.0, previous: None };
         let mut updates: Vec<Update> = self.params.iter_mut().enumerate().map(update).collect();
         self.gpu.synchronize()?;
         let begun = Instant::now();

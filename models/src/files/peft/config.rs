@@ -1,5 +1,6 @@
 //! `adapter_config.json`: what nibble uses of it, what it refuses, and what it writes.
 
+use super::patterns;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, path::Path};
@@ -9,10 +10,12 @@ use std::{collections::BTreeMap, path::Path};
 pub enum TargetModules {
     /// Those whose path ends with one of these names.
     Names(Vec<String>),
-    /// Those whose whole path matches a regular expression; the word `all-linear` stands for every linear layer but the
-    /// head.
+    /// Those whose whole path matches a regular expression, or the word [`ALL_LINEAR`].
     Pattern(String),
 }
+
+/// The word for every linear layer but the head.
+pub const ALL_LINEAR: &str = "all-linear";
 
 /// Settings of a LoRA adapter. Fields are named as in PEFT's file.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,6 +42,14 @@ pub struct AdapterConfig {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Only these layers carry adapters.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// The adapted weights' rows have lengths of their own (DoRA).
+    pub use_dora: bool,
+    /// Modules that are saved whole, by the ends of their paths: embedding and head.
+    pub modules_to_save: Option<Vec<String>>,
+    /// Embedding and head of a tied model stay one weight, where it is saved whole.
+    pub ensure_weight_tying: bool,
+    /// Which biases were trained: "none", "all" or "lora_only". Llama's linear layers have none.
+    pub bias: String,
 }
 
 impl Default for AdapterConfig {
@@ -56,16 +67,19 @@ impl Default for AdapterConfig {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             layers_to_transform: None,
+            use_dora: false,
+            modules_to_save: None,
+            ensure_weight_tying: false,
+            bias: "none".into(),
         }
     }
 }
 
 /// Keys that change nothing for a finished adapter, with what PEFT writes by default.
-fn inert() -> [(&'static str, Value); 14] {
+fn inert() -> [(&'static str, Value); 13] {
     [
         ("auto_mapping", Value::Null),
         ("corda_config", Value::Null),
-        ("ensure_weight_tying", json!(false)),
         ("eva_config", Value::Null),
         ("inference_mode", json!(true)),
         ("layers_pattern", Value::Null),
@@ -82,20 +96,17 @@ fn inert() -> [(&'static str, Value); 14] {
 
 /// Keys of features that nibble does not run: any other value than PEFT's default (or null, an empty list or object,
 /// false) is refused.
-fn refused() -> [(&'static str, Value); 14] {
+fn refused() -> [(&'static str, Value); 11] {
     [
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
-        ("bias", json!("none")),
         ("fan_in_fan_out", json!(false)),
         ("kasa_config", Value::Null),
         ("layer_replication", Value::Null),
         ("lora_bias", json!(false)),
-        ("modules_to_save", Value::Null),
         ("target_parameters", Value::Null),
         ("trainable_token_indices", Value::Null),
         ("use_bdlora", Value::Null),
-        ("use_dora", json!(false)),
         ("use_qalora", json!(false)),
         ("velora_config", Value::Null),
     ]
@@ -161,22 +172,31 @@ impl AdapterConfig {
         let size = |value: &Value| value.as_u64().and_then(|size| usize::try_from(size).ok());
         let number = || value.as_f64().ok_or_else(|| wrong("a number"));
         let text = || value.as_str().map(str::to_string).ok_or_else(|| wrong("a string"));
+        let flag = || value.as_bool().ok_or_else(|| wrong("true or false"));
+        let names = |value: &Value| -> Option<Vec<String>> {
+            value.as_array()?.iter().map(|name| name.as_str().map(str::to_string)).collect()
+        };
         match key {
             "peft_type" => {}
             "r" => self.r = size(value).ok_or_else(|| wrong("a whole number"))?,
             "lora_alpha" => self.lora_alpha = number()?,
             "lora_dropout" => self.lora_dropout = number()?,
-            "use_rslora" => self.use_rslora = value.as_bool().ok_or_else(|| wrong("true or false"))?,
+            "use_rslora" => self.use_rslora = flag()?,
+            "use_dora" => self.use_dora = flag()?,
+            "ensure_weight_tying" => self.ensure_weight_tying = flag()?,
+            "modules_to_save" => self.modules_to_save = Some(names(value).ok_or_else(|| wrong("a list of names"))?),
+            "bias" => {
+                self.bias = text()?;
+                if !["none", "all", "lora_only"].contains(&&self.bias[..]) {
+                    return Err(wrong("none, all or lora_only"));
+                }
+            }
             "base_model_name_or_path" => self.base_model_name_or_path = Some(text()?),
             "task_type" => self.task_type = Some(text()?),
             "target_modules" | "exclude_modules" => {
                 let modules = match value {
                     Value::String(pattern) => Some(TargetModules::Pattern(pattern.clone())),
-                    Value::Array(names) => {
-                        let names = names.iter().map(|name| name.as_str().map(str::to_string)).collect();
-                        Option::map(names, TargetModules::Names)
-                    }
-                    _ => None,
+                    list => names(list).map(TargetModules::Names),
                 };
                 let modules = Some(modules.ok_or_else(|| wrong("a list of names or a pattern"))?);
                 match key {
@@ -230,27 +250,69 @@ impl AdapterConfig {
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(Error::file(path, format!("lora_dropout is {}; expected 0 to below 1", self.lora_dropout)));
         }
-        let patterns = self.rank_pattern.keys().chain(self.alpha_pattern.keys());
-        let plain = |key: &str| key.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.' | '-'));
-        match patterns.into_iter().find(|key| !plain(key.strip_prefix('^').unwrap_or(key))) {
-            Some(key) => {
-                let what =
-                    format!("the module pattern \"{key}\" is a regular expression; nibble takes names and paths");
-                Err(Error::unsupported(path, what))
-            }
-            None => Ok(()),
+        if let Some(name) = self.modules_to_save.iter().flatten().find(|name| whole(name).is_none()) {
+            let what = format!("the adapter saves the module \"{name}\" whole; nibble knows embed_tokens and lm_head");
+            return Err(Error::unsupported(path, what));
         }
+        self.check_patterns().map_err(|what| Error::file(path, what))
     }
 
-    /// Rank of a module: that of the first key in `rank_pattern` that is its path or the end of it (with `^` before it,
-    /// only its path), or `r`.
+    /// Checks what is a regular expression. The message names the one that is wrong.
+    pub(crate) fn check_patterns(&self) -> std::result::Result<(), String> {
+        for modules in [&self.target_modules, &self.exclude_modules].into_iter().flatten() {
+            if let TargetModules::Pattern(pattern) = modules
+                && pattern != ALL_LINEAR
+            {
+                patterns::check(pattern)?;
+            }
+        }
+        self.rank_pattern.keys().chain(self.alpha_pattern.keys()).try_for_each(|key| patterns::check(key))
+    }
+
+    /// Rank of a module: that of the first key in `rank_pattern` which, as a regular expression, is its path or the end of
+    /// it, from a dot on; or `r`.
     pub fn rank_of(&self, module: &str) -> usize {
-        find(&self.rank_pattern, module).unwrap_or(self.r)
+        patterns::find(&self.rank_pattern, module).unwrap_or(self.r)
     }
 
     /// α of a module, found as [`AdapterConfig::rank_of`] does.
     pub fn alpha_of(&self, module: &str) -> f64 {
-        find(&self.alpha_pattern, module).unwrap_or(self.lora_alpha)
+        patterns::find(&self.alpha_pattern, module).unwrap_or(self.lora_alpha)
+    }
+
+    /// Doubles every rank and keeps every scale: what an adapter is that took a part of the base when it was made, and
+    /// gives it back.
+    pub(crate) fn double_rank(&mut self) {
+        let by = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        self.r *= 2;
+        self.lora_alpha *= by;
+        self.rank_pattern.values_mut().for_each(|rank| *rank *= 2);
+        self.alpha_pattern.values_mut().for_each(|alpha| *alpha *= by);
+    }
+
+    /// Whether a linear layer, such as `model.layers.0.self_attn.q_proj`, carries an adapter.
+    pub fn adapts(&self, module: &str) -> bool {
+        let matches = |modules: &TargetModules| match modules {
+            TargetModules::Pattern(word) if word == ALL_LINEAR => true,
+            TargetModules::Pattern(pattern) => patterns::is(pattern, module),
+            TargetModules::Names(names) => names.iter().any(|name| patterns::ends(module, name)),
+        };
+        let excluded = self.exclude_modules.as_ref().is_some_and(matches);
+        // As in PEFT, layer numbers count where targets are names.
+        let layer = || module.split('.').find_map(|part| part.parse::<usize>().ok());
+        let in_layers = match (&self.target_modules, &self.layers_to_transform) {
+            (Some(TargetModules::Names(_)), Some(layers)) if !layers.is_empty() => {
+                layer().is_some_and(|layer| layers.contains(&layer))
+            }
+            _ => true,
+        };
+        !excluded && in_layers && self.target_modules.as_ref().is_some_and(matches)
+    }
+
+    /// Whether the embedding is saved whole, and whether the head is.
+    pub fn saves(&self) -> [bool; 2] {
+        let wanted: Vec<Whole> = self.modules_to_save.iter().flatten().filter_map(|name| whole(name)).collect();
+        [wanted.contains(&Whole::Embedding), wanted.contains(&Whole::Head)]
     }
 
     /// The file's contents: sorted keys, the same ones that PEFT writes.
@@ -260,14 +322,14 @@ impl AdapterConfig {
             Some(TargetModules::Names(names)) => json!(names),
             Some(TargetModules::Pattern(pattern)) => json!(pattern),
         };
-        let alphas: Map<String, Value> = self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), whole(v))).collect();
+        let alphas: Map<String, Value> = self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), number(v))).collect();
         let mut json = json!({
             "alpha_pattern": alphas,
             "base_model_name_or_path": self.base_model_name_or_path,
             "exclude_modules": modules(&self.exclude_modules),
             "init_lora_weights": true,
             "layers_to_transform": self.layers_to_transform,
-            "lora_alpha": whole(self.lora_alpha),
+            "lora_alpha": number(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "peft_type": "LORA",
             "r": self.r,
@@ -275,6 +337,10 @@ impl AdapterConfig {
             "target_modules": modules(&self.target_modules),
             "task_type": self.task_type,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "modules_to_save": self.modules_to_save,
+            "ensure_weight_tying": self.ensure_weight_tying,
+            "bias": self.bias,
         });
         for (key, value) in inert().into_iter().chain(refused()) {
             json[key] = value;
@@ -285,14 +351,22 @@ impl AdapterConfig {
 }
 
 /// A number as PEFT writes it: without a fraction if it has none.
-fn whole(x: f64) -> Value {
+fn number(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 
-fn find<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    let matches = |key: &str| match key.strip_prefix('^') {
-        Some(path) => path == module,
-        None => module.strip_suffix(key).is_some_and(|before| before.is_empty() || before.ends_with('.')),
-    };
-    patterns.iter().find(|(key, _)| matches(key)).map(|(_, &value)| value)
+/// A weight that may be saved whole.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whole {
+    Embedding,
+    Head,
+}
+
+/// The weight that a name in `modules_to_save` stands for.
+fn whole(name: &str) -> Option<Whole> {
+    match name {
+        "embed_tokens" | "model.embed_tokens" => Some(Whole::Embedding),
+        "lm_head" => Some(Whole::Head),
+        _ => None,
+    }
 }

@@ -5,14 +5,13 @@
 //! much an operation takes besides its results, the operation itself says. Sizes under a few KiB are left out, and on a GPU
 //! the workspace of f32 products, on a CPU that of 16-bit types.
 
-use super::job::Job;
+mod layer;
+
+use super::job::{Job, Trains};
 use anyhow::Result;
-use nibble_kernels::{
-    attention::{self, Heads},
-    cross_entropy, linear, quantize, rms_norm, table,
-};
+use nibble_kernels::{attention, cross_entropy, linear, quantize, table};
 use nibble_runtime::{DType, Tag, allocator, memory::Usage, pager::kept_bytes};
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
 
 /// Bytes held for as long as this lives.
 struct Held {
@@ -27,18 +26,6 @@ impl Drop for Held {
     }
 }
 
-/// What a layer keeps; see `models/src/llama/layer.rs`.
-struct Saved {
-    norms: [Held; 2],
-    qkv: [Held; 3],
-    o: Held,
-    lse: Held,
-    h: Held,
-    gate: Held,
-    up: Held,
-    t: [Option<Held>; 7],
-}
-
 struct Walk<'a> {
     job: &'a Job,
     usage: Rc<RefCell<Usage>>,
@@ -47,21 +34,14 @@ struct Walk<'a> {
     /// Bytes of an element of the computation.
     w: usize,
     shapes: [[usize; 2]; 7],
-    ranks: [usize; 7],
+    trains: Trains,
     /// Gradients that stay until the update.
     sums: RefCell<Vec<Held>>,
+    /// Linears whose gains have been made.
+    gains: RefCell<BTreeSet<[usize; 2]>>,
     /// Whether a parameter's gradient is let go of when it has been added to its sum: in pages, or of earlier micro-batches.
     added: bool,
 }
-
-/// Places of the linears in [`nibble_models::LlamaConfig::linear_shapes`].
-const Q: usize = 0;
-const K: usize = 1;
-const V: usize = 2;
-const O: usize = 3;
-const GATE: usize = 4;
-const UP: usize = 5;
-const DOWN: usize = 6;
 
 /// Bytes at the peak of a step, by tag and in all, on the device.
 ///
@@ -76,8 +56,9 @@ pub fn peak(job: &Job) -> Result<Usage> {
         w: job.dtype.size(),
         usage: Rc::clone(&usage),
         shapes: job.config.linear_shapes(),
-        ranks: job.ranks(),
+        trains: job.trains(),
         sums: RefCell::default(),
+        gains: RefCell::default(),
         added: pages.is_some(),
     };
     let mut base = walk.weights();
@@ -135,27 +116,24 @@ impl Walk<'_> {
         !self.on_cpu() && self.w == 2
     }
 
-    fn dropout(&self) -> bool {
-        self.job.settings.dropout > 0.0
-    }
-
     /// The weights of `models/src/llama/load.rs`.
     fn weights(&self) -> Vec<Held> {
         let (job, c) = (self.job, &self.job.config);
         let weights = |bytes: usize| self.hold(Tag::Weights, bytes);
-        let dense = if job.is_full() { 4 } else { job.stored.size() };
+        let dense = if self.trains.all { 4 } else { job.stored.size() };
         let mut all = Vec::new();
-        let mut tables = vec![c.vocab_size; 1 + usize::from(!c.tie_word_embeddings)];
-        if !self.on_cpu() && !c.tie_word_embeddings && !job.is_full() {
-            // The embedding is in pinned host memory; scales of its rows are not.
-            all.extend(job.tables_in_8_bits().then(|| weights(4 * c.vocab_size)));
-            tables.pop();
-        }
-        for rows in tables {
-            match job.tables_in_8_bits() {
-                true => all.extend([weights(rows * c.hidden_size), weights(4 * rows)]),
-                false => all.push(weights(rows * c.hidden_size * dense)),
-            }
+        let embedding = (self.trains.embedding, true);
+        let head = self.trains.own_head.then_some((self.trains.head, false));
+        for (trains, is_embedding) in [embedding].into_iter().chain(head) {
+            // An embedding that does not train, of a model with a head of its own, is in pinned host memory; scales are not.
+            let pinned = is_embedding && !trains && !self.on_cpu() && !c.tie_word_embeddings;
+            let bytes = match (trains, job.tables_in_8_bits()) {
+                (true, _) => 4,
+                (false, true) => 1,
+                (false, false) => job.stored.size(),
+            };
+            all.extend((!pinned).then(|| weights(c.vocab_size * c.hidden_size * bytes)));
+            all.extend((bytes == 1).then(|| weights(4 * c.vocab_size)));
         }
         let norms = 2 * c.num_layers + 1;
         all.extend((0..norms).map(|_| weights(c.hidden_size * dense)));
@@ -175,10 +153,12 @@ impl Walk<'_> {
     /// Adapters, the copy of what trains from before the last update, and the rotary angles.
     fn trained(&self) -> Vec<Held> {
         let (job, c) = (self.job, &self.job.config);
-        let copies = if job.is_full() { 1 } else { 2 };
-        let bytes = job.parameters().into_iter().map(|shape| 4 * shape.iter().product::<usize>());
+        // What trains of the model itself counts as its weights.
+        let of_model = |shape: &[usize]| self.trains.all || shape == [c.vocab_size, c.hidden_size];
+        let copies =
+            |shape: Vec<usize>| vec![4 * shape.iter().product::<usize>(); if of_model(&shape) { 1 } else { 2 }];
         let mut all: Vec<_> =
-            bytes.flat_map(|bytes| vec![bytes; copies]).map(|bytes| self.hold(Tag::Adapters, bytes)).collect();
+            job.parameters().into_iter().flat_map(copies).map(|bytes| self.hold(Tag::Adapters, bytes)).collect();
         let angles = job.settings.seq_len.next_power_of_two() * (c.head_dim / 2) * 4;
         all.extend([self.workspace(angles), self.workspace(angles)]);
         all
@@ -194,7 +174,7 @@ impl Walk<'_> {
         let mut nodes = Vec::new();
         let mut x = self.activation(c.hidden_size);
         for layer in 0..c.num_layers {
-            let (y, saved) = self.layer_forward();
+            let (y, saved) = self.layer_forward(layer);
             nodes.push((x, (layer >= again).then_some(saved)));
             x = y;
         }
@@ -209,8 +189,8 @@ impl Walk<'_> {
         drop((grad, x, rstd));
         self.sink(dw);
         for (layer, (x, saved)) in nodes.into_iter().enumerate().rev() {
-            let saved = saved.unwrap_or_else(|| self.saved());
-            let (dx, grads) = self.layer_backward(saved, dy, layer > 0 || self.job.is_full(), &lengths);
+            let saved = saved.unwrap_or_else(|| self.saved(layer));
+            let (dx, grads) = self.layer_backward(layer, saved, dy, layer > 0 || self.trains.embedding, &lengths);
             drop(x);
             self.sink(grads);
             match dx {
@@ -220,7 +200,8 @@ impl Walk<'_> {
         }
         let table = self.hold(Tag::Gradients, 4 * c.vocab_size * c.hidden_size);
         drop(dy);
-        match c.tie_word_embeddings {
+        match self.trains.head && !self.trains.own_head {
+            // The head has made the sum.
             true => drop(table),
             false => self.sink([table]),
         }
@@ -234,185 +215,22 @@ impl Walk<'_> {
         self.sums.borrow_mut().extend(grads);
     }
 
-    /// `Layer::forward`.
-    fn layer_forward(&self) -> (Held, Saved) {
-        let mut saved = self.up_to_feed_forward();
-        let _a = self.flow(self.shapes[DOWN][1]);
-        let (y, t) = self.linear_forward(DOWN);
-        saved.t[DOWN] = t;
-        (y, saved)
-    }
-
-    /// `LayerNode::saved`.
-    fn saved(&self) -> Saved {
-        let mut saved = self.up_to_feed_forward();
-        let _a = self.flow(self.shapes[DOWN][1]);
-        saved.t[DOWN] = self.low_rank(DOWN);
-        saved
-    }
-
-    fn up_to_feed_forward(&self) -> Saved {
-        let (c, rows) = (&self.job.config, || self.hold(Tag::Activations, 4 * self.t));
-        let (_n1, rstd1) = (self.flow(c.hidden_size), rows());
-        let [(q, t_q), (k, t_k), (v, t_v)] = [Q, K, V].map(|linear| self.linear_forward(linear));
-        let o = self.activation(self.shapes[Q][0]);
-        let lse = self.hold(Tag::Activations, 4 * c.num_heads * self.t);
-        let (h, t_o) = self.linear_forward(O);
-        let (_n2, rstd2) = (self.flow(c.hidden_size), rows());
-        let [(gate, t_gate), (up, t_up)] = [GATE, UP].map(|linear| self.linear_forward(linear));
-        let t = [t_q, t_k, t_v, t_o, t_gate, t_up, None];
-        Saved { norms: [rstd1, rstd2], qkv: [q, k, v], o, lse, h, gate, up, t }
-    }
-
-    /// `Layer::backward`: the input's gradient if it is wanted, and the parameters'.
-    fn layer_backward(&self, saved: Saved, dy: Held, want: bool, lengths: &[usize]) -> (Option<Held>, Vec<Held>) {
-        let c = &self.job.config;
-        let (d, f, [q, kv]) = (c.hidden_size, c.intermediate_size, [self.shapes[Q][0], self.shapes[K][0]]);
-        let Saved { norms: _norms, qkv, o, lse: _lse, h, gate, up, t: _t } = saved;
-        let mut grads = Vec::new();
-
-        let a = self.flow(f);
-        let da = self.linear_backward(DOWN, None, true, &mut grads);
-        drop(a);
-        // In place on a GPU, where the gradients go on counting as activations.
-        let (mut dgate_up, mut kept) = (vec![gate, up], Vec::new());
-        if self.on_cpu() {
-            kept = std::mem::replace(&mut dgate_up, vec![self.flow(f), self.flow(f)]);
-        }
-        drop((da, kept));
-
-        let n2 = self.flow(d);
-        let dn2 = self.linear_backward(GATE, None, true, &mut grads);
-        let dn2 = self.linear_backward(UP, dn2, true, &mut grads);
-        drop((n2, dgate_up));
-        grads.extend(self.norm_weight_grad());
-        drop((dn2, h));
-
-        let d_o = self.linear_backward(O, None, true, &mut grads);
-        let _dqkv = [self.flow(q), self.flow(kv), self.flow(kv)];
-        if let Some(chip) = self.job.chip.filter(|_| self.w == 2) {
-            let heads = Heads { query: c.num_heads, kv: c.num_kv_heads, dim: c.head_dim };
-            drop(attention::backward_workspace(chip, heads, lengths).map(|bytes| self.workspace(bytes)));
-        }
-        drop((d_o, qkv, o));
-
-        let _n1 = self.flow(d);
-        let mut dn1 = None;
-        for linear in [Q, K, V] {
-            dn1 = self.linear_backward(linear, dn1, want, &mut grads);
-        }
-        grads.extend(self.norm_weight_grad());
-        (want.then_some(dy), grads)
-    }
-
-    /// The gradient of a norm's weight, if it trains.
-    fn norm_weight_grad(&self) -> Option<Held> {
-        let d = self.job.config.hidden_size;
-        self.job.is_full().then(|| {
-            let _partial = (!self.on_cpu()).then(|| self.workspace(rms_norm::weight_grad_workspace(self.t, d)));
-            self.hold(Tag::Gradients, 4 * d)
-        })
-    }
-
-    /// A parameter of so many numbers in the type of the computation.
-    fn cast(&self, numel: usize) -> Option<Held> {
-        (self.w < 4).then(|| self.workspace(numel * self.w))
-    }
-
-    /// The weight as a product takes it, if that is another tensor.
-    fn weight(&self, linear: usize) -> Option<Held> {
-        let [n, k] = self.shapes[linear];
-        if self.job.is_full() { self.cast(n * k) } else { None }
-    }
-
-    /// Workspace of a product of rows `[T, k]` with a layer's weight into `[T, n]`.
-    fn product(&self, n: usize, k: usize, rank: usize) -> Held {
-        let bytes = match self.job.chip {
-            Some(chip) if self.w == 2 && self.job.quantized.is_some() => {
-                linear::dequantized_bytes(chip, self.t, n, k, rank)
-            }
-            // An f32 weight alone is multiplied as it is.
-            None if !self.job.is_full() => linear::panel_bytes(n, k),
-            _ => 0,
-        };
-        self.workspace(bytes)
-    }
-
     /// Workspace of a product with the head into rows of `columns`.
     fn head_product(&self, columns: usize, inner: usize) -> Held {
-        let is_f32 = self.job.is_full() || self.job.stored == DType::F32 || self.job.tables_in_8_bits();
+        let is_f32 = self.trains.head || self.job.stored == DType::F32 || self.job.tables_in_8_bits();
         self.workspace(if self.on_cpu() && !is_f32 { linear::panel_bytes(columns, inner) } else { 0 })
-    }
-
-    /// `Linear::forward`: the output and the adapter's `t`.
-    fn linear_forward(&self, linear: usize) -> (Held, Option<Held>) {
-        let ([n, k], rank) = (self.shapes[linear], self.ranks[linear]);
-        let t = self.low_rank(linear);
-        let _b = t.as_ref().and_then(|_| self.cast(n * rank));
-        let _weight = self.weight(linear);
-        let y = self.activation(n);
-        let _product = self.product(n, k, rank);
-        (y, t)
-    }
-
-    fn low_rank(&self, linear: usize) -> Option<Held> {
-        let ([_, k], rank) = (self.shapes[linear], self.ranks[linear]);
-        (rank > 0).then(|| {
-            let _a = self.cast(rank * k);
-            let _dropped = (self.dropout() && !self.fused()).then(|| self.flow(k));
-            self.activation(rank)
-        })
-    }
-
-    /// A weight's gradient `[n, k]` from `rows` rows.
-    fn weight_grad(&self, rows: usize, n: usize, k: usize, dropped: bool) -> Held {
-        let workspace = match self.job.chip {
-            Some(chip) if self.w == 2 => linear::weight_grad_workspace(chip, rows, n, k, dropped),
-            _ if dropped => rows * k * self.w,
-            _ => 0,
-        };
-        let _workspace = self.workspace(workspace);
-        self.hold(Tag::Gradients, 4 * n * k)
-    }
-
-    /// `Linear::backward`: the input's gradient if it is wanted, which adds to `dx`.
-    fn linear_backward(&self, linear: usize, dx: Option<Held>, want: bool, grads: &mut Vec<Held>) -> Option<Held> {
-        let ([n, k], rank) = (self.shapes[linear], self.ranks[linear]);
-        if self.job.is_full() {
-            grads.push(self.weight_grad(self.t, n, k, false));
-        }
-        let mut _branch = None;
-        if rank > 0 {
-            let b = self.cast(n * rank);
-            let u = self.flow(rank);
-            drop(b);
-            grads.push(self.weight_grad(self.t, n, rank, false));
-            grads.push(self.weight_grad(self.t, rank, k, self.dropout()));
-            _branch = Some((u, self.cast(rank * k)));
-        }
-        if !want {
-            return None;
-        }
-        let weight = self.weight(linear);
-        let dx = dx.unwrap_or_else(|| self.flow(k));
-        drop(self.product(k, n, if self.dropout() { 0 } else { rank }));
-        if rank > 0 && self.dropout() && !self.fused() {
-            drop([self.flow(k), self.flow(k)]);
-        }
-        drop(weight);
-        Some(dx)
     }
 
     /// `cross_entropy::head_loss` with all rows labelled: the gradients of hidden states and head, and what the output keeps.
     fn head_loss(&self) -> (Held, Option<Held>, Vec<Held>) {
         let (c, t, w) = (&self.job.config, self.t, self.w);
-        let (d, vocab, full) = (c.hidden_size, c.vocab_size, self.job.is_full());
+        let (d, vocab, trains) = (c.hidden_size, c.vocab_size, self.trains.head);
         let whole_head = || self.hold(Tag::Gradients, 4 * vocab * d);
         let output = || vec![self.workspace(4 * t), self.workspace(t)];
         let mut output_now = if self.on_cpu() { Vec::new() } else { output() };
         let _labels = (!self.on_cpu()).then(|| [self.workspace(4 * t), self.workspace(4 * t)]);
         let dhidden = self.flow(d);
-        let mut dhead = (full && self.on_cpu()).then(whole_head);
+        let mut dhead = (trains && self.on_cpu()).then(whole_head);
         let step = cross_entropy::chunk_rows(vocab, t, self.on_cpu());
         // Chunks are alike, but that a gradient of the head is there from the second on.
         for rows in [step.min(t), step.min(t.saturating_sub(step))].into_iter().filter(|&rows| rows > 0) {
@@ -427,7 +245,7 @@ impl Walk<'_> {
                 None => logits,
             };
             self.project_backward(rows);
-            if full {
+            if trains {
                 let grad = self.weight_grad(rows, vocab, d, false);
                 dhead.get_or_insert(grad);
             }
@@ -463,6 +281,6 @@ impl Walk<'_> {
         let _grad = self.workspace(rows * d * w);
         drop(self.head_product(d, vocab));
         // A head that trains is f32, and its product with 16-bit rows is summed in f32 first.
-        let _sums = (self.job.is_full() && self.fused()).then(|| self.workspace(4 * rows * d));
+        let _sums = (self.trains.head && self.fused()).then(|| self.workspace(4 * rows * d));
     }
 }
