@@ -1,4 +1,4 @@
-//! A layer of the walk.
+//! A layer of the walk: `models/src/llama/layer.rs` and `linear.rs`.
 
 use super::{Held, Walk};
 use nibble_kernels::{
@@ -19,10 +19,10 @@ pub(super) struct Saved {
     t: [Option<Held>; 7],
 }
 
-/// Places of the linears in [`nibble_models::LlamaConfig::linear_shapes`].
 /// A linear: its layer, and which of the layer's it is.
 type Place = [usize; 2];
 
+// In the order of [`nibble_models::LlamaConfig::linear_shapes`].
 const Q: usize = 0;
 const K: usize = 1;
 const V: usize = 2;
