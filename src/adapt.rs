@@ -29,7 +29,12 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<AdapterCo
     model.llama.recomputed = settings.recompute.0;
     let parameters = model.llama.parameters();
     let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
-    eprintln!("trains   {:.2}M parameters in {} tensors by {}", count as f64 / 1e6, parameters.len(), settings.method);
+    crate::note!(
+        "trains   {:.2}M parameters in {} tensors by {}",
+        count as f64 / 1e6,
+        parameters.len(),
+        settings.method
+    );
     Ok(config)
 }
 

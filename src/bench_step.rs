@@ -34,7 +34,7 @@ const PURPOSE: u32 = 0xBE7C;
 /// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled.
 pub fn run(args: &BenchStepArgs) -> Result<()> {
     // No file is read: the tokens are random.
-    let train = TrainArgs { data: Some("random tokens".into()), ..args.train.clone() };
+    let train = TrainArgs { data: Some(std::path::PathBuf::from("random tokens").into()), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
     ensure!(args.timed > 0, "--timed must be at least 1");
     let clock = Instant::now();
@@ -43,7 +43,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let adapter = attach(&mut model, &settings)?;
     let device = model.llama.device();
     device.synchronize()?;
-    eprintln!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
+    crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
     let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);

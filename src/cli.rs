@@ -1,7 +1,6 @@
 //! The command line.
 
-use crate::paging::Bytes;
-use crate::settings::TrainArgs;
+use crate::{data::DataSpec, input::ReadArgs, paging::Bytes, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 use nibble_kernels::quantize::QuantType;
@@ -26,6 +25,9 @@ use std::path::PathBuf;
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
+    /// Say nothing but errors and warnings
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
     #[command(flatten)]
     pub train: TrainArgs,
 }
@@ -33,28 +35,70 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Fine-tune a model (the default command)
+    #[command(after_help = "Examples:
+  train-llama train --model meta-llama/Llama-3.2-1B-Instruct --data org/dialogues --epochs 2
+  train-llama train --model Llama-3.2-1B --data chats.jsonl:2,more/ --eval-data held-out.csv --eval-every 50 --pack
+  train-llama train --model Llama-3.2-1B --data chats.jsonl --show-batch
+  train-llama train --config runs/mine/settings.toml --out runs/again")]
     Train(Box<TrainArgs>),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Talk with a model
     Chat(ChatArgs),
-    /// Mean NLL, perplexity and exact match on a data file
+    /// Mean NLL, perplexity, exact match and, of multiple choice, accuracy
+    #[command(after_help = "Examples:
+  train-llama eval --model Llama-3.2-1B-Instruct --data test.jsonl
+  train-llama eval --model Llama-3.2-1B --adapter none --adapter runs/mine/adapter --data questions.csv --json")]
     Eval(EvalArgs),
     /// Write the logits of token ids to a safetensors file, for comparing with other programs
+    #[command(after_help = "Example:
+  train-llama logits --model Llama-3.2-1B --ids 128000,9906,1917 --out logits.safetensors")]
     Logits(LogitsArgs),
     /// Write a 4-bit checkpoint that transformers loads as pre-quantized
+    #[command(after_help = "Example:
+  train-llama quantize --model Llama-3.2-1B --out Llama-3.2-1B-nf4")]
     Quantize(QuantizeArgs),
     /// Write a model with adapters merged into its weights as a Hugging Face folder
     Merge(MergeArgs),
     /// Write a model, with adapters or without, as a GGUF file for llama.cpp
     ExportGguf(ExportGgufArgs),
     /// Time warm training steps of a model on random tokens, and say what memory they take
+    #[command(after_help = "Example:
+  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --recompute")]
     BenchStep(Box<BenchStepArgs>),
+    /// Show the figures of runs, the settings in which they differ, and their curves
+    Compare(CompareArgs),
+    /// Print a script that completes commands and options in a shell
+    #[command(after_help = "Examples:
+  train-llama completions bash > ~/.local/share/bash-completion/completions/train-llama
+  train-llama completions zsh > ~/.zfunc/_train-llama
+  train-llama completions fish > ~/.config/fish/completions/train-llama.fish")]
+    Completions { shell: clap_complete::Shell },
     /// Say what a checkpoint, GGUF, adapter or data file holds
+    #[command(after_help = "Examples:
+  train-llama inspect Llama-3.2-1B
+  train-llama inspect train.parquet")]
     Inspect {
         /// Folder or file
         path: PathBuf,
     },
+}
+
+/// Which runs to compare.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  train-llama compare runs/a runs/b
+  train-llama compare runs/* --html compared.html")]
+pub struct CompareArgs {
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// Write a page with their curves
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Print one JSON list instead of columns
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to time.
@@ -208,9 +252,11 @@ impl SamplingArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// JSONL or text file
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// Files (JSONL, JSON, CSV, Parquet, text; also .gz, .zst) and folders of them, with commas between
+    #[arg(long, value_name = "PATH,…")]
+    pub data: DataSpec,
+    #[command(flatten)]
+    pub read: ReadArgs,
     /// Tokens of an example at most
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub seq_len: usize,

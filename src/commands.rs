@@ -3,23 +3,28 @@
 use crate::{
     bench_step,
     cli::{AdapterChoice, Cli, Command, DTypeChoice, EmbeddingBits, EvalArgs, LogitsArgs, QuantChoice, QuantizeArgs},
+    compare::compare_command,
     data, default_task,
     eval::{self, EvalResult},
-    export, interrupt,
+    export, hub, input, interrupt,
     model::{Model, ModelSource},
     report,
     run_dir::RunDir,
     settings::{Settings, TrainArgs},
-    text, train,
+    show, text, train,
 };
 use anyhow::{Context, Result, bail, ensure};
+use clap::CommandFactory;
 use nibble_kernels::quantize::QuantType;
-use nibble_models::files::{inspect, safetensors::write_safetensors};
+use nibble_models::files::{atomic::read_json_object, inspect, safetensors::write_safetensors};
 use nibble_runtime::DeviceRequest;
 use std::{io::Write, path::Path};
 
 /// Runs what the command line asks for; the exit code of the program.
 pub fn run(cli: Cli) -> Result<i32> {
+    if cli.quiet {
+        report::be_quiet();
+    }
     match cli.command {
         None => train_command(&cli.train),
         Some(Command::Train(args)) => train_command(&args),
@@ -31,6 +36,12 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
         Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
+        Some(Command::Completions { shell }) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "train-llama", &mut script);
+            print(&String::from_utf8_lossy(&script)).map(|()| 0)
+        }
+        Some(Command::Compare(args)) => compare_command(&args).map(|()| 0),
         Some(Command::Inspect { path }) => inspect_command(&path).map(|()| 0),
     }
 }
@@ -39,6 +50,9 @@ fn train_command(args: &TrainArgs) -> Result<i32> {
     let outcome = match &args.resume {
         None => {
             let settings = Settings::resolve(args, default_task::RECIPE)?;
+            if let Some(count) = args.show_batch {
+                return show::show_batches(&settings, count).map(|()| 0);
+            }
             interrupt::listen().context("listening for Ctrl-C")?;
             train::train(&settings)?
         }
@@ -46,13 +60,18 @@ fn train_command(args: &TrainArgs) -> Result<i32> {
             let run = RunDir::open(path.as_deref())?;
             let settings = Settings::resume(args, &run.settings())?;
             if let Some(steps) = run.finished() {
-                eprintln!("{} is finished, after {steps} steps; there is nothing to continue", run.path().display());
+                crate::note!("{} is finished, after {steps} steps; there is nothing to continue", run.path().display());
                 return Ok(0);
             }
             interrupt::listen().context("listening for Ctrl-C")?;
             train::resume(&settings, run)?
         }
     };
+    if args.json {
+        let mut summary = read_json_object(&outcome.dir.join("summary.json")).unwrap_or_default();
+        summary.insert("run".into(), outcome.dir.display().to_string().into());
+        print(&(serde_json::Value::Object(summary).to_string() + "\n"))?;
+    }
     Ok(if outcome.interrupted { interrupt::EXIT_CODE } else { 0 })
 }
 
@@ -70,17 +89,20 @@ pub(crate) fn load(args: &crate::cli::ModelArgs) -> Result<Model> {
 
 fn eval_command(args: &EvalArgs) -> Result<i32> {
     interrupt::listen().context("listening for Ctrl-C")?;
+    let data = hub::data(&args.data, true)?;
     let mut model = load(&args.model)?;
     let tokenizer = model.tokenizer()?;
-    let options = data::DataOptions { seq_len: args.seq_len, vocab_size: model.llama.config.vocab_size };
-    let examples = data::load_examples(&args.data, tokenizer.as_ref(), &options)?;
+    let options = args.read.options(args.seq_len, model.llama.config.vocab_size);
+    let Some(examples) = input::read_held_out(&data, tokenizer.as_ref(), &options)? else {
+        return Ok(interrupt::EXIT_CODE);
+    };
     for adapter in text::choices(&args.model.adapter) {
         model.llama.switch_adapter(adapter.key())?;
         let Some(result) = eval::evaluate(&model, &examples)? else { return Ok(interrupt::EXIT_CODE) };
         let several = args.model.adapter.len() > 1;
         print(&evaluation(&result, several.then_some(&adapter.name), args.json)?)?;
     }
-    eprintln!("{}", report::memory_line(model.llama.device()));
+    crate::note!("{}", report::memory_line(model.llama.device()));
     Ok(0)
 }
 
@@ -94,10 +116,14 @@ fn evaluation(result: &EvalResult, adapter: Option<&String>, json: bool) -> Resu
         return Ok(value.to_string() + "\n");
     }
     let name = adapter.map_or(String::new(), |name| format!("== {name}\n"));
-    let EvalResult { examples, tokens, nll, perplexity, exact_match } = result;
+    let EvalResult { examples, tokens, nll, perplexity, exact_match, choice } = result;
+    let choice = choice.map_or(String::new(), |choice| {
+        let (plain, by_length) = (100.0 * choice.accuracy, 100.0 * choice.accuracy_by_length);
+        format!("choice       {plain:.2} % of {} (by length {by_length:.2} %)\n", choice.questions)
+    });
     Ok(format!(
         "{name}examples     {examples}\ntokens       {tokens}\nmean NLL     {nll:.6}\n\
-         perplexity   {perplexity:.4}\nexact match  {:.2} %\n",
+         perplexity   {perplexity:.4}\nexact match  {:.2} %\n{choice}",
         100.0 * exact_match
     ))
 }
@@ -112,7 +138,7 @@ fn logits_command(args: &LogitsArgs) -> Result<()> {
     let ids: Vec<i32> = args.ids.iter().map(|&id| id as i32).collect();
     let logits = model.llama.logits(&ids, &[ids.len()])?.reshape(&[1, ids.len(), vocab])?;
     write_safetensors(&args.out, &[("logits".to_string(), logits)], &[])?;
-    eprintln!("wrote logits [1, {}, {vocab}] f32 to {}", ids.len(), args.out.display());
+    crate::note!("wrote logits [1, {}, {vocab}] f32 to {}", ids.len(), args.out.display());
     Ok(())
 }
 
@@ -138,7 +164,7 @@ fn quantize_command(args: &QuantizeArgs) -> Result<()> {
         Some(tokenizer) => tokenizer.save(&args.out)?,
         None => eprintln!("warning: {} has no tokenizer.json, so none was written", args.model.display()),
     }
-    eprintln!("wrote {}", args.out.display());
+    crate::note!("wrote {}", args.out.display());
     Ok(())
 }
 

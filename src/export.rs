@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{AdapterPart, DTypeChoice, ExportGgufArgs, MergeArgs},
-    report,
+    hub, report,
 };
 use anyhow::{Context, Result, bail, ensure};
 use nibble_kernels::quantize::{ScaleRounding, dequantize, quantize};
@@ -45,7 +45,7 @@ pub fn merge_command(args: &MergeArgs) -> Result<()> {
     if out.join("config.json").exists() || out.is_file() {
         bail!("{} already holds a model; choose another --out or move it away", out.display());
     }
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.model)?)?;
     let dtype = match args.dtype {
         DTypeChoice(Some(dtype)) => dtype,
         DTypeChoice(None) => checkpoint.dtype()?,
@@ -59,7 +59,7 @@ pub fn merge_command(args: &MergeArgs) -> Result<()> {
     companions(&merged, out)?;
     let form = args.quant.map_or(dtype.to_string(), |quant| quant.to_string());
     report_loss(&loss, &form);
-    eprintln!("wrote {}", out.display());
+    crate::note!("wrote {}", out.display());
     Ok(())
 }
 
@@ -146,7 +146,7 @@ pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
         let known: Vec<String> = KINDS.iter().map(|(kind, _)| kind.to_string().to_lowercase()).collect();
         format!("--type: expected one of {}, not {}", known.join(", "), args.r#type)
     })?;
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.model)?)?;
     if args.lora {
         return export_adapter(args, kind, &checkpoint);
     }
@@ -163,7 +163,7 @@ pub fn export_gguf_command(args: &ExportGgufArgs) -> Result<()> {
     let loss = export_gguf(&merged, &vocab, kind, out, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     report_loss(&loss, &kind.to_string());
-    eprintln!("wrote {}", out.display());
+    crate::note!("wrote {}", out.display());
     Ok(())
 }
 
@@ -177,13 +177,13 @@ fn export_adapter(args: &ExportGgufArgs, kind: GgmlType, checkpoint: &Checkpoint
     let name = part.dir.file_name().map_or("adapter".into(), |name| name.to_string_lossy());
     let loss = export_lora_gguf(&adapter, merged.config(), &name, kind, &args.out)?;
     report_loss(&loss, &kind.to_string());
-    eprintln!("wrote {}", args.out.display());
+    crate::note!("wrote {}", args.out.display());
     Ok(())
 }
 
 fn report_loss(loss: &Loss, form: &str) {
     let change = loss.of_change().map_or(String::new(), |of| format!(", {of:.3e} of what the adapters changed"));
-    eprintln!(
+    crate::note!(
         "lossy    weights as {form} differ by at most {:.3e}, by {:.3e} of their norm{change}",
         loss.largest,
         loss.relative()

@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{DTypeChoice, EmbeddingBits, ModelArgs, QuantChoice},
-    default_task, report,
+    default_task, hub, report,
 };
 use anyhow::{Context, Result, ensure};
 use nibble_kernels::{
@@ -92,7 +92,7 @@ impl Model {
 
     fn load_in(source: &ModelSource, dtype: Option<fn(&Checkpoint) -> Result<DType>>) -> Result<Model> {
         let (device, why_cpu) = source.device.resolve()?;
-        eprintln!("device   {}", report::device(device, why_cpu.as_deref())?);
+        crate::note!("device   {}", report::device(device, why_cpu.as_deref())?);
         let options = |dtype, as_it_is: bool| LoadOptions {
             quantization: source.quant.0.filter(|_| !as_it_is).map(|quant_type| Quantization {
                 quant_type,
@@ -112,16 +112,7 @@ impl Model {
             bar.finish_and_clear();
             return Ok(Model::new(llama, footprint, path.display().to_string(), None, None));
         }
-        let unpacked = match source.path {
-            None => Some(default_task::unpack().context("unpacking the embedded model")?),
-            Some(_) => None,
-        };
-        let path = match (&source.path, &unpacked) {
-            (Some(path), _) => path.clone(),
-            (None, Some(dir)) => dir.path().join(default_task::MODEL),
-            (None, None) => unreachable!("the embedded model was unpacked above"),
-        };
-        let checkpoint = Checkpoint::open(&path)?;
+        let (checkpoint, unpacked) = open(source)?;
         let as_it_is = checkpoint.kind() == CheckpointKind::Bitsandbytes && !source.quant_chosen;
         let dtype = dtype.map_or_else(|| Ok(source.dtype.resolve(device)), |dtype| dtype(&checkpoint))?;
         let bar = report::bar("load", checkpoint.config().num_layers);
@@ -144,9 +135,13 @@ impl Model {
         unpacked: Option<TempDir>,
     ) -> Model {
         let c = &llama.config;
-        eprintln!(
+        crate::note!(
             "model    {name}: Llama, {} layers, hidden {}, {} heads ({} for keys and values), vocabulary {}",
-            c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size
+            c.num_layers,
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.vocab_size
         );
         let (before, after) = (report::bytes(footprint.bytes_before), report::bytes(footprint.bytes_after));
         let (bits, other) = (footprint.bits_per_weight(), report::bytes(footprint.other_bytes));
@@ -154,7 +149,7 @@ impl Model {
             Table::Dense(_) => "embedding, head and norms",
             Table::Rows8(_) => "embedding, head (both in 8 bits) and norms",
         };
-        eprintln!(
+        crate::note!(
             "weights  {:.1}M in linear layers, {}: {before} -> {after}, {bits:.3} bits a weight; {tables} {other}; \
              computing in {}",
             footprint.weights as f64 / 1e6,
@@ -170,25 +165,29 @@ impl Model {
     /// It cannot be read, or has more tokens than the model.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
-        let path = checkpoint.path();
-        let tokenizer = match (&self.own_tokens, checkpoint.gguf()) {
+        match &self.own_tokens {
             // Whether it fits is known where its adapter is in use.
-            (Some(OwnTokens::Beside(dir)), _) => return Ok(Some(Tokenizer::from_folder(dir)?)),
-            (_, Some(gguf)) => Tokenizer::from_gguf(gguf)?,
-            (_, None) if !path.join("tokenizer.json").exists() => return Ok(None),
-            (_, None) => Tokenizer::from_folder(path)?,
-        };
-        let tokenizer = match &self.own_tokens {
-            Some(OwnTokens::New(tokens)) => tokenizer.with_new_tokens(tokens)?,
-            _ => tokenizer,
-        };
-        let (tokens, vocab) = (tokenizer.vocab_size(), self.llama.config.vocab_size);
-        let path = path.display();
-        ensure!(
-            tokens <= vocab,
-            "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
-        );
-        Ok(Some(tokenizer))
+            Some(OwnTokens::Beside(dir)) => Ok(Some(Tokenizer::from_folder(dir)?)),
+            Some(OwnTokens::New(tokens)) => {
+                let tokenizer = tokenizer_of(checkpoint)?.map(|tokenizer| tokenizer.with_new_tokens(tokens));
+                let tokenizer = tokenizer.transpose()?;
+                tokenizer.iter().try_for_each(|own| fits(own, self.llama.config.vocab_size, checkpoint.path()))?;
+                Ok(tokenizer)
+            }
+            None => tokenizer_of(checkpoint),
+        }
+    }
+
+    /// The tokenizer of a model that is not loaded, and the size of its vocabulary.
+    ///
+    /// # Errors
+    /// As [`Model::tokenizer`].
+    pub fn tokenizer_without_weights(source: &ModelSource) -> Result<(Option<Tokenizer>, usize)> {
+        if let Some(shape) = source.path.as_deref().and_then(random_shape) {
+            return Ok((None, LlamaConfig::shape(shape)?.vocab_size));
+        }
+        let (checkpoint, _unpacked) = open(source)?;
+        Ok((tokenizer_of(&checkpoint)?, checkpoint.config().vocab_size))
     }
 
     /// As [`Model::tokenizer`], for work that cannot do without.
@@ -264,7 +263,7 @@ impl Model {
         let adapter = peft::read_adapter(dir)?;
         self.llama.set_adapter(&adapter, dir)?;
         self.note_tokens(&adapter, dir)?;
-        eprintln!("adapter  {}: {}", dir.display(), described(&adapter));
+        crate::note!("adapter  {}: {}", dir.display(), described(&adapter));
         Ok(adapter.config)
     }
 
@@ -273,7 +272,7 @@ impl Model {
         let adapter = peft::read_adapter(dir)?;
         self.llama.add_adapter(name, &adapter, dir)?;
         self.note_tokens(&adapter, dir)?;
-        eprintln!("adapter  {name}: {}", described(&adapter));
+        crate::note!("adapter  {name}: {}", described(&adapter));
         Ok(())
     }
 
@@ -285,6 +284,38 @@ impl Model {
         ids.dedup();
         ids
     }
+}
+
+/// The checkpoint of a model, and the folder of the embedded one, to be kept as long as its files are mapped.
+fn open(source: &ModelSource) -> Result<(Checkpoint, Option<TempDir>)> {
+    match &source.path {
+        Some(path) => Ok((Checkpoint::open(&hub::model(path)?)?, None)),
+        None => {
+            let unpacked = default_task::unpack().context("unpacking the embedded model")?;
+            Ok((Checkpoint::open(&unpacked.path().join(default_task::MODEL))?, Some(unpacked)))
+        }
+    }
+}
+
+fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
+    let path = checkpoint.path();
+    let tokenizer = match checkpoint.gguf() {
+        Some(gguf) => Tokenizer::from_gguf(gguf)?,
+        None if !path.join("tokenizer.json").exists() => return Ok(None),
+        None => Tokenizer::from_folder(path)?,
+    };
+    fits(&tokenizer, checkpoint.config().vocab_size, path)?;
+    Ok(Some(tokenizer))
+}
+
+/// Refuses a tokenizer that has more tokens than the model.
+fn fits(tokenizer: &Tokenizer, vocab: usize, path: &Path) -> Result<()> {
+    let (tokens, path) = (tokenizer.vocab_size(), path.display());
+    ensure!(
+        tokens <= vocab,
+        "{path}: the tokenizer has {tokens} tokens and the model {vocab}; they do not belong together"
+    );
+    Ok(())
 }
 
 fn described(adapter: &peft::Adapter) -> String {

@@ -189,9 +189,9 @@ impl Paging {
         let state = state.context("making the optimizer's pages (--paged-budget off does without)")?;
         let pager = state.pager();
         if let Some(reason) = fallen_back {
-            eprintln!("pages    not in unified memory but in pinned: {reason}");
+            crate::note!("pages    not in unified memory but in pinned: {reason}");
         }
-        eprintln!(
+        crate::note!(
             "pages    {} of {} in {}, {} on the device at most; the others: {}",
             pager.pages(),
             bytes(page_bytes),

@@ -1,6 +1,8 @@
 //! Settings of a training run: defaults, a TOML file, and the command line, each over the one before.
 
 use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};
+use crate::data::{DataOptions, DataSpec, Format};
+use crate::input::ReadArgs;
 use crate::paging::{Bytes, PageMemory, PagedBudget};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -23,7 +25,8 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 /// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
 /// otherwise.
-const FREE: [&str; 10] = [
+const FREE: [&str; 11] = [
+    "cache",
     "out",
     "save-every",
     "save-minutes",
@@ -47,12 +50,26 @@ pub struct TrainArgs {
     /// Hugging Face folder, bitsandbytes 4-bit folder or .gguf file [default: the embedded model]
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
-    /// JSONL or text file to train on [default: the embedded task]
-    #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
-    /// JSONL or text file to evaluate on, before and after
-    #[arg(long, value_name = "FILE")]
-    pub eval_data: Option<PathBuf>,
+    /// Data to train on: files (JSONL, JSON, CSV, Parquet, text; also .gz, .zst) and folders of them, several with commas
+    /// between, each with a weight if it is not 1: a.jsonl:2,b.csv,folder:0.5 [default: the embedded task]
+    #[arg(long, value_name = "PATH[:WEIGHT],…")]
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataSpec>,
+    /// Data to evaluate on, before and after
+    #[arg(long, value_name = "PATH,…")]
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub eval_data: Option<DataSpec>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub read: ReadArgs,
+    /// Show the first N micro-batches, learned and unlearned text apart, and train nothing
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", conflicts_with = "resume")]
+    #[serde(skip)]
+    pub show_batch: Option<usize>,
+    /// Print the outcome as one JSON object on standard output at the end
+    #[arg(long)]
+    #[serde(skip)]
+    pub json: bool,
     /// Start from this PEFT adapter instead of a new one
     #[arg(long, value_name = "DIR")]
     pub adapter_init: Option<PathBuf>,
@@ -97,6 +114,10 @@ pub struct TrainArgs {
     /// Tokens of an example at most [default: 512]
     #[arg(long, value_name = "N")]
     pub seq_len: Option<usize>,
+    /// Fill each micro-batch with as many examples as fit into batch-size times seq-len tokens; they stay apart
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub pack: bool,
     /// Learning rate [default: 2e-4]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub lr: Option<f64>,
@@ -265,10 +286,15 @@ impl Display for Method {
 pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataSpec>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub eval_data: Option<DataSpec>,
+    #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    pub skip_bad_rows: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<PathBuf>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_data: Option<PathBuf>,
+    pub cache: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_init: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -289,6 +315,7 @@ pub struct Settings {
     pub batch_size: usize,
     pub grad_accum: usize,
     pub seq_len: usize,
+    pub pack: bool,
     pub lr: f64,
     #[serde(with = "as_text")]
     pub schedule: Schedule,
@@ -378,6 +405,9 @@ impl Default for Settings {
             model: None,
             data: None,
             eval_data: None,
+            format: None,
+            skip_bad_rows: false,
+            cache: None,
             adapter_init: None,
             out: None,
             save_every: None,
@@ -391,6 +421,7 @@ impl Default for Settings {
             batch_size: 4,
             grad_accum: 4,
             seq_len: 512,
+            pack: false,
             lr: 2e-4,
             schedule: Schedule::Constant,
             warmup: 0,
@@ -572,10 +603,22 @@ impl Settings {
         ensure!(self.patience.is_none() || self.eval_every.is_some(), "--patience needs --eval-every");
         ensure!(
             self.eval_every.is_none() || self.eval_data.is_some() || self.data.is_none(),
-            "--eval-every needs --eval-data: a JSONL or text file to evaluate on"
+            "--eval-every needs --eval-data: data to evaluate on"
         );
-        ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: a JSONL or text file to train on");
+        ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: data to train on");
         Ok(())
+    }
+
+    /// How the data is read, for a model of this vocabulary.
+    pub fn data_options(&self, vocab_size: usize) -> DataOptions {
+        DataOptions {
+            seq_len: self.seq_len,
+            vocab_size,
+            format: self.format,
+            all_choices: false,
+            skip_bad_rows: self.skip_bad_rows,
+            cache: self.cache.clone(),
+        }
     }
 
     /// What is special about the adapter.
@@ -639,7 +682,7 @@ pub(crate) mod as_text {
 }
 
 /// The same, for optional values.
-mod as_optional_text {
+pub(crate) mod as_optional_text {
     use super::*;
 
     pub fn serialize<T: Display, S: serde::Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -4,16 +4,20 @@ pub use crate::adapt::attach;
 use crate::{
     adapt,
     best::{Best, Evaluations},
-    checkpoint::{self, Checkpoint, Origin, Saver, State},
+    checkpoint::{Checkpoint, Origin, Saver, State},
     cli::DTypeChoice,
-    data::{self, Batch, Example, Sampler, collate},
+    data::{DataSpec, Examples},
+    deal::Deal,
     default_task,
-    eval::{EvalResult, answers, evaluate},
-    interrupt,
+    eval::{Answer, EvalResult, answers, evaluate},
+    hub, input, interrupt,
     loss_scale::LossScale,
     model::{Model, ModelSource},
     page_trace, profile,
-    report::{self, StepLog, StepMetrics},
+    report::{
+        self, StepLog, StepMetrics, curves,
+        html::{self, Samples},
+    },
     run_dir::RunDir,
     settings::{Method, Settings},
     step::{Step, Stepper},
@@ -21,7 +25,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, ensure};
 use nibble_models::{
     files::{
-        atomic::{atomic_folder, write_json},
+        atomic::{atomic_folder, atomic_write, read_text, write_json},
         peft,
     },
     tokenizer::Tokenizer,
@@ -56,9 +60,9 @@ pub fn resume(settings: &Settings, dir: RunDir) -> Result<Outcome> {
     match &checkpoint {
         Some(Checkpoint { state, .. }) => {
             settings.refuse_changes(&state.settings)?;
-            eprintln!("resume   {path} from the checkpoint of step {}", state.step);
+            crate::note!("resume   {path} from the checkpoint of step {}", state.step);
         }
-        None => eprintln!("resume   {path} from the beginning: it has no whole checkpoint"),
+        None => crate::note!("resume   {path} from the beginning: it has no whole checkpoint"),
     }
     run(settings, dir, checkpoint, false)
 }
@@ -67,67 +71,120 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     let started = Instant::now();
     // A continued run computes in the type that it began in, whatever the device's usual one is.
     let dtype = checkpoint.as_ref().map_or(settings.dtype, |checkpoint| checkpoint.state.dtype);
+    // What is missing is found missing before a model is loaded.
+    let data = Settings {
+        data: settings.data.as_ref().map(|data| hub::data(data, false)).transpose()?,
+        eval_data: settings.eval_data.as_ref().map(|data| hub::data(data, true)).transpose()?,
+        ..settings.clone()
+    };
     let mut model = Model::load(&ModelSource { dtype, ..source(settings) })?;
     profile::check(settings.profile.as_deref(), model.llama.device())?;
     let digest = model.digest()?;
     let mut adapter_config = attach(&mut model, settings)?;
     let tokenizer = model.tokenizer()?;
-    let (examples, held_out) = load_data(&model, tokenizer.as_ref(), settings)?;
+    let stopped = |before| {
+        crate::note!("stopped before the first step; nothing was written");
+        Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None })
+    };
+    let Some((examples, held_out)) = load_data(&model, tokenizer.as_ref(), &data)? else { return stopped(None) };
     let origin = Origin {
         model: digest,
         adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),
-        data: checkpoint::digest(&examples),
-        eval_data: checkpoint::digest(&held_out),
+        data: examples.known().digest.clone(),
+        eval_data: held_out.known().digest.clone(),
     };
     let base = adapt::changes_base(&model, settings).then(|| dir.join("base"));
     if let (Some(base), Some(config)) = (&base, &mut adapter_config) {
         config.base_model_name_or_path = Some(base.display().to_string());
     }
-    let setup = Setup { settings, dir, new, adapter_config, tokenizer, examples, held_out };
-    let Setup { dir, tokenizer, held_out, .. } = &setup;
+    let deal = Deal::new(&examples, &data)?;
+    let setup = Setup { settings, dir: dir.clone(), new, adapter_config, tokenizer, deal, held_out };
+    let Setup { tokenizer, held_out, .. } = &setup;
 
+    let mut samples = Samples::default();
     let before = match &checkpoint {
         Some(Checkpoint { state, .. }) => {
             origin.refuse_other(&state.origin)?;
+            // Only for the report: a run without them goes on.
+            let read = read_text(&dir.join(SAMPLES)).ok().and_then(|text| serde_json::from_str(&text).ok());
+            samples = read.unwrap_or_default();
             state.before
         }
-        None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out)?,
+        None => evaluate_and_show("before", &model, tokenizer.as_ref(), held_out, &mut samples.before)?,
     };
     if checkpoint.is_none() && interrupt::requested() {
-        eprintln!("stopped before the first step; nothing was written");
-        return Ok(Outcome { dir: dir.path().to_path_buf(), interrupted: true, before, after: None });
+        return stopped(before);
     }
     if new {
         dir.create(settings)?;
+        write_json(&dir.join(SAMPLES), &samples)?;
     }
     if let Some(base) = &base {
         adapt::save_base(&model, tokenizer.as_ref(), base)?;
     }
-    let Optimized { log, interrupted, evaluations, after } = optimize(&mut model, &setup, checkpoint, origin, before)?;
-    report::loss_curve(&dir.join("loss.svg"), &log, &format!("training loss of {}", dir.path().display()))?;
+    let Optimized { log, interrupted, evaluations, after } =
+        optimize(&mut model, &setup, checkpoint, origin, before, &mut samples.after)?;
 
     let (seconds, best) = (started.elapsed().as_secs_f64(), evaluations.best());
     let summary = Summary { before, after, best, steps: log.len(), interrupted, seconds };
     write_json(&dir.join("summary.json"), &summary)?;
-    eprintln!("{}", report::memory_line(model.llama.device()));
+    write_json(&dir.join(SAMPLES), &samples)?;
+    write_report(&model, &setup, &log, &summary, &samples)?;
+    crate::note!("{}", report::memory_line(model.llama.device()));
     if let (Some(before), Some(after)) = (before, after) {
-        eprintln!("held-out before: {before}\nheld-out after:  {after}");
+        crate::note!("held-out before: {before}\nheld-out after:  {after}");
     }
     if let Some(Best { step, nll }) = best {
-        eprintln!("best:            nll {nll:.4} after step {step}, in best/");
+        crate::note!("best:            nll {nll:.4} after step {step}, in best/");
     }
     let (how, path) = (if interrupted { "stopped" } else { "finished" }, dir.path().display());
-    eprintln!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
-    eprintln!("  {}/  metrics.jsonl  loss.svg  settings.toml  summary.json", setup.trained());
+    crate::note!("{how} after {} steps and {seconds:.1} s; results are in {path}", log.len());
+    crate::note!(
+        "  {}/  metrics.jsonl  report.html  loss.svg  settings.toml  summary.json  tensorboard/",
+        setup.trained()
+    );
     if base.is_some() {
-        eprintln!(
+        crate::note!(
             "  base/  what the adapter is for, instead of the model: --model {path}/base --adapter {path}/adapter"
         );
     }
     if interrupted {
-        eprintln!("--resume {path} continues");
+        crate::note!("--resume {path} continues");
     }
     Ok(Outcome { dir: dir.path().to_path_buf(), interrupted, before, after })
+}
+
+/// File of the answers before and after.
+const SAMPLES: &str = "samples.json";
+
+/// Writes the loss curve and the page about the run.
+fn write_report(model: &Model, setup: &Setup, log: &[StepMetrics], summary: &Summary, samples: &Samples) -> Result<()> {
+    let Setup { settings, dir, deal, .. } = setup;
+    let title = format!("training loss of {}", dir.path().display());
+    let picture = curves::draw(&title, "loss (nats a token)", &curves::losses(log))?;
+    atomic_write(&dir.join("loss.svg"), |out| out.write_all(picture.as_bytes()))?;
+    let tokens: usize = log.iter().map(|step| step.tokens).sum();
+    let mut facts = vec![
+        ("model", model.name.clone()),
+        ("method", settings.method.to_string()),
+        ("data", settings.data.as_ref().map_or("the embedded task".into(), |data| data.to_string())),
+        ("steps", format!("{} of {}, {tokens} tokens", log.len(), deal.total)),
+        ("time", format!("{:.1} s", summary.seconds)),
+    ];
+    facts.extend(deal.packing(settings).map(|packing| ("packing", packing)));
+    facts.extend(summary.best.map(|Best { step, nll }| ("best", format!("nll {nll:.4} after step {step}"))));
+    let page = html::report(&html::Report {
+        name: dir.path().display().to_string(),
+        facts,
+        steps: log,
+        before: summary.before,
+        after: summary.after,
+        device: model.llama.device(),
+        samples,
+        settings: toml::to_string(settings)?,
+    })?;
+    atomic_write(&dir.join("report.html"), |out| out.write_all(page.as_bytes()))?;
+    Ok(())
 }
 
 /// What a run works with, besides the model.
@@ -139,8 +196,8 @@ struct Setup<'a> {
     /// `None` for full fine-tuning.
     adapter_config: Option<peft::AdapterConfig>,
     tokenizer: Option<Tokenizer>,
-    examples: Vec<Example>,
-    held_out: Vec<Example>,
+    deal: Deal<'a>,
+    held_out: Examples,
 }
 
 impl Setup<'_> {
@@ -178,28 +235,25 @@ pub fn source(settings: &Settings) -> ModelSource {
     }
 }
 
-/// The training and the held-out examples.
+/// The training and the held-out examples; `None` if the user interrupted.
 fn load_data(
     model: &Model,
     tokenizer: Option<&Tokenizer>,
     settings: &Settings,
-) -> Result<(Vec<Example>, Vec<Example>)> {
+) -> Result<Option<(Examples, Examples)>> {
     let embedded = match settings.data {
         None => Some(default_task::unpack().context("unpacking the embedded task")?),
         Some(_) => None,
     };
-    let inside = |name: &str| embedded.as_ref().map(|dir| dir.path().join(name));
-    let train = settings.data.clone().or_else(|| inside(default_task::TRAIN));
-    let held_out = settings.eval_data.clone().or_else(|| inside(default_task::EVAL));
-    let options = data::DataOptions { seq_len: settings.seq_len, vocab_size: model.llama.config.vocab_size };
-    let load = |path: Option<PathBuf>| match path {
-        None => Ok(Vec::new()),
-        Some(path) => data::load_examples(&path, tokenizer, &options),
+    let inside = |name: &str| embedded.as_ref().map(|dir| DataSpec::from(dir.path().join(name)));
+    let options = settings.data_options(model.llama.config.vocab_size);
+    let train = settings.data.clone().or_else(|| inside(default_task::TRAIN)).context("no data to train on")?;
+    let Some(train) = input::read("data", &train, tokenizer, &options)? else { return Ok(None) };
+    let held_out = match settings.eval_data.clone().or_else(|| inside(default_task::EVAL)) {
+        None => Some(Examples::none()),
+        Some(spec) => input::read_held_out(&spec, tokenizer, &options)?,
     };
-    let (train, held_out) = (load(train)?, load(held_out)?);
-    let tokens: usize = train.iter().map(|example| example.ids.len()).sum();
-    eprintln!("data     {} examples, {tokens} tokens; {} held out", train.len(), held_out.len());
-    Ok((train, held_out))
+    Ok(held_out.map(|held_out| (train, held_out)))
 }
 
 /// Evaluates on the held-out examples and shows a few answers.
@@ -207,18 +261,19 @@ fn evaluate_and_show(
     when: &str,
     model: &Model,
     tokenizer: Option<&Tokenizer>,
-    held_out: &[Example],
+    held_out: &Examples,
+    shown: &mut Vec<Answer>,
 ) -> Result<Option<EvalResult>> {
     if held_out.is_empty() {
         return Ok(None);
     }
     let Some(result) = evaluate(model, held_out)? else { return Ok(None) };
-    eprintln!("\n{when} training: {result}");
-    let shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
+    crate::note!("\n{when} training: {result}");
+    *shown = tokenizer.map_or(Ok(Vec::new()), |tokenizer| answers(model, tokenizer, held_out, 3))?;
     for answer in shown {
-        eprintln!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
+        crate::note!("  prompt   {:?}\n  expected {:?}\n  answer   {:?}", answer.prompt, answer.expected, answer.found);
     }
-    eprintln!();
+    crate::note!();
     Ok(Some(result))
 }
 
@@ -239,9 +294,12 @@ fn optimize(
     checkpoint: Option<Checkpoint>,
     origin: Origin,
     before: Option<EvalResult>,
+    samples: &mut Vec<Answer>,
 ) -> Result<Optimized> {
-    let Setup { settings, dir, examples, .. } = setup;
-    let deal = Deal::new(examples, settings)?;
+    let Setup { settings, dir, deal, .. } = setup;
+    if let Some(packing) = deal.packing(settings) {
+        crate::note!("packing  {packing}");
+    }
     if let Some(checkpoint) = &checkpoint {
         checkpoint.load_parameters(&mut model.llama)?;
     }
@@ -267,7 +325,7 @@ fn optimize(
     let (device, reported) = (model.llama.device(), state.step - u32::from(state.unreported.is_some()));
     let mut log = match setup.new {
         true => StepLog::create(dir.path(), deal.total, device)?,
-        false => StepLog::resume(dir.path(), reported, deal.total, device)?,
+        false => StepLog::resume(dir.path(), reported, deal.total, device).with_context(|| saver.advice(state.step))?,
     };
     // The log is this process's alone from here on: what is unfinished in the folder is of one that was killed.
     saver.clear()?;
@@ -286,6 +344,7 @@ fn optimize(
                 metrics.eval_nll = Some(result.nll);
                 metrics.eval_perplexity = Some(result.perplexity);
                 metrics.eval_exact_match = Some(result.exact_match);
+                metrics.eval_choice_accuracy = result.choice.map(|choice| choice.accuracy);
             }
             log.push(metrics).with_context(|| saver.advice(metrics.step))?;
             state.unreported = None;
@@ -304,7 +363,7 @@ fn optimize(
         if interrupt::requested() {
             break true;
         }
-        state.unreported = Some(one_step(model, &mut stepper, &deal, state.step, setup)?);
+        state.unreported = Some(one_step(model, &mut stepper, state.step, setup)?);
         state.step += 1;
     };
     sound(&mut stepper, model, setup, state.step)?;
@@ -314,7 +373,7 @@ fn optimize(
     keep(model, setup, setup.trained()).with_context(|| saver.advice(state.step))?;
     let after = match interrupted {
         true => None,
-        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out)?,
+        false => evaluate_and_show("after", model, setup.tokenizer.as_ref(), &setup.held_out, samples)?,
     };
     let interrupted = interrupted || (after.is_none() && !setup.held_out.is_empty());
     if interrupted {
@@ -332,53 +391,11 @@ fn save_state(saver: &mut Saver, state: &mut State, model: &Model, stepper: &Ste
     saved.with_context(|| saver.advice(state.step))
 }
 
-/// Which examples each step gets, and how many steps there are: functions of data and settings.
-struct Deal<'a> {
-    examples: &'a [Example],
-    sampler: Sampler,
-    /// Micro-batches of a step.
-    window: usize,
-    /// Micro-batches of the run.
-    batches: usize,
-    /// Steps of the run.
-    total: u32,
-}
-
-impl<'a> Deal<'a> {
-    fn new(examples: &'a [Example], settings: &Settings) -> Result<Self> {
-        let sampler = Sampler::new(examples.len(), settings.batch_size, settings.seed, !settings.no_shuffle)?;
-        let window = settings.grad_accum;
-        let (batches, total) = match settings.steps {
-            Some(steps) => ((steps as usize).saturating_mul(window), steps),
-            None => {
-                let batches = settings.epochs.unwrap_or(1) as usize * sampler.steps_per_epoch();
-                (batches, u32::try_from(batches.div_ceil(window)).context("too many steps")?)
-            }
-        };
-        Ok(Deal { examples, sampler, window, batches, total })
-    }
-
-    /// Number of the first micro-batch of `step`.
-    fn first(&self, step: u32) -> usize {
-        (step as usize).saturating_mul(self.window)
-    }
-
-    /// The micro-batches of `step`. The last step of an epochs-long run may get fewer.
-    fn batches(&self, step: u32) -> Vec<Batch> {
-        let first = self.first(step);
-        let batch = |index| {
-            let chosen = self.sampler.batch_indices(index).into_iter().map(|i| &self.examples[i]);
-            collate(&chosen.collect::<Vec<_>>())
-        };
-        (first..first.saturating_add(self.window).min(self.batches)).map(batch).collect()
-    }
-}
-
 /// Makes optimizer step `step`, counted from 0.
-fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, setup: &Setup) -> Result<StepMetrics> {
-    let settings = setup.settings;
+fn one_step(model: &mut Model, stepper: &mut Stepper, step: u32, setup: &Setup) -> Result<StepMetrics> {
+    let Setup { settings, deal, .. } = setup;
     let clock = Instant::now();
-    let batches = deal.batches(step);
+    let batches = deal.batches(step)?;
     let tokens: usize = batches.iter().map(|batch| batch.ids.len()).sum();
     ensure!(
         batches.iter().any(|batch| batch.unmasked() > 0),
@@ -407,6 +424,7 @@ fn one_step(model: &mut Model, stepper: &mut Stepper, deal: &Deal, step: u32, se
         eval_nll: None,
         eval_perplexity: None,
         eval_exact_match: None,
+        eval_choice_accuracy: None,
     })
 }
 

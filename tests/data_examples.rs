@@ -1,8 +1,8 @@
 //! Rows to examples: forms, masks, and what is refused.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use nibble::data::{DataOptions, Example, Format, IGNORE, Rows, Span, instruction_prompt, load_examples, preview};
+use nibble::data::{self, DataOptions, Example, Format, IGNORE, Rows, Span, instruction_prompt, preview};
 use nibble_models::tokenizer::Tokenizer;
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
@@ -60,7 +60,18 @@ fn data(name: &str, content: impl AsRef<[u8]>) -> Data {
     Data { _dir: dir, path }
 }
 
-const OPTIONS: DataOptions = DataOptions { seq_len: 512, vocab_size: VOCAB };
+const OPTIONS: DataOptions = DataOptions {
+    seq_len: 512,
+    vocab_size: VOCAB,
+    format: None,
+    all_choices: false,
+    skip_bad_rows: false,
+    cache: None,
+};
+
+fn load_examples(path: &Path, tokenizer: Option<&Tokenizer>, options: &DataOptions) -> data::Result<Vec<Example>> {
+    data::load_examples(&path.to_path_buf().into(), tokenizer, options)?.iter().collect()
+}
 
 fn load(content: &str, tokenizer: &Tokenizer) -> Vec<Example> {
     load_examples(&data("rows.jsonl", content).path, Some(tokenizer), &OPTIONS).unwrap()
@@ -208,7 +219,13 @@ fn bad_rows_are_named() {
         ("{\"text\":\"ab\"}\n\n{\"text\":3}", ":3: \"text\" is a number; expected a string"),
         ("{\"text\":\"ab\"}\n{\"prompt\":\"a\",\"completion\":\"b\"}", ":2: has no \"text\"; expected {\"text\"}"),
         ("{\"question\":\"ab\"}", ":1: a row with the keys [\"question\"]; expected one of {\"messages\""),
-        ("[1]", ":1: found a list; expected a JSON object"),
+        ("[1]", ":1: found a number; expected a JSON object"),
+        ("[{\"text\":\"ab\"},\n{\"text\":3}]", ":2: \"text\" is a number; expected a string"),
+        ("[{\"text\":\"ab\"}\n,\n {", ": line 3: the list is not closed with ]"),
+        ("[{\"text\":\"ab\"},,{}]", ": line 1: a comma without an item before it"),
+        ("[]", ": holds no examples"),
+        ("{\"conversations\":[{\"from\":\"gpt\"}]}", ":1: turn 1 is not of the form {\"from\",\"value\"}"),
+        ("{\"conversations\":[{\"from\":\"human\",\"value\":\"a\"}]}", ":1: the conversation has no assistant turn"),
         ("{\"text\":\"ab\"}\n{\"text\":\"ab\"", ":2: not valid JSON (EOF while parsing an object at column"),
         ("{\"text\":\"\"}", ":1: \"text\" is empty"),
         ("{\"prompt\":\"a\",\"completion\":\"\"}", ":1: \"completion\" is empty"),
@@ -281,6 +298,10 @@ fn templates_that_rewrite_the_past_are_refused() {
         let error = refused("rows.jsonl", row, &chat().with_chat_template(template), &OPTIONS);
         assert!(error.starts_with(":1: the chat template does not write message 2"), "{error}");
     }
+    let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}\
+                   {% endfor %}";
+    let error = refused("rows.jsonl", row, &chat().with_chat_template(endless), &OPTIONS);
+    assert!(error.starts_with(":1: chat template: stopped after") && error.contains("loop without end"), "{error}");
     let strict = "{{ raise_exception('only systems') }}";
     let error = refused("rows.jsonl", row, &chat().with_chat_template(strict), &OPTIONS);
     assert!(error.contains("only systems"), "{error}");

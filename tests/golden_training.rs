@@ -165,7 +165,7 @@ fn thirty_training_steps(dir: &Path, folder: &str, device: Device, dtype: DType)
     drop(file);
     let settings = Settings {
         model: Some(golden(folder)),
-        data: Some(data),
+        data: Some(data.into()),
         adapter_init: Some(golden("adapter-init")),
         out: Some(dir.join("run")),
         device: DeviceRequest::Exactly(device),

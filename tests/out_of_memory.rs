@@ -21,7 +21,7 @@ fn settings(dir: &Path, device: DeviceRequest, paged_budget: PagedBudget) -> Set
     fs::write(&data, rows).unwrap();
     Settings {
         model: Some("tests/golden/gqa_llama3rope/model".into()),
-        data: Some(data),
+        data: Some(data.into()),
         out: Some(dir.join("run")),
         steps: Some(2),
         batch_size: 2,

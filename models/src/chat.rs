@@ -80,6 +80,11 @@ impl ChatTemplate {
 }
 
 fn invalid(error: minijinja::Error) -> Error {
+    if error.kind() == ErrorKind::OutOfFuel {
+        return Error::Invalid(format!(
+            "chat template: stopped after {FUEL} instructions; it seems to loop without end"
+        ));
+    }
     Error::Invalid(format!("chat template: {error}"))
 }
 

@@ -61,7 +61,12 @@ fn faults_are_errors() {
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}\
           {% endfor %}",
-            "fuel",
+            "loop without end",
+        ),
+        // One that would take all memory.
+        (
+            "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "loop without end",
         ),
     ] {
         let error = render(source).unwrap_err().to_string();

@@ -49,6 +49,11 @@ pub fn describe(path: &Path) -> Result<String> {
     add("first row", &format!("line {line}"));
     match first {
         Row::Text(text) => add("  text", &shown(&text)),
+        Row::Choices { prompt, choices, answer } => {
+            add("  prompt", &shown(&prompt));
+            choices.iter().for_each(|choice| add("  choice", &shown(choice)));
+            add("  answer", &answer.to_string());
+        }
         Row::Completion { prompt, completion } => {
             add("  prompt", &shown(&prompt));
             add("  completion", &shown(&completion));

@@ -11,9 +11,12 @@ pub enum DataError {
     /// The file as a whole cannot be trained on.
     #[error("{}: {what}", path.display())]
     File { path: PathBuf, what: String },
-    /// A row is not what it should be. `line` counts from 1.
+    /// A row is not what it should be. `line` counts from 1; in a Parquet file it is the row.
     #[error("{}:{line}: {what}", path.display())]
     Row { path: PathBuf, line: usize, what: String },
+    /// The user interrupted the reading.
+    #[error("stopped while reading data")]
+    Stopped,
     /// A setting is outside of what makes sense.
     #[error("{0}")]
     Options(String),

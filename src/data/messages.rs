@@ -10,6 +10,14 @@ use nibble_models::tokenizer::Tokenizer;
 
 use super::IGNORE;
 
+/// A conversation in tokens.
+pub(super) struct Conversation {
+    pub ids: Vec<u32>,
+    pub labels: Vec<i64>,
+    /// Whether a learned stretch starts before the assistant's own words.
+    pub header_learned: bool,
+}
+
 /// Token ids and labels of a conversation; the error says what is wrong with the row.
 ///
 /// The text is encoded in stretches between the boundaries, so that no token straddles one: the ids before an assistant
@@ -19,7 +27,7 @@ pub(super) fn encode(
     messages: &[Message],
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
-) -> Result<(Vec<u32>, Vec<i64>), String> {
+) -> Result<Conversation, String> {
     let render = |count: usize, prompt: bool| -> Result<String, String> {
         template.render(&messages[..count], prompt).map_err(|error| error.to_string())
     };
@@ -29,14 +37,14 @@ pub(super) fn encode(
     let mut done = 0;
     let mut push = |text: &str, learned: bool| -> Result<(), String> {
         // Only the first stretch is the start of a text.
-        let new = if ids.is_empty() { tokenizer.encode(text, false) } else { tokenizer.encode_continuation(text) };
+        let new = ids.last().map_or_else(|| tokenizer.encode(text, false), |&last| tokenizer.encode_after(last, text));
         let new = new.map_err(|error| error.to_string())?;
         let end = new.iter().rposition(|id| tokenizer.eos_ids().contains(id)).map_or(new.len(), |last| last + 1);
         labels.extend(new.iter().enumerate().map(|(i, &id)| if learned && i < end { i64::from(id) } else { IGNORE }));
         ids.extend(new);
         Ok(())
     };
-    let mut turns = 0;
+    let (mut turns, mut header_learned) = (0, false);
     for (i, message) in messages.iter().enumerate().filter(|(_, message)| message.role == "assistant") {
         let (before, after) = (render(i, true)?, render(i + 1, false)?);
         if !after.starts_with(&before) || !whole.starts_with(&after) || before.len() < done {
@@ -48,7 +56,10 @@ pub(super) fn encode(
             ));
         }
         push(&whole[done..before.len()], false)?;
-        push(&whole[before.len()..after.len()], true)?;
+        let own = &whole[before.len()..after.len()];
+        // Templates may trim what is said, and put a space before it.
+        header_learned |= !own.trim_start().starts_with(message.content.trim());
+        push(own, true)?;
         done = after.len();
         turns += 1;
     }
@@ -56,5 +67,5 @@ pub(super) fn encode(
         return Err("the conversation has no assistant turn, so there is nothing to learn".to_owned());
     }
     push(&whole[done..], false)?;
-    Ok((ids, labels))
+    Ok(Conversation { ids, labels, header_learned })
 }

@@ -283,7 +283,7 @@ fn data_that_cannot_be_trained_on() {
         (text, "{\"text\":\"hello\"}\n{\"txt\":\"hello\"}", &["d.jsonl:2:", "text"]),
         (text, "{\"question\":\"a\"}", &["d.jsonl:1:", "question", "prompt"]),
         (text, "{\"text\":\"a\"}\nnot json", &["d.jsonl:2:", "JSON"]),
-        (text, "[1,2]", &["d.jsonl:1:", "a list"]),
+        (text, "[1,2]", &["d.jsonl:1:", "a number"]),
         (text, "{\"text\":\"\"}", &["d.jsonl:1:", "empty"]),
         (text, "{\"prompt\":\"a\",\"completion\":\"\"}", &["d.jsonl:1:", "completion"]),
         (text, "{\"prompt\":\"a\",\"completion\":5}", &["d.jsonl:1:", "a number"]),
@@ -307,7 +307,8 @@ fn data_that_cannot_be_trained_on() {
     place.refuses_training(&["--model", text, "--data", "d.txt"], &["d.txt", "UTF-8 at byte 1"]);
     place.write("d.txt", "");
     place.refuses_training(&["--model", text, "--data", "d.txt"], &["d.txt", "no examples"]);
-    place.refuses_training(&["--data", "."], &["directory"]);
+    fs::create_dir(place.path("empty")).unwrap();
+    place.refuses_training(&["--data", "empty"], &["empty", "no data files", ".jsonl"]);
     place.refuses(&["inspect", "d.txt"], &["d.txt"]);
     place.write("d.jsonl", "{\"text\":\"a\"}\n{\"text\":1}");
     place.refuses(&["inspect", "d.jsonl"], &["d.jsonl:2:", "a number"]);

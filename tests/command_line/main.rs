@@ -1,9 +1,12 @@
 //! The program itself: what each command promises, and how it answers mistakes.
 
+mod data;
 mod export;
 mod faults;
 mod gguf;
+mod hub;
 mod inference;
+mod reports;
 #[cfg(unix)]
 mod resume;
 mod support;

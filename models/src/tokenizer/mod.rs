@@ -94,6 +94,20 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Token ids of `text` after the token `last`, as they are where both stand in one text: some tokenizers put a space
+    /// behind a special token, and some special tokens swallow one.
+    pub fn encode_after(&self, last: u32, text: &str) -> Result<Vec<u32>> {
+        let added = self.inner.get_added_tokens_decoder();
+        let Some(special) = added.get(&last).filter(|token| token.special) else {
+            return self.encode_continuation(text);
+        };
+        let mut ids = encode(&self.inner, &(special.content.clone() + text), false)?;
+        match ids.iter().position(|&id| id == last) {
+            Some(place) => Ok(ids.split_off(place + 1)),
+            None => self.encode_continuation(text),
+        }
+    }
+
     /// The text of `ids`; `skip_special` leaves special tokens out. Bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|error| Error::Invalid(format!("decoding tokens: {error}")))
@@ -147,6 +161,16 @@ impl Tokenizer {
     /// The chat template's Jinja source.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
+    }
+
+    /// All that encoding depends on, as text: two tokenizers that differ in it may encode otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`]: the encoder has no form as JSON.
+    pub fn description(&self) -> Result<String> {
+        let Tokenizer { inner, bos, eos, pad, unk, add_bos, add_eos, chat_template, .. } = self;
+        let json = inner.to_string(false).map_err(|error| Error::Invalid(format!("tokenizer: {error}")))?;
+        Ok(format!("{json}\n{:?}", (bos, eos, pad, unk, add_bos, add_eos, chat_template)))
     }
 
     /// The compiled chat template; `None` if the tokenizer has none, [`Error::Invalid`] if it is not valid Jinja.

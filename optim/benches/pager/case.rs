@@ -7,7 +7,7 @@ use std::fmt;
 /// The trainer's default.
 pub const PAGE: usize = 3 << 20;
 /// Sizes of pages to compare [`PAGE`] with.
-const OTHER_PAGES: [usize; 2] = [6 << 20, 16 << 20];
+const OTHER_PAGES: [usize; 3] = [1 << 20, 6 << 20, 16 << 20];
 
 /// What pages are made of.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -5,7 +5,7 @@
 //! ```text
 //! unpaged/32-bit                            a tensor or two for each parameter
 //! pinned/stream/25%/8-bit                   pages / policy / budget, in percent of the pages / precision of the moments
-//! pinned/stream/25%/32-bit/2MiB             other pages than those of 6 MiB
+//! pinned/stream/25%/32-bit/2MiB             other pages than those of 3 MiB
 //! pinned/stream/25%/32-bit/gradients        gradients in the pages too; else they are tensors on the device
 //! pressure/unified/32-bit                   the second table
 //! ```

@@ -1,15 +1,20 @@
-//! What a run shows and leaves behind: the progress bar, `metrics.jsonl`, the loss curve.
+//! What a run shows and leaves behind: the progress bar and `metrics.jsonl` here, TensorBoard's events ([`tensorboard`]),
+//! pictures ([`curves`]) and a page ([`html`]).
+
+pub mod curves;
+pub mod html;
+pub mod tensorboard;
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 pub use nibble_runtime::memory::readable as bytes;
 use nibble_runtime::{Device, cuda::Gpu, memory};
-use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{File, TryLockError},
-    io::{BufRead, BufReader, IsTerminal, Seek, SeekFrom, Write},
+    io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom, Write},
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -38,6 +43,9 @@ pub struct StepMetrics {
     /// and the share that greedy decoding gets right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_exact_match: Option<f64>,
+    /// Of questions with a choice of answers: the share whose right answer is the most likely one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_choice_accuracy: Option<f64>,
 }
 
 /// JSON has no infinity, which the gradient of a step in f16 may have: it is null there.
@@ -45,12 +53,39 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
     Ok(Option::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
 
+/// Whether only errors and warnings are said.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Says nothing about the work from now on.
+pub fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Whether nothing is to be said about the work.
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
 /// A bar over `total` units on a terminal; elsewhere nothing.
 pub fn bar(what: &str, total: usize) -> ProgressBar {
+    if is_quiet() {
+        return ProgressBar::hidden();
+    }
     let bar = ProgressBar::new(total as u64);
     let style = ProgressStyle::with_template("{prefix:>10} {bar:28.cyan/dim} {pos}/{len}  {msg}  eta {eta}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
     bar.set_prefix(what.to_string());
+    bar
+}
+
+/// A bar over `total` bytes on a terminal; elsewhere nothing.
+pub fn bytes_bar(what: &str, total: u64) -> ProgressBar {
+    let bar = bar(what, 0);
+    bar.set_length(total);
+    let style = ProgressStyle::with_template(
+        "{prefix:>10} {bar:28.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}",
+    );
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
     bar
 }
 
@@ -71,6 +106,32 @@ fn claim(file: &File, dir: &Path) -> Result<()> {
 /// File of the steps.
 const METRICS: &str = "metrics.jsonl";
 
+/// The steps up to `last` in the lines of a file, and the bytes that these lines take.
+fn lines(file: impl Read, last: u32) -> std::io::Result<(Vec<StepMetrics>, u64)> {
+    let (mut steps, mut kept): (Vec<StepMetrics>, _) = (Vec::new(), 0);
+    let mut reader = BufReader::new(file);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        // The last line may be torn.
+        let metrics = serde_json::from_slice::<StepMetrics>(&line).ok().filter(|_| line.ends_with(b"\n"));
+        let Some(metrics) = metrics.filter(|metrics| metrics.step <= last) else { break };
+        steps.push(metrics);
+        kept += line.len() as u64;
+        line.clear();
+    }
+    Ok((steps, kept))
+}
+
+/// The steps so far of the run in `dir`.
+///
+/// # Errors
+/// Its metrics cannot be read.
+pub fn read_metrics(dir: &Path) -> Result<Vec<StepMetrics>> {
+    let path = dir.join(METRICS);
+    let read = File::open(&path).and_then(|file| lines(file, u32::MAX));
+    Ok(read.with_context(|| format!("reading {}", path.display()))?.0)
+}
+
 /// Steps of a run, as they happen.
 pub struct StepLog {
     bar: ProgressBar,
@@ -80,6 +141,7 @@ pub struct StepLog {
     smoothed: Option<f64>,
     last_line: Instant,
     device: Device,
+    events: tensorboard::Events,
 }
 
 /// Without a terminal, a line is printed this often.
@@ -91,7 +153,7 @@ impl StepLog {
         let path = dir.join(METRICS);
         let file = File::create_new(&path).with_context(|| format!("creating {}", path.display()))?;
         claim(&file, dir)?;
-        Ok(StepLog::new(file, Vec::new(), total, device))
+        StepLog::new(dir, file, Vec::new(), total, device)
     }
 
     /// Goes on with `metrics.jsonl` in `dir` after step `done`: what follows in the file is cut off.
@@ -104,30 +166,21 @@ impl StepLog {
         let open = File::options().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.with_context(context)?;
         claim(&file, dir)?;
-        let (mut steps, mut kept): (Vec<StepMetrics>, _) = (Vec::new(), 0);
-        let mut reader = BufReader::new(&file);
-        let mut line = Vec::new();
-        while reader.read_until(b'\n', &mut line).with_context(context)? > 0 {
-            // The last line may be torn.
-            let metrics = serde_json::from_slice::<StepMetrics>(&line).ok().filter(|_| line.ends_with(b"\n"));
-            let Some(metrics) = metrics.filter(|metrics| metrics.step <= done) else { break };
-            steps.push(metrics);
-            kept += line.len() as u64;
-            line.clear();
-        }
+        let (steps, kept) = lines(&file, done).with_context(context)?;
         file.set_len(kept).and_then(|()| file.seek(SeekFrom::End(0))).with_context(context)?;
         if steps.len() != done as usize {
             eprintln!("warning: {} has {} lines of the {done} steps so far", path.display(), steps.len());
         }
-        Ok(StepLog::new(file, steps, total, device))
+        StepLog::new(dir, file, steps, total, device)
     }
 
-    fn new(file: File, steps: Vec<StepMetrics>, total: u32, device: Device) -> Self {
+    fn new(dir: &Path, file: File, steps: Vec<StepMetrics>, total: u32, device: Device) -> Result<Self> {
+        let events = tensorboard::Events::create(dir, &steps).context("writing events for TensorBoard")?;
         let bar = bar("train", total as usize);
         bar.set_position(steps.last().map_or(0, |last| u64::from(last.step)));
         bar.reset_eta();
         let smoothed = steps.iter().fold(None, |mean, step| Some(smooth(mean, step.loss)));
-        StepLog { bar, file, steps, total, smoothed, last_line: Instant::now(), device }
+        Ok(StepLog { bar, file, steps, total, smoothed, last_line: Instant::now(), device, events })
     }
 
     /// Makes the lines so far durable: a checkpoint is not to know of more steps than the file.
@@ -137,7 +190,7 @@ impl StepLog {
 
     /// Says something beside the bar.
     pub fn say(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| crate::note!("{text}"));
     }
 
     /// Records a step.
@@ -145,6 +198,7 @@ impl StepLog {
         let line = serde_json::to_string(&metrics)?;
         // In one piece: a reader sees whole lines, and so does a run that goes on after a full disk.
         self.file.write_all(format!("{line}\n").as_bytes()).with_context(|| format!("writing {METRICS}"))?;
+        self.events.push(&metrics).context("writing events for TensorBoard")?;
         let smoothed = smooth(self.smoothed, metrics.loss);
         self.smoothed = Some(smoothed);
         let held = bytes(memory::usage_of(self.device).total);
@@ -156,7 +210,7 @@ impl StepLog {
         if due && !std::io::stderr().is_terminal() {
             self.last_line = Instant::now();
             let left = self.bar.eta().as_secs();
-            eprintln!("step {}/{}  {text}  {left} s left", metrics.step, self.total);
+            crate::note!("step {}/{}  {text}  {left} s left", metrics.step, self.total);
         }
         self.steps.push(metrics);
         Ok(())
@@ -167,45 +221,6 @@ impl StepLog {
         self.bar.finish();
         self.steps
     }
-}
-
-/// Draws the loss of every step, and its running mean, as an SVG picture.
-pub fn loss_curve(path: &Path, steps: &[StepMetrics], title: &str) -> Result<()> {
-    let losses: Vec<(f64, f64)> = steps.iter().map(|s| (f64::from(s.step), s.loss)).collect();
-    let mut mean = Vec::with_capacity(losses.len());
-    let mut smoothed = None;
-    for &(step, loss) in &losses {
-        let value = smooth(smoothed, loss);
-        smoothed = Some(value);
-        mean.push((step, value));
-    }
-    let top = losses.iter().map(|&(_, loss)| loss).filter(|loss| loss.is_finite()).fold(0.0, f64::max);
-    let last = losses.last().map_or(1.0, |&(step, _)| step);
-    let mut picture = String::new();
-    {
-        let area = SVGBackend::with_string(&mut picture, (800, 480)).into_drawing_area();
-        area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(title, ("sans-serif", 20))
-            .margin(12)
-            .x_label_area_size(40)
-            .y_label_area_size(56)
-            .build_cartesian_2d(1.0..last.max(2.0), 0.0..(1.05 * top).max(1e-3))?;
-        chart.configure_mesh().x_desc("step").y_desc("loss (nats a token)").light_line_style(WHITE).draw()?;
-        let (pale, strong) = (RGBColor(170, 196, 228), RGBColor(31, 87, 160));
-        chart
-            .draw_series(LineSeries::new(losses, pale))?
-            .label("each step")
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], pale));
-        chart
-            .draw_series(LineSeries::new(mean, strong.stroke_width(2)))?
-            .label("running mean")
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], strong));
-        chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
-        area.present()?;
-    }
-    nibble_models::files::atomic::atomic_write(path, |out| out.write_all(picture.as_bytes()))?;
-    Ok(())
 }
 
 /// What a run computes on: the GPU's name, or the CPU's threads and, where a GPU was looked for, why there is none.
@@ -243,6 +258,7 @@ mod tests {
             eval_nll: None,
             eval_perplexity: None,
             eval_exact_match: None,
+            eval_choice_accuracy: None,
         }
     }
 
@@ -266,18 +282,5 @@ mod tests {
         assert_eq!(log.steps, steps[..2]);
         log.push(steps[2]).unwrap();
         assert_eq!((log.finish(), std::fs::read(&path).unwrap()), (steps.to_vec(), whole));
-    }
-
-    #[test]
-    fn the_curve_is_drawn_even_for_one_step_or_a_broken_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let step = |step, loss| StepMetrics { loss, ..metrics(step) };
-        for (name, steps) in
-            [("one", vec![step(1, 2.0)]), ("nan", vec![step(1, 2.0), step(2, f64::NAN)]), ("no", vec![])]
-        {
-            let path = dir.path().join(name);
-            loss_curve(&path, &steps, "loss").unwrap();
-            assert!(std::fs::read_to_string(path).unwrap().contains("</svg>"));
-        }
     }
 }
