@@ -15,7 +15,7 @@ use rayon::prelude::*;
 /// Vectors beyond the wanted ones: they make the iteration converge faster.
 const SPARE: usize = 16;
 /// Rounds at most: by then what is left to gain is below what rounding to f32 loses for all but flat spectra.
-const ROUNDS: usize = 40;
+const ROUNDS: usize = 20;
 /// The iteration ends when no wanted singular value changes by more than this share of the largest.
 const STILL: f64 = 1e-7;
 /// [`Stream::purpose`] of the random start.
