@@ -13,6 +13,7 @@ use nibble_kernels::{
 use nibble_models::{
     Llama, LlamaConfig,
     files::{
+        atomic::{read_json_object, read_text},
         checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
         peft,
     },
@@ -341,13 +342,28 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Reads the headers of a checkpoint, and of one that is quantized its first linear.
+    /// Reads the headers of a checkpoint, and of one that is quantized its first linear; of a model by name its `config.json`
+    /// alone, where that says enough.
     ///
     /// # Errors
     /// It is no checkpoint of a Llama; no shape is named so.
     pub fn read(source: &ModelSource) -> Result<Outline> {
         if let Some(shape) = source.path.as_deref().and_then(random_shape) {
             return Ok(Outline { config: LlamaConfig::shape(shape)?, stored: DType::BF16, quantized: None });
+        }
+        if let Some(path) = source.path.as_deref().map(hub::config).transpose()?.flatten() {
+            let text = read_text(&path)?;
+            let config = LlamaConfig::from_json(&text, &path)?;
+            let json = read_json_object(&path)?;
+            if json.get("quantization_config").is_none_or(serde_json::Value::is_null) {
+                let dtype = json.get("torch_dtype").or(json.get("dtype")).and_then(serde_json::Value::as_str);
+                let stored = match dtype {
+                    Some("float32") => DType::F32,
+                    Some("float16") => DType::F16,
+                    _ => DType::BF16,
+                };
+                return Ok(Outline { config, stored, quantized: None });
+            }
         }
         let (checkpoint, _unpacked) = open(source)?;
         let config = checkpoint.config().clone();

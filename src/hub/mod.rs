@@ -56,13 +56,30 @@ impl Name {
     }
 }
 
+/// The `config.json` of a model that has a name and one, without its weights.
+///
+/// # Errors
+/// As [`model`].
+pub fn config(path: &Path) -> Result<Option<PathBuf>> {
+    let Some(name) = named(path).filter(|name| name.path.is_empty()) else { return Ok(None) };
+    let hub = Hub::new()?;
+    let snapshot = hub.snapshot(&name, RepoType::Model)?;
+    let has = snapshot.files.iter().any(|found| found == "config.json");
+    has.then(|| snapshot.file("config.json")).transpose()
+}
+
+/// The name that stands in place of a model's path, if one does.
+fn named(path: &Path) -> Option<Name> {
+    let file = path.extension().is_some_and(|ending| ending == "gguf") && path.components().count() < 3;
+    Name::parse(path).filter(|_| !file)
+}
+
 /// The local path of a model: itself, or what its name was fetched to.
 ///
 /// # Errors
 /// There is nothing of this name, or it cannot be fetched; the message says what to do.
 pub fn model(path: &Path) -> Result<PathBuf> {
-    let file = path.extension().is_some_and(|ending| ending == "gguf") && path.components().count() < 3;
-    let Some(name) = Name::parse(path).filter(|_| !file) else { return Ok(path.to_path_buf()) };
+    let Some(name) = named(path) else { return Ok(path.to_path_buf()) };
     let hub = Hub::new()?;
     let snapshot = hub.snapshot(&name, RepoType::Model)?;
     if !name.path.is_empty() {

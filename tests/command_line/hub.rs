@@ -126,6 +126,10 @@ fn models_and_data_are_fetched_by_name_once() {
     let usual = ["--steps", "2", "--batch-size", "1", "--grad-accum", "1", "--rank", "2", "--lr", "1e-3"];
     let train = |variables: &[(&str, &str)], args: &[&str]| run(variables, &[&usual[..], args].concat());
     let by_name = ["--model", "org/model", "--data", "org/rows", "--eval-data", "org/rows"];
+    // A plan needs no weights.
+    let (code, table, printed) = run(&[], &["plan", "--model", "org/model", "--device", "cpu"]);
+    assert_eq!(code, 0, "{printed}");
+    assert!(table.contains("Fastest that fits") && !printed.contains("model.safetensors"), "{printed}");
     let (code, _, printed) = train(&[], &[&by_name[..], &["--out", "named"]].concat());
     assert_eq!(code, 0, "{printed}");
     assert!(printed.contains("fetching org/model/model.safetensors"), "{printed}");
