@@ -1,6 +1,9 @@
 //! The reference stack (transformers, peft, bitsandbytes) in f32 on a small Llama: logits, loss, every gradient, and 30
 //! QLoRA training steps. `tests/golden/gqa_llama3rope` holds its outputs.
 
+#[macro_use]
+mod devices;
+
 use nibble::{cli::DTypeChoice, settings::Settings, train::train};
 use nibble_kernels::quantize::{QuantType, ScaleRounding};
 use nibble_models::{
@@ -46,18 +49,6 @@ fn load(folder: &str, quantization: Option<Quantization>, device: Device) -> Lla
     )
     .unwrap()
     .0
-}
-
-/// Each check on the CPU, and on a GPU where there is one.
-macro_rules! on_every_device {
-    ($($check:ident),* $(,)?) => {
-        mod cpu {
-            $(#[test] fn $check() { super::$check(nibble_runtime::Device::Cpu); })*
-        }
-        mod gpu {
-            $(#[test] fn $check() { nibble_runtime::cuda::device_for_tests().into_iter().for_each(super::$check); })*
-        }
-    };
 }
 
 on_every_device!(

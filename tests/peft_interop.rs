@@ -2,6 +2,9 @@
 //! `tests/golden/gqa_llama3rope`, or on the tiny tied one beside them. `scripts/check_peft.py golden` made them, and its
 //! `adapter` and `merged` check the other direction.
 
+#[macro_use]
+mod devices;
+
 use nibble_kernels::{
     linear::Weight,
     quantize::{QuantType, dequantize},
@@ -81,18 +84,6 @@ fn rewritten(dir: &Path) -> (tempfile::TempDir, Adapter) {
     write_adapter(place.path(), &read_adapter(dir).unwrap()).unwrap();
     let adapter = read_adapter(place.path()).unwrap();
     (place, adapter)
-}
-
-/// Each check on the CPU, and on a GPU where there is one.
-macro_rules! on_every_device {
-    ($($check:ident),* $(,)?) => {
-        mod cpu {
-            $(#[test] fn $check() { super::$check(nibble_runtime::Device::Cpu); })*
-        }
-        mod gpu {
-            $(#[test] fn $check() { nibble_runtime::cuda::device_for_tests().into_iter().for_each(super::$check); })*
-        }
-    };
 }
 
 on_every_device!(

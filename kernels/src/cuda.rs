@@ -1,6 +1,10 @@
 //! What the CUDA sides of the operations share.
 
-use nibble_runtime::{DType, Error, Result, Tensor, cuda::Module};
+use nibble_runtime::{
+    DType, Error, Result, Tensor,
+    cuda::{Chip, Module},
+};
+use std::sync::LazyLock;
 
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
 /// Those named `_sm90a` load on Hopper only.
@@ -37,6 +41,13 @@ pub static MODULES: &[&Module] = &[
     &crate::table::cuda::MODULE,
     &crate::linear::WEIGHT_GRAD,
 ];
+
+/// Whether this kind of GPU is Hopper, and its kernels are wanted: `NIBBLE_HOPPER=0` turns them off, for measurements.
+pub(crate) fn hopper(chip: Chip) -> bool {
+    static WANTED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
+    chip.capability == (9, 0) && *WANTED
+}
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
 ///

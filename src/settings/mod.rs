@@ -291,14 +291,8 @@ impl Settings {
 
     /// How the data is read, for a model of this vocabulary.
     pub fn data_options(&self, vocab_size: usize) -> DataOptions {
-        DataOptions {
-            seq_len: self.seq_len,
-            vocab_size,
-            format: self.format,
-            all_choices: false,
-            skip_bad_rows: self.skip_bad_rows,
-            cache: self.cache.clone(),
-        }
+        let read = ReadArgs { format: self.format, skip_bad_rows: self.skip_bad_rows, cache: self.cache.clone() };
+        read.options(self.seq_len, vocab_size)
     }
 
     /// The quantization of a base that is not quantized yet: NF4 for QLoRA and none otherwise, unless chosen.

@@ -4,12 +4,11 @@ use super::{
     Heads, Layout, Saved,
     cuda::{TILE, flops, scale_log2, small},
 };
-use crate::cuda::entry;
+use crate::cuda::{entry, hopper};
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
     cuda::{Args, Chip, Entry, Gpu, Module},
 };
-use std::sync::LazyLock;
 
 const FORWARD: &[usize] = &[128, 128, 128, 8, 8, 8, 4, 4, 4, 4, 4];
 const BACKWARD: &[usize] = &[128, 128, 128, 128, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
@@ -42,12 +41,9 @@ const FORWARD_SHARED: usize = 6 * TILE * DIM * 2 + 10 * 8;
 const BACKWARD_SHARED: usize =
     2 * TILE * DIM * 2 + 4 * ROWS * DIM * 2 + 2 * TILE * ROWS * 2 + 2 * ROWS * DIM * 4 + 4 * ROWS * 4 + 14 * 8;
 
-/// `NIBBLE_HOPPER=0` turns the kernels off. For measurements.
-static ENABLED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
-
 /// Whether this kind of GPU and these heads are the kernels'.
 fn suits(chip: Chip, heads: Heads) -> bool {
-    chip.capability == (9, 0) && *ENABLED && heads.dim == DIM
+    hopper(chip) && heads.dim == DIM
 }
 
 /// Whether this GPU and these tensors are the kernels'. Sequences that reach keys of another pass are not: what lies

@@ -2,14 +2,14 @@
 
 use super::{Terms, Weight};
 use crate::{
-    cuda::entry,
+    cuda::{entry, hopper},
     quantize::{QuantTensor, dequantize},
 };
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
     cuda::{Args, Chip, Entry, Gpu, Module},
 };
-use std::{borrow::Cow, sync::LazyLock};
+use std::borrow::Cow;
 
 const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 4, 4, 4, 4, 4, 4, 4];
 
@@ -41,9 +41,6 @@ const THREADS: u32 = 3 * 128;
 /// the weight more, which that many rows pay for.
 const DENSE_ROWS: u32 = 128;
 const QUANTIZED_ROWS: u32 = 512;
-
-/// `NIBBLE_HOPPER=0` turns the kernel off. For measurements.
-static ENABLED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
 
 /// What is multiplied; see [`super::cuda`]. Sizes are those of the product.
 pub(super) struct Product<'a> {
@@ -87,7 +84,7 @@ pub(super) fn columns_on(chip: Chip, quantized: bool, [m, n, k, rank]: [u32; 4])
     // Where most SMs would have no tile, the smaller ones of gemm.cuh do better.
     let busy = 2 * tiles > u64::from(sms);
     let rows = if quantized { QUANTIZED_ROWS } else { DENSE_ROWS };
-    if chip.capability != (9, 0) || !*ENABLED {
+    if !hopper(chip) {
         return None;
     }
     if forced.is_none() && (m < rows || !busy || super::cuda::forced().is_some()) {

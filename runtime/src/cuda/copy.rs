@@ -57,14 +57,17 @@ pub(super) struct Staging {
     current: usize,
     filled: usize,
     /// [`SMALL`] bytes that downloads come through.
-    readback: Option<NonNull<u8>>,
+    readback: Option<Pinned>,
 }
 
-// SAFETY: as of `Piece`.
-unsafe impl Send for Staging {}
-
 /// Pinned host memory, filled with zeros, for the life of the process.
-fn pinned(bytes: usize) -> Result<NonNull<u8>> {
+#[derive(Clone, Copy, Debug)]
+struct Pinned(NonNull<u8>);
+
+// SAFETY: pinned memory may be used from any thread; it is only touched under the lock of `Gpu::staging`.
+unsafe impl Send for Pinned {}
+
+fn pinned(bytes: usize) -> Result<Pinned> {
     let mut memory = std::ptr::null_mut();
     // SAFETY: the context is current (the callers'); the call writes one pointer.
     check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut memory, bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) })?;
@@ -73,12 +76,12 @@ fn pinned(bytes: usize) -> Result<NonNull<u8>> {
     // The driver hands out zeroed pages, but does not promise it.
     // SAFETY: the allocation has the bytes.
     unsafe { memory.as_ptr().write_bytes(0, bytes) };
-    Ok(memory)
+    Ok(Pinned(memory))
 }
 
 #[derive(Debug)]
 struct Piece {
-    memory: NonNull<u8>,
+    memory: Pinned,
     /// Streams that read the piece, each with a mark that is reached when it has.
     read: Vec<(Stream, Event)>,
 }
@@ -96,9 +99,6 @@ impl Piece {
     }
 }
 
-// SAFETY: pinned memory may be used from any thread; it is only touched under the lock of `Gpu::staging`.
-unsafe impl Send for Piece {}
-
 impl Staging {
     /// The rest of the current piece, moving on to the next one if less than `wanted` (at most [`PIECE`]) is left.
     fn room(&mut self, wanted: usize) -> Result<&mut [u8]> {
@@ -115,7 +115,7 @@ impl Staging {
         let piece = &self.pieces[self.current];
         // SAFETY: the piece has PIECE initialized bytes, lives as long as the process, is only reached through this
         // exclusive borrow, and the device has finished reading what was in it (waited for above).
-        Ok(unsafe { std::slice::from_raw_parts_mut(piece.memory.as_ptr().add(self.filled), PIECE - self.filled) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(piece.memory.0.as_ptr().add(self.filled), PIECE - self.filled) })
     }
 }
 
@@ -147,9 +147,9 @@ pub(crate) fn upload_on(stream: Stream, target: &mut DeviceBuffer, offset: usize
             room.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK)).for_each(|(room, part)| room.copy_from_slice(part));
         }
         let to = target.pointer() + (offset + done) as u64;
+        let from = room.as_ptr().expose_provenance() as u64;
         // SAFETY: `room` is pinned memory that stays as it is until the event recorded behind this copy is reached; the
         // target has the bytes (the caller's offset and length are within its tensor).
-        let from = room.as_ptr().expose_provenance() as u64;
         if !unsafe { copy_small(gpu, stream, to, from, count)? } {
             // SAFETY: as above.
             check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, count, stream.0) })?;
@@ -169,23 +169,22 @@ pub(crate) fn download(source: &DeviceBuffer, offset: usize, bytes: &mut [u8]) -
     if !bytes.is_empty() {
         source.ready(gpu.stream())?;
         let from = source.pointer() + offset as u64;
-        let mut staging = lock(&gpu.staging);
         if bytes.len() <= SMALL {
+            let mut staging = lock(&gpu.staging);
             let through = match staging.readback {
                 Some(through) => through,
                 None => *staging.readback.insert(pinned(SMALL)?),
             };
-            let to = through.as_ptr().expose_provenance() as u64;
+            let to = through.0.as_ptr().expose_provenance() as u64;
             // SAFETY: the source has the bytes (the caller's offset and length are within its tensor); the target has SMALL,
             // and the lock is held until the copy has been waited for.
             if unsafe { copy_small(gpu, gpu.stream(), to, from, bytes.len())? } {
                 gpu.synchronize()?;
                 // SAFETY: as above; the device is done writing it.
-                bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(through.as_ptr(), bytes.len()) });
+                bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(through.0.as_ptr(), bytes.len()) });
                 return Ok(());
             }
         }
-        drop(staging);
         // SAFETY: the source has the bytes (the caller's offset and length are within its tensor), the target is
         // borrowed exclusively, and the stream is waited for before the borrow ends.
         let to = bytes.as_mut_ptr().expose_provenance() as u64;
