@@ -88,11 +88,6 @@ impl Job {
         self.settings.embedding_bits == EmbeddingBits::Bits8
     }
 
-    /// Layers that run again in the backward pass.
-    pub fn recomputed(&self) -> usize {
-        self.settings.recompute.0.min(self.config.num_layers)
-    }
-
     /// What trains, by the rules that the run will attach it by.
     pub fn trains(&self) -> Trains {
         let (c, tied) = (&self.config, self.config.tie_word_embeddings);
