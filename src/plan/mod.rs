@@ -20,7 +20,7 @@ use anyhow::{Result, bail};
 use nibble_models::llama::Activations;
 pub use job::Job;
 pub use memory::{on_host, peak};
-use nibble_runtime::{Tag, memory::Usage};
+use nibble_runtime::{Device, Tag, cuda::Gpu, memory::Usage};
 pub use room::Room;
 use room::{Choice, cheaper, keeping, least, remedy};
 use std::fmt::Write;
@@ -33,7 +33,8 @@ fn job(settings: &Settings, room: &Room) -> Result<Job> {
     Job::new(&Outline::read(&source(settings))?, settings, room.chip)
 }
 
-/// The memory of `--memory-budget`, where it was given; to be found before anything is loaded.
+/// The memory of `--memory-budget`, where it was given; to be found before anything is loaded. A number of bytes is the limit of a
+/// GPU's allocator from then on.
 ///
 /// # Errors
 /// The device cannot be used.
@@ -43,7 +44,12 @@ pub fn budget(settings: &Settings) -> Result<Option<Room>> {
         Some(MemoryBudget::Auto) => None,
         Some(MemoryBudget::Bytes(bytes)) => Some(bytes),
     };
-    Room::find(settings.device, given, false).map(Some)
+    let room = Room::find(settings.device, given, false)?;
+    if let (Some(_), (device @ Device::Cuda(_), _)) = (given, settings.device.resolve()?) {
+        // Free blocks that are kept for reuse are given back before it is exceeded.
+        Gpu::of(device)?.memory()?.lock().set_limit(Some(room.bytes))?;
+    }
+    Ok(Some(room))
 }
 
 /// The settings with what is fastest within a [`budget`], said on standard error, for examples of at most `longest` tokens. As

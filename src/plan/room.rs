@@ -95,8 +95,8 @@ impl Room {
         let mut best: Option<(f64, Choice)> = None;
         for job in in_parts(job) {
             for job in with_pages_away(&job)? {
-                for first in cheaper(&job) {
-                    let Some(choice) = self.with_few(&job, first)? else { continue };
+                for (first, rest) in pairs(&job) {
+                    let Some(choice) = self.with_few(&job, first, rest)? else { continue };
                     let speed = rates.speed(&choice.job);
                     if best.as_ref().is_none_or(|(most, _)| speed > *most) {
                         best = Some((speed, choice));
@@ -107,14 +107,14 @@ impl Room {
         Ok(best.map(|(_, choice)| choice))
     }
 
-    /// The job with as few layers as will do, from the first on, that keep `first` where the others keep everything; `None` if
-    /// it does not fit with all. Of pages that may leave, those that need not stay.
-    fn with_few(&self, job: &Job, first: Keeping) -> Result<Option<Choice>> {
+    /// The job with as few layers as will do, from the first on, that keep `first` where the others keep `rest`; `None` if it
+    /// does not fit with all. Of pages that may leave, those that need not stay.
+    fn with_few(&self, job: &Job, first: Keeping, rest: Keeping) -> Result<Option<Choice>> {
         let at = |layers| -> Result<Option<Choice>> {
-            let job = keeping(job, Activations::new(first, layers, Keeping::default()));
+            let layers = if layers == job.config.num_layers { usize::MAX } else { layers };
+            let job = keeping(job, Activations::new(first, layers, rest));
             let usage = peak(&job)?;
-            let fits = self.holds(&usage) && on_host(&job) <= self.host;
-            Ok(fits.then_some(Choice { job, usage }))
+            Ok(self.holds(&usage).then_some(Choice { job, usage }))
         };
         let all = job.config.num_layers;
         let Some(mut least) = at(all)? else { return Ok(None) };
@@ -126,6 +126,9 @@ impl Room {
                 Some(choice) => (least, enough) = (choice, middle),
                 None => too_few = Some(middle),
             }
+        }
+        if on_host(&least.job) > self.host {
+            return Ok(None);
         }
         if job.settings.paged_budget != Some(NO_PAGES) || job.chip.is_none() {
             return Ok(Some(least));
@@ -186,6 +189,15 @@ pub fn cheaper(job: &Job) -> impl Iterator<Item = Keeping> {
     let every = [Extent::Inputs, Extent::Attention, Extent::All].into_iter();
     let every = every.flat_map(|extent| places.iter().map(move |&on_host| Keeping { extent, on_host }));
     every.filter(|&keeping| keeping != Keeping::default())
+}
+
+/// What the first layers may keep, and the others.
+fn pairs(job: &Job) -> Vec<(Keeping, Keeping)> {
+    let inputs = |on_host| Keeping { extent: Extent::Inputs, on_host };
+    let mut pairs: Vec<_> = cheaper(job).map(|first| (first, Keeping::default())).collect();
+    // Where host memory is short.
+    pairs.extend((job.chip.is_some()).then_some((inputs(true), inputs(false))));
+    pairs
 }
 
 /// The job with layers that keep this.

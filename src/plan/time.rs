@@ -65,7 +65,8 @@ const H100: Rates = Rates {
     attention: HOPPER,
     bytes: 2.6e12,
     bus: 81e9,
-    link: 50e9,
+    // What was left of 8 layers' copies beside their work: docs/measurements/2026-11-28-memory-for-time.md.
+    link: 56e9,
     // 1.3 % of a step of 717 ms, in 5,000 launches.
     gap: 1.9e-6,
     // lora_down_drop, lora_grad_drop and lora_dropped_add at 8192 x 14336: 131, 156 and 255 µs.

@@ -59,7 +59,7 @@ pub struct Llama {
     pub dtype: DType,
     /// What each layer keeps for the backward pass. (The last are the first to be done with it.)
     pub activations: Activations,
-    /// Rows that a feed-forward block takes at a time, see [`Pass::feed_forward_rows`].
+    /// Rows that a feed-forward block takes at a time, see [`Pass::feed_forward_rows`]; the head then takes fewer, too.
     pub feed_forward_rows: usize,
     /// Host memory for what layers keep there.
     pub stash: Stash,
@@ -177,7 +177,7 @@ impl Llama {
         self.stash.clear();
         let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
-        let wanted = Wanted { hidden: true, head: head.id.is_some() };
+        let wanted = Wanted { hidden: true, head: head.id.is_some(), at_once: Some(self.feed_forward_rows) };
         let mut output = cross_entropy::head_loss(&hidden.value, &head.value, batch.labels, scale, wanted)?;
         if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
             sink.parameter(id, grad)?;
