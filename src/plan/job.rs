@@ -8,6 +8,7 @@ use crate::{
     settings::{Method, Settings},
 };
 use anyhow::Result;
+use nibble_kernels::cross_entropy;
 use nibble_models::{
     LlamaConfig,
     files::peft::{self, AdapterConfig},
@@ -82,6 +83,12 @@ impl Job {
     /// Tokens of a micro-batch.
     pub fn tokens(&self) -> usize {
         self.settings.batch_size * self.settings.seq_len
+    }
+
+    /// Rows whose logits are held at a time.
+    pub fn head_rows(&self) -> usize {
+        let at_once = self.settings.feed_forward_rows.map_or(usize::MAX, |rows| rows.saturating_mul(2));
+        cross_entropy::chunk_rows(self.config.vocab_size, at_once.min(self.tokens()), self.chip.is_none())
     }
 
     pub fn tables_in_8_bits(&self) -> bool {

@@ -24,6 +24,8 @@ pub struct Rates {
     products: f64,
     /// Those with the head, a chunk of rows at a time.
     head: f64,
+    /// The same by fewer than [`SMALL_HEAD_ROWS`].
+    small_head: f64,
     /// Gradients of weights.
     weight_grads: f64,
     /// The adapters' own products, beside the bytes that they read.
@@ -43,6 +45,8 @@ pub struct Rates {
     dropout: [f64; 3],
 }
 
+/// From so many rows on a product with the head fills a GPU.
+const SMALL_HEAD_ROWS: usize = 512;
 /// Kernels of a linear with an adapter, forward, from `t` on, and backward.
 const KERNELS: [f64; 3] = [5.0, 3.0, 9.0];
 /// A layer's own, forward and backward.
@@ -59,6 +63,8 @@ const HOPPER: [Attention; 2] = [Attention { peak: 720e12, half: 520.0 }, Attenti
 const H100: Rates = Rates {
     products: 680e12,
     head: 620e12,
+    // 590 TFLOP/s forward, 331 backward at 256 rows.
+    small_head: 424e12,
     weight_grads: 330e12,
     adapters: 90e12,
     mixed: 7.5e12,
@@ -173,6 +179,7 @@ impl Rates {
         let scaled = Rates {
             products: flops * H100.products,
             head: flops * H100.head,
+            small_head: flops * H100.small_head,
             weight_grads: flops * H100.weight_grads,
             adapters: flops * H100.adapters,
             mixed: flops * H100.mixed,
@@ -305,13 +312,18 @@ impl Rates {
 
     /// The head, its loss and the embedding.
     fn head(&self, job: &Job, work: &Work) -> f64 {
-        let vocab = job.config.vocab_size as f64;
+        let (vocab, rows) = (job.config.vocab_size as f64, job.head_rows());
         let product = 2.0 * work.t * vocab * work.d;
+        // A product of few rows does not fill the GPU.
+        let rate = if rows < SMALL_HEAD_ROWS { self.small_head } else { self.head };
         let products = match job.trains().head {
-            false => 2.0 * product / self.head,
+            false => 2.0 * product / rate,
             true => 2.0 * product / self.mixed + product / self.weight_grads,
         };
-        products + work.t * vocab * (4.0 + 4.0 + work.w) / self.bytes
+        // Codes are read and weights written for each chunk, forward and backward.
+        let chunks = job.tokens().div_ceil(rows) as f64;
+        let dequantized = if job.tables_in_8_bits() { 2.0 * chunks * vocab * work.d * (1.0 + work.w) } else { 0.0 };
+        products + (work.t * vocab * (4.0 + 4.0 + work.w) + dequantized) / self.bytes
     }
 
     /// Seconds of an update: gradient, value, its copy and moments, read or written.
@@ -330,9 +342,9 @@ impl Rates {
 
 #[cfg(test)]
 impl Rates {
-    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small` (590 TFLOP/s forward, 331
-    /// backward): what some measured steps ran with.
+    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small`: what some measured steps ran
+    /// with.
     pub(super) fn before(small: bool) -> Rates {
-        Rates { attention: PLAIN, head: if small { 424e12 } else { H100.head }, ..H100 }
+        Rates { attention: PLAIN, head: if small { H100.small_head } else { H100.head }, ..H100 }
     }
 }

@@ -177,7 +177,11 @@ impl Llama {
         self.stash.clear();
         let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
-        let wanted = Wanted { hidden: true, head: head.id.is_some(), at_once: Some(self.feed_forward_rows) };
+        let wanted = {
+            // Logits of so many tokens take what a part of a feed-forward block does.
+            let at_once = Some(self.feed_forward_rows.saturating_mul(2));
+            Wanted { hidden: true, head: head.id.is_some(), at_once }
+        };
         let mut output = cross_entropy::head_loss(&hidden.value, &head.value, batch.labels, scale, wanted)?;
         if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
             sink.parameter(id, grad)?;

@@ -11,7 +11,7 @@ use layer::Kept;
 
 use super::job::{Job, Trains};
 use anyhow::Result;
-use nibble_kernels::{attention, cross_entropy, linear, quantize, table};
+use nibble_kernels::{attention, linear, quantize, table};
 use nibble_runtime::{DType, Tag, allocator, memory::Usage, pager::kept_bytes};
 use std::{
     cell::{Cell, RefCell},
@@ -281,8 +281,7 @@ impl Walk<'_> {
         let _labels = (!self.on_cpu()).then(|| [self.workspace(4 * t), self.workspace(4 * t)]);
         let dhidden = self.flow(d);
         let mut dhead = (trains && self.on_cpu()).then(whole_head);
-        let at_once = self.job.settings.feed_forward_rows.unwrap_or(t).min(t);
-        let step = cross_entropy::chunk_rows(vocab, at_once, self.on_cpu());
+        let step = self.job.head_rows();
         // Chunks are alike, but that a gradient of the head is there from the second on.
         for rows in [step.min(t), step.min(t.saturating_sub(step))].into_iter().filter(|&rows| rows > 0) {
             let _part = self.workspace(rows * d * w);
