@@ -67,7 +67,8 @@ impl Room {
             None => format!("{} free", bytes(free)),
         };
         // Where no GPU is, another machine is planned for.
-        let host = if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
+        let host =
+            if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
         let bytes = given.map_or(free, |given| given.saturating_sub(besides));
         Ok(Room { chip, name, bytes, host: host.unwrap_or(usize::MAX), of })
     }
