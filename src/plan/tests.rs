@@ -175,6 +175,10 @@ fn pages_leave_before_nothing_fits() {
     let pages = choice.job.pages().unwrap().unwrap();
     assert!(pages.resident > 0 && pages.resident < pages.count, "{pages:?}");
     assert!(room.holds(&choice.usage));
+    // A budget that was given stays.
+    let asked = job(&format!("{QLORA} 4 --rank 64 --paged-budget 0"), Some(H100));
+    let choice = room.fastest(&asked).unwrap().unwrap();
+    assert_eq!(choice.job.pages().unwrap().unwrap().resident, 0);
 }
 
 #[test]

@@ -173,6 +173,7 @@ impl<T> Kept<T> {
 }
 
 /// What a layer's node saves.
+#[expect(clippy::large_enum_variant, reason = "there is one a layer")]
 pub(crate) enum Saved {
     Here(Kept),
     /// In host memory: which tensors, by their place among them.

@@ -313,7 +313,7 @@ fn gradients(llama: &mut Llama, lengths: &[usize], seed: u64, activations: &str,
     let ids: Vec<i32> = (0..tokens as i32).map(|i| i % 11).collect();
     let labels: Vec<i32> = (0..tokens as i32).map(|i| if i % 3 == 2 { -100 } else { (i + 1) % 11 }).collect();
     (llama.activations, llama.feed_forward_rows) = (activations.parse().unwrap(), rows);
-    let mut step = || {
+    let step = || {
         let batch = Packed { ids: &ids, labels: &labels, lengths };
         let mut sink = Collected::default();
         let out = llama.train(batch, 0.25, Some(DropoutKey { seed, step: 1 }), &mut sink).unwrap();
