@@ -10,6 +10,7 @@ use std::sync::LazyLock;
 /// Those named `_sm90a` load on Hopper only.
 pub static MODULES: &[&Module] = &[
     &crate::adamw::cuda::MODULE,
+    &crate::argmax::cuda::MODULE,
     &crate::attention::cuda::D128,
     &crate::attention::cuda::D64,
     &crate::attention::cuda::D96,
@@ -19,6 +20,8 @@ pub static MODULES: &[&Module] = &[
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,
+    &crate::decoding::ATTENTION,
+    &crate::decoding::LINEAR,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapters;
+mod decoder;
 mod init;
 mod layer;
 mod linear;
@@ -20,6 +21,7 @@ mod tests;
 
 pub use adapter::TARGETS;
 pub use adapters::Adapters;
+pub(crate) use decoder::{Decoder, Row};
 pub use init::Init;
 pub use layer::{Layer, LayerCache};
 pub use linear::{Linear, Lora, Magnitude, Param};

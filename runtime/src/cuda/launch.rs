@@ -56,6 +56,8 @@ enum Value {
     /// A number or address in the low bytes, and how many those are.
     Word(u64, usize),
     Map(Box<TensorMap>),
+    /// A C structure.
+    Structure(Vec<u64>),
 }
 
 impl Value {
@@ -63,6 +65,7 @@ impl Value {
         match self {
             Value::Word(_, bytes) => *bytes,
             Value::Map(_) => size_of::<TensorMap>(),
+            Value::Structure(words) => size_of_val(&words[..]),
         }
     }
 
@@ -71,6 +74,7 @@ impl Value {
         match self {
             Value::Word(word, _) => std::ptr::from_mut(word).cast(),
             Value::Map(map) => std::ptr::from_mut(&mut **map).cast(),
+            Value::Structure(words) => words.as_mut_ptr().cast(),
         }
     }
 }
@@ -171,6 +175,31 @@ impl Args {
         args
     }
 
+    /// A structure of these fields, as C lays it out: each at a multiple of its size, the whole a multiple of 8 bytes. A field
+    /// may be a structure.
+    ///
+    /// # Panics
+    /// A field is a [`Args::tensor_map`].
+    pub fn structure(mut self, fields: Args) -> Self {
+        let mut bytes: Vec<u8> = Vec::new();
+        for field in &fields.values {
+            let (data, align): (Vec<u8>, usize) = match field {
+                Value::Word(word, size) => (word.to_le_bytes()[..*size].to_vec(), *size),
+                Value::Structure(words) => (words.iter().flat_map(|word| word.to_le_bytes()).collect(), 8),
+                Value::Map(_) => panic!("a tensor map is a parameter of its own"),
+            };
+            bytes.resize(bytes.len().next_multiple_of(align), 0);
+            bytes.extend(data);
+        }
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        let word = |chunk: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| chunk[i]));
+        self.values.push(Value::Structure(bytes.chunks_exact(8).map(word).collect()));
+        self.work.flops += fields.work.flops;
+        self.work.bytes += fields.work.bytes;
+        self.error = self.error.or(fields.error);
+        self
+    }
+
     /// A 32-bit unsigned number.
     pub fn u32(self, value: u32) -> Self {
         self.push(value.into(), 4)
@@ -209,6 +238,11 @@ struct Function {
 unsafe impl Send for Loaded {}
 // SAFETY: as above; the table is not changed after it was made.
 unsafe impl Sync for Loaded {}
+
+/// Whether `NIBBLE_CUDA_SYNC` wants every launch to be waited for.
+pub(super) fn waits() -> bool {
+    std::env::var_os("NIBBLE_CUDA_SYNC").is_some()
+}
 
 /// Shared memory that every kernel may use without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;
@@ -290,7 +324,7 @@ impl Gpu {
         if let Some(start) = start {
             self.record(start, stream, entry, args.work)?;
         }
-        if std::env::var_os("NIBBLE_CUDA_SYNC").is_some() {
+        if waits() {
             self.synchronize_all().map_err(failed)?;
             self.report()?;
         }
@@ -374,5 +408,23 @@ impl Module {
     /// The parameters of kernel `name` by the table.
     pub fn params(&self, name: &str) -> Option<&'static [usize]> {
         self.entries.iter().find(|entry| entry.is(name)).map(|entry| entry.params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structures_are_laid_out_as_in_c() {
+        // struct { u32 a; struct { u64 b; float c; } d; u32 e; }
+        let inner = Args::new().u64(0x1122_3344_5566_7788).f32(1.0);
+        let args = Args::new().structure(Args::new().u32(7).structure(inner).u32(9));
+        let Value::Structure(words) = &args.values[0] else { panic!("{args:?}") };
+        assert_eq!(words, &[7, 0x1122_3344_5566_7788, u64::from(1f32.to_bits()), 9]);
+        assert_eq!(args.values[0].bytes(), 32);
+        let args = Args::new().structure(Args::new().u32(1).u32(2).u64(3));
+        let Value::Structure(words) = &args.values[0] else { panic!("{args:?}") };
+        assert_eq!(words, &[1 | 2 << 32, 3]);
     }
 }
