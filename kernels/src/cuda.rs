@@ -22,6 +22,7 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::DECODE,
     &crate::decoding::ATTENTION,
     &crate::decoding::LINEAR,
+    &crate::decoding::LINEAR_HOPPER,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,

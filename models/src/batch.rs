@@ -105,7 +105,8 @@ impl Batch<'_> {
         }
         let one_each = ids.len() == spans.len();
         if let Some(decoder) = self.decoder.as_mut().filter(|decoder| one_each && decoder.takes(ids.len())) {
-            let row = |(&(first, position, _), &owner): (&(usize, usize, usize), &i32)| llama::Row { position, first, owner };
+            let row =
+                |(&(first, position, _), &owner): (&(usize, usize, usize), &i32)| llama::Row { position, first, owner };
             let rows: Vec<llama::Row> = spans.iter().zip(&owners).map(row).collect();
             return Ok(decoder.logits(self.llama, &ids, &rows, &self.rope, &mut self.cache)?);
         }

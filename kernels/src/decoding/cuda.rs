@@ -4,7 +4,7 @@ use super::{Factors, MOST_ROWS, Part};
 use crate::{
     attention::Heads,
     cast::cuda::code,
-    cuda::{entry, size},
+    cuda::{entry, hopper, size},
     linear::Codes,
     quantize::{QuantTensor, QuantType},
     rotary::RotaryTable,
@@ -24,26 +24,35 @@ const PRODUCT: &[usize] = &[320];
 const LOW_RANK: &[usize] = &[80];
 const ATTEND: &[usize] = &[88];
 
-pub(crate) static LINEAR: Module = Module {
-    name: "decoding_linear",
-    ptx: include_str!("../../ptx/decoding_linear.ptx"),
-    entries: &[
-        one("decoding_plain_8_f16", PRODUCT),
-        one("decoding_plain_16_f16", PRODUCT),
-        one("decoding_turn_8_f16", PRODUCT),
-        one("decoding_turn_16_f16", PRODUCT),
-        one("decoding_gate_8_f16", PRODUCT),
-        one("decoding_gate_16_f16", PRODUCT),
-        one("decoding_low_rank_f16", LOW_RANK),
-        one("decoding_plain_8_bf16", PRODUCT),
-        one("decoding_plain_16_bf16", PRODUCT),
-        one("decoding_turn_8_bf16", PRODUCT),
-        one("decoding_turn_16_bf16", PRODUCT),
-        one("decoding_gate_8_bf16", PRODUCT),
-        one("decoding_gate_16_bf16", PRODUCT),
-        one("decoding_low_rank_bf16", LOW_RANK),
-    ],
+const LINEAR_ENTRIES: &[Entry] = &[
+    one("decoding_plain_8_f16", PRODUCT),
+    one("decoding_plain_16_f16", PRODUCT),
+    one("decoding_turn_8_f16", PRODUCT),
+    one("decoding_turn_16_f16", PRODUCT),
+    one("decoding_gate_8_f16", PRODUCT),
+    one("decoding_gate_16_f16", PRODUCT),
+    one("decoding_low_rank_f16", LOW_RANK),
+    one("decoding_plain_8_bf16", PRODUCT),
+    one("decoding_plain_16_bf16", PRODUCT),
+    one("decoding_turn_8_bf16", PRODUCT),
+    one("decoding_turn_16_bf16", PRODUCT),
+    one("decoding_gate_8_bf16", PRODUCT),
+    one("decoding_gate_16_bf16", PRODUCT),
+    one("decoding_low_rank_bf16", LOW_RANK),
+];
+
+pub(crate) static LINEAR: Module =
+    Module { name: "decoding_linear", ptx: include_str!("../../ptx/decoding_linear.ptx"), entries: LINEAR_ENTRIES };
+/// The same source for Hopper, where a product starts while the launch before it ends.
+pub(crate) static LINEAR_HOPPER: Module = Module {
+    name: "decoding_linear_sm90a",
+    ptx: include_str!("../../ptx/decoding_linear_sm90a.ptx"),
+    entries: LINEAR_ENTRIES,
 };
+
+fn linear(gpu: &Gpu) -> &'static Module {
+    if hopper(gpu.chip()) { &LINEAR_HOPPER } else { &LINEAR }
+}
 
 pub(crate) static ATTENTION: Module = Module {
     name: "decoding_attention",
@@ -84,7 +93,9 @@ fn check(name: &str, tensor: &Tensor, dtype: DType, shape: &[usize]) -> Result<(
 fn rows_of(x: &Tensor, tokens: &Tensor) -> Result<(usize, usize)> {
     let (rows, k) = x.dims2(OP)?;
     if !(1..=MOST_ROWS).contains(&rows) || !matches!(x.dtype(), DType::F16 | DType::BF16) || !k.is_multiple_of(16) {
-        return Err(misfit(format!("input {x:?}; expected 1 to {MOST_ROWS} rows of 16 bits, their width a multiple of 16")));
+        return Err(misfit(format!(
+            "input {x:?}; expected 1 to {MOST_ROWS} rows of 16 bits, their width a multiple of 16"
+        )));
     }
     check("table of tokens", tokens, DType::I32, &[rows, 4])?;
     Ok((rows, k))
@@ -142,7 +153,8 @@ pub fn low_rank(
     let args = args.u32(kind).u32(size(OP, k)?).u32(size(OP, columns)?).f32(eps);
     let (name, grid) = (entry("decoding_low_rank", x.dtype())?, [size(OP, columns.max(normalizing))?, rows as u32, 1]);
     let args = Args::new().structure(args);
-    Gpu::of(x.device())?.launch(&LINEAR, &name, grid, [LOW_THREADS as u32, 1, 1], 0, args)
+    let gpu = Gpu::of(x.device())?;
+    gpu.launch(linear(gpu), &name, grid, [LOW_THREADS as u32, 1, 1], 0, args)
 }
 
 /// The structure of a part, after a check of its shapes for an input of `k` elements and `t` of `columns`.
@@ -153,7 +165,8 @@ fn part_args(part: &Part, k: usize, columns: usize, dtype: DType, device: Device
     let nested = codes.block_shift == 6 && codes.nested.is_some() && codes.nested_shift == 8;
     if inner != k || !k.is_multiple_of(64) || !nested || u32::try_from(n * k).is_err() {
         let (shape, block) = (&weight.shape, weight.block_size);
-        let what = format!("weight {shape:?} in blocks of {block} for inputs of {k}; expected blocks of 64, nested in 256");
+        let what =
+            format!("weight {shape:?} in blocks of {block} for inputs of {k}; expected blocks of 64, nested in 256");
         return Err(misfit(what));
     }
     let rank = b.map_or(Ok(0), |b| b.dims2(OP).map(|(_, rank)| rank))?;
@@ -216,7 +229,9 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
     let args = args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0);
     let name = entry(&format!("decoding_{}_{}", into.kernel, if rows <= 8 { 8 } else { 16 }), dtype)?;
     let grid = [size(OP, into.tiles)?.min(gpu.sm_count()), 1, 1];
-    gpu.launch(&LINEAR, &name, grid, [PRODUCT_THREADS, 1, 1], TABLE_BYTES, Args::new().structure(args))
+    let (module, args) = (linear(gpu), Args::new().structure(args));
+    let args = if std::ptr::eq(module, &LINEAR_HOPPER) { args.early() } else { args };
+    gpu.launch(module, &name, grid, [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
 }
 
 fn outputs(weight: &QuantTensor) -> usize {
@@ -277,10 +292,21 @@ pub fn turn(
     check("keys", keys, x.dtype(), &[capacity, narrow])?;
     check("values", values, x.dtype(), &[capacity, narrow])?;
     check_device(&[keys, values, &rope.cos], x.device())?;
-    if of_values != narrow || head == 0 || !head.is_multiple_of(16) || !(wide % head == 0 && narrow % head == 0) || rope.is_empty() {
+    if of_values != narrow
+        || head == 0
+        || !head.is_multiple_of(16)
+        || !(wide % head == 0 && narrow % head == 0)
+        || rope.is_empty()
+    {
         return Err(misfit(format!("q of {wide}, k of {narrow} and v of {of_values} in heads of {head}")));
     }
-    let into = Into { kernel: "turn", tiles: (wide + 2 * narrow) / 16, residual: None, y: q, cache: Some((keys, values, rope)) };
+    let into = Into {
+        kernel: "turn",
+        tiles: (wide + 2 * narrow) / 16,
+        residual: None,
+        y: q,
+        cache: Some((keys, values, rope)),
+    };
     product(x, &parts, t, tokens, into)
 }
 

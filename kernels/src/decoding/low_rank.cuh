@@ -4,6 +4,7 @@
 // A block has a row of x and a row of A: it sums up squares and products at once, since t = s · rstd · Σ x·w·a. The first
 // blocks of a row of x normalize a share of it, too. Bound by the start of a launch.
 #pragma once
+#include "decoding/dependent.cuh"
 #include "decoding/token.cuh"
 #include "runs.cuh"
 
@@ -28,6 +29,7 @@ template <typename T> __device__ __forceinline__ void low_rank(const LowRank& p)
     const T *x = (const T*)p.x + (u64)token * p.k, *a = (const T*)p.a + (u64)column * p.k;
     const bool normalizes = p.weight != nullptr && column * LOW_THREADS * N < p.k;
     bool own = column < p.columns;
+    let_next();
     float square = 0.0f, product = 0.0f;
     if (own) own = p.tokens_at[token].owner == p.owner[column];
     if (column < p.columns && !own && threadIdx.x == 0) ((T*)p.t)[(u64)token * p.columns + column] = narrow<T>(0.0f);

@@ -21,8 +21,8 @@ mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
+pub(crate) use cuda::{ATTENTION, LINEAR, LINEAR_HOPPER};
 pub use cuda::{Scratch, add, attend, gate, low_rank, turn};
-pub(crate) use cuda::{ATTENTION, LINEAR};
 
 use crate::{
     attention::Heads,

@@ -7,6 +7,7 @@
 // block until the layer's next step over single elements is done too.
 #pragma once
 #include "codes.cuh"
+#include "decoding/dependent.cuh"
 #include "decoding/token.cuh"
 #include "linear/loads.cuh"
 #include "linear/ptx.cuh"
@@ -139,8 +140,8 @@ __device__ __forceinline__ u32 look_up(u32 codes, int at, u32 bank) {
 
 // sum += the products of a chunk, of which `groups` times 64 are there: all of them if WHOLE.
 template <typename T, int NT, bool WHOLE>
-__device__ __forceinline__ void consume(const Chunk& chunk, const float (&scale)[2], const T* const (&x)[NT], u32 groups,
-                                        u32 bank, float (&sum)[NT][4]) {
+__device__ __forceinline__ void consume(const Chunk& chunk, const float (&scale)[2], const T* const (&x)[NT], u32 tokens,
+                                        u32 groups, u32 bank, float (&sum)[NT][4]) {
     const int lane = threadIdx.x % WARP;
     uint2 upper[2], lower[2];
 #pragma unroll
@@ -150,8 +151,8 @@ __device__ __forceinline__ void consume(const Chunk& chunk, const float (&scale)
         uint4 b[NT][2];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const uint4* from = reinterpret_cast<const uint4*>(x[n] + 64 * u);
-            b[n][0] = from[0], b[n][1] = from[1];
+            const bool there = 8 * n + lane / 4 < tokens;
+            b[n][0] = load_now(x[n] + 64 * u, there), b[n][1] = load_now(x[n] + 64 * u + 8, there);
         }
         float group[NT][4] = {};
 #pragma unroll
@@ -255,15 +256,18 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     const u32 mine = p.k > k0 ? (p.k - k0 + WARPS * CHUNK - 1) / (WARPS * CHUNK) : 0;
     const u32 rest = mine > 0 ? min((p.k - k0 - (mine - 1) * WARPS * CHUNK) / 64, (u32)GROUPS) : 0;
     u32 tile = blockIdx.x + team * gridDim.x;
+    // Times 64 of a tile's first chunk.
+    auto first = [&](u32 tile) { return tile >= p.tiles ? 0 : mine > 1 ? GROUPS : rest; };
     Lines lines;
     lines.start<KIND>(p, tile, k0);
-    Chunk next = lines.load<KIND>(p, mine > 1 ? GROUPS : rest);
+    Chunk next = lines.load<KIND>(p, first(tile));
     fill_table<T>(p.quant_type);
 #pragma unroll
     for (int part = 0; part < (KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2); part++) {
         if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
         if (threadIdx.x == 0) offsets[part] = *p.parts[part].offset;
     }
+    wait_before();
     __syncthreads();
 
     auto scales = [&](const Chunk& chunk, float (&scale)[2]) {
@@ -278,17 +282,17 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
         const Tile at = locate<KIND>(p, tile);
         float sum[NT][4] = {}, scale[2];
         add_branch<T, NT>(p, at, sum);
-        // Columns beyond the last token are those of the last, and not stored.
+        // Columns beyond the last token are zeros.
         const T* x[NT];
 #pragma unroll
         for (int n = 0; n < NT; n++)
-            x[n] = (const T*)p.x + (u64)min(8 * n + lane / 4, p.tokens - 1) * p.k + k0 + Chunk::place();
+            x[n] = (const T*)p.x + (u64)(8 * n + lane / 4) * p.k + k0 + Chunk::place();
 #pragma unroll 1
         for (u32 left = mine; left > 1; left--) {
             const Chunk now = next;
             scales(now, scale);
             next = lines.load<KIND>(p, left > 2 ? GROUPS : rest);
-            consume<T, NT, true>(now, scale, x, GROUPS, bank, sum);
+            consume<T, NT, true>(now, scale, x, p.tokens, GROUPS, bank, sum);
 #pragma unroll
             for (int n = 0; n < NT; n++) x[n] += WARPS * CHUNK;
         }
@@ -296,8 +300,8 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
         const Chunk now = next;
         scales(now, scale);
         lines.start<KIND>(p, tile + step, k0);
-        next = lines.load<KIND>(p, mine > 1 ? GROUPS : rest);
-        consume<T, NT, false>(now, scale, x, rest, bank, sum);
+        next = lines.load<KIND>(p, first(tile + step));
+        consume<T, NT, false>(now, scale, x, p.tokens, rest, bank, sum);
 
         join(team); // the last tile's sums have been read
 #pragma unroll

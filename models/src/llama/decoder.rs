@@ -280,9 +280,7 @@ fn low_rank<'a>(
     let (rows, columns) = (x.shape()[0], factors.a.shape()[0]);
     let t = match made.entry(columns) {
         Entry::Occupied(entry) => entry.into_mut(),
-        Entry::Vacant(entry) => {
-            entry.insert(Tensor::empty(&[rows, columns], x.dtype(), x.device(), Tag::Workspace)?)
-        }
+        Entry::Vacant(entry) => entry.insert(Tensor::empty(&[rows, columns], x.dtype(), x.device(), Tag::Workspace)?),
     };
     decoding::low_rank(x, norm, Some((factors, t)), tokens)?;
     Ok(Some(t))

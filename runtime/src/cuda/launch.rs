@@ -93,6 +93,8 @@ pub struct Work {
 pub struct Args {
     values: Vec<Value>,
     work: Work,
+    /// Whether the kernel waits itself for the one before it.
+    early: bool,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -118,6 +120,13 @@ impl Args {
 
     fn touches(mut self, tensor: &Tensor) -> Self {
         self.work.bytes += tensor.size_bytes() as f64;
+        self
+    }
+
+    /// The kernel may start while the one before it in the stream still runs, and waits itself until that one has written
+    /// all it writes (programmatic dependent launch: Hopper's `griddepcontrol`).
+    pub fn early(mut self) -> Self {
+        self.early = true;
         self
     }
 
@@ -301,24 +310,28 @@ impl Gpu {
         }
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared as u32,
+            hStream: stream.0,
+            attrs: &mut overlap,
+            numAttrs: args.early.into(),
+        };
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays
-        // inside of its tensors is checked by the operation that launches it.
-        let status = unsafe {
-            sys::cuLaunchKernel(
-                function.handle,
-                grid[0],
-                grid[1],
-                grid[2],
-                block[0],
-                block[1],
-                block[2],
-                shared as u32,
-                stream.0,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
+        // inside of its tensors, and waits where it starts early, is checked by the operation that launches it.
+        let status =
+            unsafe { sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut()) };
         let failed = |error| Error::Cuda { op: "launch", what: format!("{entry} {grid:?} x {block:?}: {error}") };
         check("cuLaunchKernel", status).map_err(failed)?;
         if let Some(start) = start {
