@@ -5,7 +5,7 @@
 //! reaches, measured by you) the share of that too. A NAME is an operation of [`OPERATIONS`], or part of a case's name and
 //! shape as printed, with one space between them: `linear "nf4 lora gate up 8192"`. With `NIBBLE_BENCH_PROFILE=1` every case
 //! runs once to warm up and once for a profiler to record, and only its name is printed:
-//! `ncu --profile-from-start off PROGRAM NAME…`.
+//! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_TARGET=sm_80` keeps Hopper from its own kernels.
 
 mod attention;
 mod linear;
@@ -13,6 +13,7 @@ mod pointwise;
 mod quantize;
 mod skinny;
 
+use nibble_kernels::cuda::set_target;
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Gpu, Profiled, Timer},
@@ -118,6 +119,9 @@ impl Bench {
 
 fn main() {
     let names = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
+    if let Some(target) = std::env::var("NIBBLE_TARGET").ok().and_then(|text| text.parse().ok()) {
+        set_target(target);
+    }
     let (operations, cases): (Vec<_>, Vec<_>) = names.partition(|name| OPERATIONS.iter().any(|(one, _)| one == name));
     match Bench::new(cases) {
         Ok(bench) => run(&bench, &operations),

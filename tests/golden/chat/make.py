@@ -1,12 +1,16 @@
 """Writes golden.json and the two tokenizers beside this file: conversations as transformers tokenizes them, with its own
-masks of the assistant's words. Needs transformers and tokenizers. The templates are those of models/tests/text_chat.json;
-transformers finds the assistant's words by {% generation %}, which each gets around what an assistant's turn prints."""
+masks of the assistant's words, and rows of every other form, both as TRL's trainer prepares them. Needs transformers,
+tokenizers, torch, trl and datasets. The templates are those of models/tests/text_chat.json; transformers finds the assistant's
+words by {% generation %}, which each gets around what an assistant's turn prints."""
 
 import json
+import tempfile
 from pathlib import Path
 
+import trl
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, __version__
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__
 
 here = Path(__file__).parent
 source = json.loads((here / "../../../models/tests/text_chat.json").read_text())
@@ -61,6 +65,24 @@ CONVERSATIONS = [
     [ask("On Saturday Lena handed Greta a blue cup at the river."), say("Lena, Greta;  blue\ncup é🙂"), ask("And?"), say("No 12345.")],
     [{"role": "system", "content": "Be brief."}, ask("One\n\ntwo?"), say("1, 2"), ask(" Bye "), say("Bye")],
 ]
+# Rows that are no conversations. Prompts end where a token ends: TRL tokenizes a prompt and its completion as one text.
+TEXTS = [{"text": "On Saturday Lena handed Greta a blue cup."}, {"text": "No\n\n12345 é🙂"}]
+COMPLETIONS = [
+    {"prompt": "Who had the cup?\n", "completion": "Greta"},
+    {"prompt": "Where was Lena?", "completion": " At the river."},
+]
+
+
+def prepared(rows, tokenizer, **settings):
+    """Token ids and labels of rows as TRL's trainer has them before training."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.SFTConfig(output_dir=folder, max_length=None, report_to="none", use_cpu=True, bf16=False, **settings)
+        tokenizer.pad_token = tokenizer.eos_token
+        made = trl.SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return [(row["input_ids"], row.get("labels", row["input_ids"])) for row in made.train_dataset]
 
 
 def special(text):
@@ -109,6 +131,9 @@ for kind, make in [("byte_level", byte_level), ("sentencepiece", sentencepiece)]
         plain, marked = OWN[name]
         assert plain in templates[name], name
         template = templates[name].replace(plain, marked)
+        kept = [c for c in CONVERSATIONS if name != "MISTRAL" or c[0]["role"] != "system"]
+        fast.chat_template = template
+        by_trl = prepared([{"messages": messages} for messages in kept], fast, assistant_only_loss=True)
         for number, messages in enumerate(CONVERSATIONS):
             if name == "MISTRAL" and messages[0]["role"] == "system":
                 continue
@@ -120,6 +145,8 @@ for kind, make in [("byte_level", byte_level), ("sentencepiece", sentencepiece)]
             )
             ids = fast.apply_chat_template(messages, chat_template=templates[name], tokenize=True, return_dict=False)
             assert ids == found["input_ids"]
+            labels = [id if own else -100 for id, own in zip(ids, found["assistant_masks"])]
+            assert (ids, labels) == by_trl[kept.index(messages)], (kind, name, number)
             prompt = fast.apply_chat_template(
                 messages[:-1], chat_template=templates[name], add_generation_prompt=True, tokenize=True, return_dict=False
             )
@@ -130,9 +157,16 @@ for kind, make in [("byte_level", byte_level), ("sentencepiece", sentencepiece)]
                     "ids": ids, "learned": found["assistant_masks"],
                 }
             )
-about = f"transformers {__version__}; see make.py"
+rows = []
+for kind in ["byte_level", "sentencepiece"]:
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(here / f"{kind}.json"), eos_token="</s>")
+    for forms in [TEXTS, COMPLETIONS]:
+        for row, (ids, labels) in zip(forms, prepared(forms, fast)):
+            rows.append({"tokenizer": kind, "eos": "</s>", "row": row, "ids": ids, "labels": labels})
+about = f"transformers {__version__}, trl {trl.__version__}; see make.py"
 lines = ",\n".join(json.dumps(case) for case in cases)
 conversations = json.dumps(CONVERSATIONS, ensure_ascii=False)
 sources = json.dumps({name: templates[name] for name in SPECIAL})
 head = f'{{"about": "{about}", "conversations": {conversations}, "templates": {sources}'
-(here / "golden.json").write_text(f'{head}, "cases": [\n{lines}\n]}}\n')
+others = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+(here / "golden.json").write_text(f'{head}, "cases": [\n{lines}\n], "rows": [\n{others}\n]}}\n')
