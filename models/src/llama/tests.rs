@@ -601,9 +601,6 @@ fn on_gpu(mut llama: Llama, device: Device, dtype: DType) -> Llama {
             if let Weight::Quantized(quantized) = &linear.weight {
                 linear.weight = Weight::Quantized(quantized.to_device(device, Tag::Weights).unwrap());
             }
-            if let Some(lora) = &mut linear.lora {
-                [&mut lora.a, &mut lora.b].into_iter().for_each(wide);
-            }
         }
     }
     Llama { dtype, ..llama }
@@ -627,7 +624,9 @@ fn gpu_steps_of_a_decoder_give_what_passes_give() {
     let Some(device) = nibble_runtime::cuda::device_for_tests() else { return };
     let shape = config(2, 3, 16, 128, 192);
     for dtype in [DType::BF16, DType::F16] {
-        let mut llama = on_gpu(model(shape.clone(), true, None, 3), device, dtype);
+        let mut base = model(shape.clone(), true, Some((1, 0.0)), 3);
+        base.linears_mut().for_each(|linear| linear.lora = None);
+        let mut llama = on_gpu(base, device, dtype);
         let names = ["one", "two", "dora"];
         add_adapters(&mut llama, shape.clone(), names);
         let mixture = Arc::new(llama.mixture(&names).unwrap());
