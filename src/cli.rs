@@ -70,7 +70,7 @@ pub enum Command {
     Plan(Box<PlanArgs>),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     #[command(after_help = "Example:
-  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --recompute")]
+  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --activations attention@host")]
     BenchStep(Box<BenchStepArgs>),
     /// Show the figures of runs, the settings in which they differ, and their curves
     Compare(CompareArgs),

@@ -3,7 +3,7 @@
 
 use nibble::{
     paging::{Bytes, PagedBudget},
-    settings::{Recompute, Settings},
+    settings::Settings,
     train::train,
 };
 use nibble_runtime::{
@@ -26,7 +26,7 @@ fn settings(dir: &Path, device: DeviceRequest, paged_budget: PagedBudget) -> Set
         steps: Some(2),
         batch_size: 2,
         grad_accum: 1,
-        recompute: Recompute(1),
+        activations: "inputs:1,attention@host".parse().unwrap(),
         device,
         paged_budget: Some(paged_budget),
         page_size: Bytes(PAGE),

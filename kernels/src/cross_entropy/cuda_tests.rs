@@ -91,7 +91,7 @@ proptest! {
         let w = random_as(&[vocab, 16 * width], dtype, seed ^ 1);
         let label = |i: usize| if (seed >> (i % 60)) & 3 == 0 { IGNORE } else { ((i * 31) % vocab) as i32 };
         let labels: Vec<i32> = (0..rows).map(label).collect();
-        let wanted = Wanted { hidden, head };
+        let wanted = Wanted { hidden, head, at_once: None };
         let on = |x: &Tensor| x.to_device(gpu, Tag::Workspace).unwrap();
         let found = head_loss(&on(&h), &Table::Dense(on(&w)), &labels, 0.25, wanted).unwrap();
         let expected = head_loss(&h, &Table::Dense(w), &labels, 0.25, wanted).unwrap();

@@ -1,6 +1,6 @@
 //! From a checkpoint to a model: tensor by tensor, quantized as they stream by.
 
-use super::{Adapters, Angles, Layer, Linear, Llama, Param, random};
+use super::{Activations, Adapters, Angles, Layer, Linear, Llama, Param, random};
 use crate::{
     Error, LlamaConfig, Result,
     files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
@@ -11,7 +11,7 @@ use nibble_kernels::{
     quantize::{QuantType, ScaleRounding, quantize},
     table::{Rows8, Table},
 };
-use nibble_runtime::{DType, Device, Tag, Tensor};
+use nibble_runtime::{DType, Device, Stash, Tag, Tensor};
 use std::{
     panic::resume_unwind,
     path::Path,
@@ -276,7 +276,9 @@ impl Loader<'_> {
             norm,
             head,
             dtype,
-            recomputed: 0,
+            activations: Activations::default(),
+            feed_forward_rows: usize::MAX,
+            stash: Stash::default(),
             adapters: Adapters::default(),
             angles: Angles::default(),
         };
