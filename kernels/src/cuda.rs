@@ -14,6 +14,7 @@ use std::{
 /// Those named `_sm90a` load on Hopper only.
 pub static MODULES: &[&Module] = &[
     &crate::adamw::cuda::MODULE,
+    &crate::argmax::cuda::MODULE,
     &crate::attention::cuda::D128,
     &crate::attention::cuda::D64,
     &crate::attention::cuda::D96,
@@ -23,6 +24,9 @@ pub static MODULES: &[&Module] = &[
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,
+    &crate::decoding::ATTENTION,
+    &crate::decoding::LINEAR,
+    &crate::decoding::LINEAR_HOPPER,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,

@@ -8,6 +8,7 @@
 //! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_TARGET=sm_80` keeps Hopper from its own kernels.
 
 mod attention;
+mod decoding;
 mod linear;
 mod pointwise;
 mod quantize;
@@ -55,6 +56,11 @@ impl Bench {
     /// The GPU under test.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &'static Gpu {
+        self.gpu
     }
 
     /// Standard normals on the device.
@@ -138,6 +144,7 @@ const OPERATIONS: &[Operation] = &[
     ("attention", attention::run),
     ("quantize", quantize::run),
     ("skinny", skinny::run),
+    ("decoding", decoding::run),
 ];
 
 /// Runs the operations that are named, or all.
