@@ -15,7 +15,11 @@
 //! `A` and `B` may have any float type; on a GPU those of the type of `x` are fast, so cast them first. Source: Hu et al.,
 //! "LoRA", arXiv 2106.09685.
 
-use super::{Terms, Weight, forward_into, input_grad, skinny};
+use super::{
+    Terms, Weight, forward_into, input_grad,
+    narrow::{self, Kind},
+    skinny,
+};
 use crate::{
     dropout::{self, Mask},
     elementwise,
@@ -55,6 +59,31 @@ pub fn down(x: &Tensor, a: &Tensor, scale: f32, mask: Option<Mask>, tag: Tag) ->
             Ok(out.retag(tag))
         }
         Device::Cuda(_) => skinny::lora_down(x, a, scale, mask, tag),
+    }
+}
+
+/// [`down`] of several adapters `(A, scale)` on one input, where nothing is dropped. Hopper reads the input once for all.
+///
+/// # Errors
+/// Widths of `x` and an A differ.
+pub fn down_all(x: &Tensor, adapters: &[(&Tensor, f32)], tag: Tag) -> Result<Vec<Tensor>> {
+    adapters.iter().try_for_each(|(a, _)| fit("LoRA down", x, a, [1, 1]))?;
+    match narrow::products(Kind::Rows, x, adapters, tag)? {
+        Some(outs) => Ok(outs),
+        None => adapters.iter().map(|&(a, scale)| down(x, a, scale, None, tag)).collect(),
+    }
+}
+
+/// [`weight_grad`] of several gradients `g` with one `x`, where nothing is dropped. Hopper reads `x` once for all.
+///
+/// # Errors
+/// A `g` and `x` differ in rows.
+pub fn weight_grads(grads: &[&Tensor], x: &Tensor) -> Result<Vec<Tensor>> {
+    grads.iter().try_for_each(|g| fit("weight gradient", g, x, [0, 0]))?;
+    let narrow: Vec<_> = grads.iter().map(|&g| (g, 1.0)).collect();
+    match narrow::products(Kind::Grads { transposed: true }, x, &narrow, Tag::Gradients)? {
+        Some(outs) => Ok(outs),
+        None => grads.iter().map(|g| weight_grad(g, x, 1.0, None)).collect(),
     }
 }
 

@@ -26,6 +26,7 @@ mod cuda_tests;
 mod hopper;
 pub mod lora;
 pub(crate) mod matrix;
+mod narrow;
 mod skinny;
 #[cfg(test)]
 mod skinny_tests;
@@ -33,6 +34,7 @@ mod skinny_tests;
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
 pub(crate) use hopper::GEMM_HOPPER;
+pub(crate) use narrow::NARROW_HOPPER;
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
@@ -247,6 +249,42 @@ pub fn input_grad_lora(
     let (t, k) = (grad.dims2("linear input gradient")?.0, weight.dims()?.1);
     let mut out = Tensor::empty(&[t, k], dtype, grad.device(), tag)?;
     input_grad_into(grad, weight, 1.0, Terms { lora, ..Terms::default() }, &mut out)?;
+    Ok(out.retag(tag))
+}
+
+/// A product of [`input_grads_lora`].
+#[derive(Clone, Copy, Debug)]
+pub struct InputGrad<'a> {
+    /// `g` `[T, N]`.
+    pub grad: &'a Tensor,
+    /// `W` `[N, K]`.
+    pub weight: &'a Weight,
+    /// `(u, A)`: `[T, r]` and `[r, K]`.
+    pub lora: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+/// The sum of `g · W + u · A` over the linears on one input, as `dtype` and counted under `tag`. Hopper adds them up before it
+/// rounds; elsewhere each is rounded.
+///
+/// # Errors
+/// There are none, or shapes do not fit.
+pub fn input_grads_lora(parts: &[InputGrad], dtype: DType, tag: Tag) -> Result<Tensor> {
+    let op = "linear input gradient";
+    let Some((first, rest)) = parts.split_first() else { return Err(Error::invalid(op, "of no linear")) };
+    let (t, k) = (first.grad.dims2(op)?.0, first.weight.dims()?.1);
+    let mut out = Tensor::empty(&[t, k], dtype, first.grad.device(), tag)?;
+    for InputGrad { grad, weight, lora } in parts {
+        let (n, columns) = weight.dims()?;
+        check(op, grad, n, &out, columns)?;
+        Terms { lora: *lora, ..Terms::default() }.check(op, &out, false)?;
+    }
+    if matches!(out.device(), Device::Cuda(_)) && hopper::sum(parts, &mut out)? {
+        return Ok(out);
+    }
+    input_grad_into(first.grad, first.weight, 1.0, Terms { lora: first.lora, ..Terms::default() }, &mut out)?;
+    for InputGrad { grad, weight, lora } in rest {
+        input_grad_lora_add(grad, weight, *lora, &mut out)?;
+    }
     Ok(out.retag(tag))
 }
 
