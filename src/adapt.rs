@@ -26,7 +26,7 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<AdapterCo
         (_, Some(dir)) => Some(model.attach(dir)?),
         (_, None) => Some(new_adapter(model, settings)?),
     };
-    model.llama.recomputed = settings.recompute.0;
+    keep(model, settings);
     let parameters = model.llama.parameters();
     let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
     crate::note!(
@@ -36,6 +36,12 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<AdapterCo
         settings.method
     );
     Ok(config)
+}
+
+/// What layers keep, by the settings.
+pub fn keep(model: &mut Model, settings: &Settings) {
+    model.llama.activations = settings.activations.clone();
+    model.llama.feed_forward_rows = settings.feed_forward_rows.unwrap_or(usize::MAX);
 }
 
 fn new_adapter(model: &mut Model, settings: &Settings) -> Result<AdapterConfig> {

@@ -84,8 +84,8 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     let median = seconds[seconds.len() / 2];
     let tokens = batch.ids.len() as f64;
     let flops = flops(&model.llama.config, settings.batch_size, settings.seq_len);
-    let recomputed = model.llama.recomputed.min(model.llama.layers.len());
-    println!("{} x {} tokens, {recomputed} layers recomputed", settings.batch_size, settings.seq_len);
+    let rows = settings.feed_forward_rows.map_or(String::new(), |rows| format!(", {rows} feed-forward rows at a time"));
+    println!("{} x {} tokens, kept: {}{rows}", settings.batch_size, settings.seq_len, settings.activations);
     println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
     println!("{}", report::memory_line(device));
     if let Some(paging) = stepper.paging() {

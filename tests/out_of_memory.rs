@@ -3,7 +3,7 @@
 
 use nibble::{
     paging::{Bytes, PagedBudget},
-    settings::{Recompute, Settings},
+    settings::Settings,
     train::train,
 };
 use nibble_runtime::{
@@ -26,7 +26,7 @@ fn settings(dir: &Path, device: DeviceRequest, paged_budget: PagedBudget) -> Set
         steps: Some(2),
         batch_size: 2,
         grad_accum: 1,
-        recompute: Recompute(1),
+        activations: "inputs:1,attention@host".parse().unwrap(),
         device,
         paged_budget: Some(paged_budget),
         page_size: Bytes(PAGE),
@@ -56,11 +56,11 @@ fn gpu_out_of_memory_at_any_allocation_ends_with_the_table() {
             failed += 1;
             let text = format!("{error:#}");
             assert!(text.contains("out of memory") && text.contains("peak"), "budget {budget}, allocation {n}: {text}");
-            // What there is of the run is whole: settings and metrics, and no adapter yet.
+            // What there is of the run is whole: settings, metrics and the answers from before, and no adapter yet.
             let names = fs::read_dir(&run).into_iter().flatten().map(|entry| entry.unwrap().file_name());
             for name in names {
                 assert!(
-                    ["settings.toml", "metrics.jsonl"].iter().any(|whole| name == *whole),
+                    ["settings.toml", "metrics.jsonl", "samples.json"].iter().any(|whole| name == *whole),
                     "budget {budget}, allocation {n}: {name:?}"
                 );
             }

@@ -73,6 +73,14 @@ fn gpu_steps_take_what_is_planned() {
         "--target-pattern .*layers.[02].*proj --rank-pattern q_proj=2",
         "--method full",
         "--method full --recompute --grad-accum 2",
+        "--activations attention",
+        "--activations inputs@host --dropout 0",
+        "--activations attention@host:2,all --dora",
+        "--activations all@host:3,inputs --method lora",
+        "--activations all@host --method full",
+        "--activations inputs@host --feed-forward-rows 33 --dropout 0",
+        "--activations attention:2,inputs@host --feed-forward-rows 60 --dropout 0 --paged-budget off",
+        "--recompute --feed-forward-rows 7 --method full",
     ] {
         let settings = settings(options, Device::Cpu);
         let (planned, measured) = (planned(&settings, Device::Cpu), measured(&settings, Device::Cpu));
@@ -85,7 +93,14 @@ fn gpu_steps_take_what_is_planned() {
     }
 
     let Some(device) = device_for_tests() else { return };
-    for options in ["", "--recompute --dropout 0", "--rank 64 --paged-budget off", "--method full --recompute 10"] {
+    for options in [
+        "",
+        "--recompute --dropout 0",
+        "--rank 64 --paged-budget off",
+        "--method full --recompute 10",
+        "--activations attention@host:20,all",
+        "--activations inputs@host --feed-forward-rows 512 --dropout 0",
+    ] {
         let shape = "--model random:smollm2-135m --batch-size 4 --seq-len 512";
         let settings = settings(&format!("{shape} {options}"), device);
         let (found, planned) =

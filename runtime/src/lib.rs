@@ -10,6 +10,7 @@ mod error;
 pub mod memory;
 pub mod pager;
 pub mod rng;
+mod stash;
 pub mod tape;
 mod tensor;
 
@@ -17,5 +18,6 @@ pub use device::{Device, DeviceRequest};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use memory::Tag;
-pub use tape::{Function, GradSink, ParamId, Saving, Tape, Var};
+pub use stash::{Stash, Stashed};
+pub use tape::{Function, GradSink, ParamId, Tape, Var};
 pub use tensor::Tensor;

@@ -1,8 +1,6 @@
 //! Reverse-mode differentiation: a tape of nodes, each a [`Function`] with what it saved.
 //!
-//! The tape knows no operation. It also owns the saving policy: under [`Saving::Keep`] a node holds what its forward
-//! pass saved; under [`Saving::Recompute`] it holds its inputs alone and runs the forward pass again when the backward
-//! pass reaches it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
+//! The tape knows no operation, and holds for a node what its function says: its inputs, and what its forward pass saved.
 
 use crate::{Error, Result, Tensor};
 
@@ -10,13 +8,15 @@ use crate::{Error, Result, Tensor};
 pub trait Function {
     /// What the backward pass needs besides the inputs.
     type Saved;
+    /// Whether the tape holds the inputs for the backward pass, which gets none otherwise: what it needs of them is saved.
+    const HOLDS_INPUTS: bool = true;
 
     /// The output, and what to save for the backward pass.
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Self::Saved)>;
 
-    /// What [`Function::forward`] would save, for a function that can make it without its output.
-    fn saved(&self, inputs: &[Tensor]) -> Result<Self::Saved> {
-        Ok(self.forward(inputs)?.1)
+    /// The output alone, where no backward pass will follow.
+    fn output(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        Ok(self.forward(inputs)?.0)
     }
 
     /// Gradients of the inputs, in their order, from the gradient of the output; `None` where there is none.
@@ -28,16 +28,6 @@ pub trait Function {
         grad: Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>>;
-}
-
-/// What a node holds between forward and backward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Saving {
-    /// What the forward pass saved.
-    #[default]
-    Keep,
-    /// The inputs alone; the forward pass runs again.
-    Recompute,
 }
 
 /// Names a trainable parameter.
@@ -120,24 +110,18 @@ impl<'a> Tape<'a> {
     }
 
     /// Runs `function` and records it.
-    pub fn apply<F: Function + 'a>(&mut self, function: F, inputs: &[&Var], saving: Saving) -> Result<Var> {
-        let values: Vec<Tensor> = inputs.iter().map(|var| var.value.clone()).collect();
-        let (output, saved) = function.forward(&values)?;
+    pub fn apply<F: Function + 'a>(&mut self, function: F, inputs: &[&Var]) -> Result<Var> {
+        let mut values: Vec<Tensor> = inputs.iter().map(|var| var.value.clone()).collect();
         let nodes: Vec<Option<usize>> = inputs.iter().map(|var| var.node).collect();
         if !self.recording || nodes.iter().all(Option::is_none) {
-            return Ok(Var::constant(output));
+            return Ok(Var::constant(function.output(&values)?));
+        }
+        let (output, saved) = function.forward(&values)?;
+        if !F::HOLDS_INPUTS {
+            values.clear();
         }
         let wanted: Vec<bool> = nodes.iter().map(Option::is_some).collect();
-        let backward: Backward<'a> = match saving {
-            Saving::Keep => Box::new(move |grad| function.backward(&values, saved, grad, &wanted)),
-            Saving::Recompute => {
-                drop(saved);
-                Box::new(move |grad| {
-                    let saved = function.saved(&values)?;
-                    function.backward(&values, saved, grad, &wanted)
-                })
-            }
-        };
+        let backward: Backward<'a> = Box::new(move |grad| function.backward(&values, saved, grad, &wanted));
         Ok(self.push(output, Node::Function { inputs: nodes, backward }))
     }
 
@@ -182,7 +166,7 @@ mod tests {
     use crate::Tag;
     use std::cell::Cell;
 
-    /// Element-wise product of two vectors that counts how often its forward pass runs.
+    /// Element-wise product of two vectors that counts how often its forward pass runs, and keeps its inputs by itself.
     struct Product<'a>(&'a Cell<usize>);
 
     fn vector(values: &[f32]) -> Tensor {
@@ -195,12 +179,20 @@ mod tests {
     }
 
     impl Function for Product<'_> {
-        type Saved = ();
-        fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, ())> {
+        type Saved = Vec<Tensor>;
+        const HOLDS_INPUTS: bool = false;
+        fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
             self.0.set(self.0.get() + 1);
-            Ok((zip(&inputs[0], &inputs[1], |a, b| a * b), ()))
+            Ok((zip(&inputs[0], &inputs[1], |a, b| a * b), inputs.to_vec()))
         }
-        fn backward(&self, inputs: &[Tensor], _: (), grad: Tensor, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        fn backward(
+            &self,
+            held: &[Tensor],
+            inputs: Vec<Tensor>,
+            grad: Tensor,
+            wanted: &[bool],
+        ) -> Result<Vec<Option<Tensor>>> {
+            assert!(held.is_empty());
             let of = |i: usize| wanted[i].then(|| zip(&grad, &inputs[1 - i], |g, x| g * x));
             Ok(vec![of(0), of(1)])
         }
@@ -220,26 +212,19 @@ mod tests {
     }
 
     /// y = (x·w)·x, so dy/dx = 2·w·x and dy/dw = x².
-    fn run(saving: Saving) -> (Vec<f32>, Sum, usize) {
+    #[test]
+    fn gradients_add_up_over_uses() {
         let count = Cell::new(0);
         let mut tape = Tape::new();
         let x = tape.input(vector(&[2., 3.]));
         let w = tape.parameter(ParamId(5), &vector(&[10., 20.]));
-        let xw = tape.apply(Product(&count), &[&x, &w], saving).unwrap();
-        let y = tape.apply(Product(&count), &[&xw, &x], saving).unwrap();
+        let xw = tape.apply(Product(&count), &[&x, &w]).unwrap();
+        let y = tape.apply(Product(&count), &[&xw, &x]).unwrap();
         let mut sink = Sum::default();
         let grads = tape.backward(&y, vector(&[1., 1.]), &mut sink).unwrap();
-        (grads[0].as_ref().unwrap().as_slice::<f32>().unwrap().to_vec(), sink, count.get())
-    }
-
-    #[test]
-    fn gradients_add_up_over_uses_and_recomputing_changes_nothing() {
-        for (saving, forwards) in [(Saving::Keep, 2), (Saving::Recompute, 4)] {
-            let (dx, sink, count) = run(saving);
-            assert_eq!(dx, [40., 120.]);
-            assert_eq!(sink.0, [(ParamId(5), vec![4., 9.])]);
-            assert_eq!(count, forwards);
-        }
+        assert_eq!(grads[0].as_ref().unwrap().as_slice::<f32>().unwrap(), [40., 120.]);
+        assert_eq!(sink.0, [(ParamId(5), vec![4., 9.])]);
+        assert_eq!(count.get(), 2);
     }
 
     #[test]
@@ -247,7 +232,7 @@ mod tests {
         let count = Cell::new(0);
         let mut tape = Tape::inference();
         let x = tape.input(vector(&[2.]));
-        let y = tape.apply(Product(&count), &[&x, &x], Saving::Keep).unwrap();
+        let y = tape.apply(Product(&count), &[&x, &x]).unwrap();
         assert_eq!(y.value.as_slice::<f32>().unwrap(), [4.]);
         assert!(tape.backward(&y, vector(&[1.]), &mut Sum::default()).is_err());
     }

@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(parse("org/na.me-1"), name("org/na.me-1", "main", ""));
         assert_eq!(parse("org/name@v1/data/a.csv"), name("org/name", "v1", "data/a.csv"));
         for path in
-            ["name", "src/data", "/abs/path", "./a/b", "../a", "a//b", "random:tiny", "org/name@", "a b/c", "~/m"]
+            ["name", "models/tests", "/abs/path", "./a/b", "../a", "a//b", "random:tiny", "org/name@", "a b/c", "~/m"]
         {
             assert_eq!(parse(path), None, "{path}");
         }

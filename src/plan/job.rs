@@ -8,6 +8,7 @@ use crate::{
     settings::{Method, Settings},
 };
 use anyhow::Result;
+use nibble_kernels::cross_entropy;
 use nibble_models::{
     LlamaConfig,
     files::peft::{self, AdapterConfig},
@@ -84,13 +85,14 @@ impl Job {
         self.settings.batch_size * self.settings.seq_len
     }
 
-    pub fn tables_in_8_bits(&self) -> bool {
-        self.settings.embedding_bits == EmbeddingBits::Bits8
+    /// Rows whose logits are held at a time.
+    pub fn head_rows(&self) -> usize {
+        let at_once = self.settings.feed_forward_rows.map_or(usize::MAX, |rows| rows.saturating_mul(2));
+        cross_entropy::chunk_rows(self.config.vocab_size, at_once.min(self.tokens()), self.chip.is_none())
     }
 
-    /// Layers that run again in the backward pass.
-    pub fn recomputed(&self) -> usize {
-        self.settings.recompute.0.min(self.config.num_layers)
+    pub fn tables_in_8_bits(&self) -> bool {
+        self.settings.embedding_bits == EmbeddingBits::Bits8
     }
 
     /// What trains, by the rules that the run will attach it by.

@@ -17,11 +17,12 @@ use crate::{
     train::source,
 };
 use anyhow::{Result, bail};
+use nibble_models::llama::Activations;
 pub use job::Job;
-pub use memory::peak;
-use nibble_runtime::{Tag, memory::Usage};
+pub use memory::{on_host, peak};
+use nibble_runtime::{Device, Tag, cuda::Gpu, memory::Usage};
 pub use room::Room;
-use room::{Choice, recomputing, remedy};
+use room::{Choice, cheaper, keeping, least, remedy};
 use std::fmt::Write;
 
 /// Advice where no option helps.
@@ -32,7 +33,8 @@ fn job(settings: &Settings, room: &Room) -> Result<Job> {
     Job::new(&Outline::read(&source(settings))?, settings, room.chip)
 }
 
-/// The memory of `--memory-budget`, where it was given; to be found before anything is loaded.
+/// The memory of `--memory-budget`, where it was given; to be found before anything is loaded. A number of bytes is the limit of a
+/// GPU's allocator from then on.
 ///
 /// # Errors
 /// The device cannot be used.
@@ -42,7 +44,12 @@ pub fn budget(settings: &Settings) -> Result<Option<Room>> {
         Some(MemoryBudget::Auto) => None,
         Some(MemoryBudget::Bytes(bytes)) => Some(bytes),
     };
-    Room::find(settings.device, given, false).map(Some)
+    let room = Room::find(settings.device, given, false)?;
+    if let (Some(_), (device @ Device::Cuda(_), _)) = (given, settings.device.resolve()?) {
+        // Free blocks that are kept for reuse are given back before it is exceeded.
+        Gpu::of(device)?.memory()?.lock().set_limit(Some(room.bytes))?;
+    }
+    Ok(Some(room))
 }
 
 /// The settings with what is fastest within a [`budget`], said on standard error, for examples of at most `longest` tokens. As
@@ -56,9 +63,9 @@ pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Resu
     let mut job = job(&settings, &room)?;
     job.settings.seq_len = longest.min(settings.seq_len).max(1);
     let Some(Choice { job: chosen, usage }) = room.fastest(&job)? else {
-        let least = peak(&recomputing(&job, job.config.num_layers))?;
+        let least = peak(&least(&job))?;
         bail!(
-            "--memory-budget: nothing fits. With all layers recomputed a step of {} x {} tokens takes {}, and there are {} \
+            "--memory-budget: nothing fits. With as little kept as can be a step of {} x {} tokens takes {}, and there are {} \
              for it ({}). What would fit: {}",
             job.settings.batch_size,
             job.settings.seq_len,
@@ -75,7 +82,9 @@ pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Resu
         bytes(room.bytes),
         room.of
     );
-    (settings.recompute, settings.paged_budget) = (chosen.settings.recompute, chosen.settings.paged_budget);
+    settings.activations = chosen.settings.activations;
+    settings.feed_forward_rows = chosen.settings.feed_forward_rows;
+    settings.paged_budget = chosen.settings.paged_budget;
     Ok(settings)
 }
 
@@ -111,23 +120,30 @@ pub fn table(args: &PlanArgs) -> Result<String> {
     )?;
 
     let fastest = room.fastest(&job)?;
-    let mut counts = vec![0, layers / 4, layers / 2, 3 * layers / 4, layers, job.recomputed()];
-    counts.extend(fastest.iter().map(|choice| choice.job.recomputed()));
-    counts.sort_unstable();
-    counts.dedup();
+    let uniform = |keeping| Activations::new(keeping, usize::MAX, keeping);
+    let mut choices = vec![keeping(&job, Activations::default())];
+    choices.extend(cheaper(&job).map(|keep| keeping(&job, uniform(keep))));
+    choices.extend([least(&job), job.clone()]);
+    choices.extend(fastest.iter().map(|choice| choice.job.clone()));
+    let mut rows = Vec::new();
+    for choice in choices {
+        let usage = peak(&choice)?;
+        rows.push((usage.total_peak, kept(&choice), usage, choice));
+    }
+    rows.sort_by(|a, b| (b.0, &a.1).cmp(&(a.0, &b.1)));
+    rows.dedup_by(|a, b| (a.0, &a.1) == (b.0, &b.1));
     let tags = Tag::ALL.map(|tag| format!("{:>12}", tag.to_string())).concat();
-    writeln!(out, "{} x {} tokens a micro-batch, by layers recomputed:", settings.batch_size, settings.seq_len)?;
-    writeln!(out, "  layers      total{tags}      tok/s  fits")?;
-    for count in counts {
-        let with = recomputing(&job, count);
-        let usage = peak(&with)?;
+    writeln!(out, "{} x {} tokens a micro-batch, by what layers keep:", settings.batch_size, settings.seq_len)?;
+    writeln!(out, "{:<36}      total{tags}        host      tok/s  fits", "--activations")?;
+    for (total, kept, usage, choice) in rows {
         let tags = usage.peak.map(|peak| format!("{:>12}", bytes(peak))).concat();
-        writeln!(out, "{count:>8} {:>10}{tags} {}", bytes(usage.total_peak), verdict(&room, &with, &usage, &job))?;
+        let host = bytes(on_host(&choice));
+        writeln!(out, "{kept:<36} {:>10}{tags} {host:>11} {}", bytes(total), verdict(&room, &choice, &usage, &job))?;
     }
 
     writeln!(
         out,
-        "\nOther shapes, each at its fastest that fits:\n   batch x seq   layers      total      tok/s  fits"
+        "\nOther shapes, each at its fastest that fits:\n   batch x seq      total      tok/s  fits"
     )?;
     let (batch, length) = (settings.batch_size, settings.seq_len);
     let mut shapes = vec![(1, length), (batch / 2, length), (batch, length), (2 * batch, length), (4 * batch, length)];
@@ -141,17 +157,13 @@ pub fn table(args: &PlanArgs) -> Result<String> {
         let choice = match room.fastest(&shaped)? {
             Some(choice) => choice,
             None => {
-                let job = recomputing(&shaped, layers);
+                let job = least(&shaped);
                 Choice { usage: peak(&job)?, job }
             }
         };
-        let (shape, count, total) = (format!("{batch} x {length}"), choice.job.recomputed(), choice.usage.total_peak);
-        writeln!(
-            out,
-            "{shape:>14} {count:>8} {:>10} {}",
-            bytes(total),
-            verdict(&room, &choice.job, &choice.usage, &job)
-        )?;
+        let (shape, total) = (format!("{batch} x {length}"), bytes(choice.usage.total_peak));
+        let verdict = verdict(&room, &choice.job, &choice.usage, &job);
+        writeln!(out, "{shape:>14} {total:>10} {verdict}, {}", kept(&choice.job))?;
     }
     writeln!(out, "\n{}", advice(&job, &room, fastest)?)?;
     writeln!(
@@ -165,7 +177,7 @@ pub fn table(args: &PlanArgs) -> Result<String> {
 /// Speed, and whether it fits.
 fn verdict(room: &Room, job: &Job, usage: &Usage, asked: &Job) -> String {
     let speed = room.rates(job).map_or("unknown".into(), |(rates, _)| format!("{:.0}", rates.speed(job)));
-    let fits = if room.holds(usage) { "yes" } else { "no" };
+    let fits = if room.holds(usage) && on_host(job) <= room.host { "yes" } else { "no" };
     format!("{speed:>10}  {fits}{}", pages_away(job, asked).map_or(String::new(), |option| format!(", with {option}")))
 }
 
@@ -175,14 +187,16 @@ fn pages_away(job: &Job, asked: &Job) -> Option<String> {
     Some(format!("--paged-budget {budget}"))
 }
 
+/// What layers keep, and the rows that feed-forward blocks take at a time.
+fn kept(job: &Job) -> String {
+    let rows = job.settings.feed_forward_rows.map_or(String::new(), |rows| format!(" --feed-forward-rows {rows}"));
+    format!("{}{rows}", job.settings.activations)
+}
+
 /// The options of a choice, where they are not those of `asked`.
 fn options(chosen: &Job, asked: &Job) -> String {
-    let recompute = match chosen.recomputed() {
-        0 => "everything kept (no --recompute)".to_string(),
-        layers if layers == chosen.config.num_layers => "--recompute".into(),
-        layers => format!("--recompute {layers}"),
-    };
-    [recompute].into_iter().chain(pages_away(chosen, asked)).collect::<Vec<_>>().join(" ")
+    let options = [format!("--activations {}", kept(chosen))];
+    options.into_iter().chain(pages_away(chosen, asked)).collect::<Vec<_>>().join(" ")
 }
 
 /// What to do, in a sentence.

@@ -1,13 +1,18 @@
 //! The memory to fit into, and the fastest step that does.
 
-use super::{Job, memory::peak, time::Rates};
+use super::{
+    Job,
+    memory::{on_host, peak},
+    time::Rates,
+};
 use crate::{
     cli::EmbeddingBits,
     paging::{Bytes, PagedBudget},
     report::bytes,
-    settings::{Method, Recompute},
+    settings::Method,
 };
 use anyhow::Result;
+use nibble_models::llama::{Activations, Extent, Keeping};
 use nibble_runtime::{
     DType, Device, DeviceRequest,
     cuda::{Chip, Gpu},
@@ -31,6 +36,8 @@ pub struct Room {
     pub name: String,
     /// What a step may take.
     pub bytes: usize,
+    /// Host memory that may be pinned.
+    pub host: usize,
     /// For messages: what the memory is.
     pub of: String,
 }
@@ -59,7 +66,10 @@ impl Room {
             Some(given) => format!("{} given", bytes(given)),
             None => format!("{} free", bytes(free)),
         };
-        Ok(Room { chip, name, bytes: given.map_or(free, |given| given.saturating_sub(besides)), of })
+        // Where no GPU is, another machine is planned for.
+        let host = if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
+        let bytes = given.map_or(free, |given| given.saturating_sub(besides));
+        Ok(Room { chip, name, bytes, host: host.unwrap_or(usize::MAX), of })
     }
 
     /// Whether a peak fits, with a margin.
@@ -74,29 +84,8 @@ impl Room {
         Rates::of(&self.name, self.chip.is_some_and(|chip| chip.capability == (9, 0)))
     }
 
-    /// The job with as many of its pages on the device as there is room for, where it has pages that may leave; `None` if it
-    /// does not fit even so.
-    ///
-    /// # Errors
-    /// As [`peak`].
-    fn with_pages_away(&self, job: &Job) -> Result<Option<Choice>> {
-        if !matches!(job.settings.paged_budget, None | Some(PagedBudget::Auto)) || job.pages()?.is_none() {
-            return Ok(None);
-        }
-        let mut job = job.clone();
-        job.settings.paged_budget = Some(PagedBudget::Bytes(Bytes(0)));
-        let Some(left) = self.bytes.checked_sub((peak(&job)?.total_peak as f64 * (1.0 + MARGIN)) as usize) else {
-            return Ok(None);
-        };
-        let page = job.settings.page_size.0;
-        let left = (left as f64 / (1.0 + MARGIN)) as usize / page * page;
-        job.settings.paged_budget = Some(PagedBudget::Bytes(Bytes(left)));
-        let usage = peak(&job)?;
-        Ok(self.holds(&usage).then_some(Choice { job, usage }))
-    }
-
-    /// The fastest way to make the step within the memory: how many layers run again, and how many pages leave. `None` if there
-    /// is none.
+    /// The fastest way to make the step within the memory: what layers keep and where, how many rows feed-forward blocks take
+    /// at a time, and how many pages leave. `None` if there is none.
     ///
     /// # Errors
     /// As [`peak`].
@@ -104,23 +93,58 @@ impl Room {
         // Which of two steps is faster hardly depends on the GPU.
         let rates = self.rates(job).map_or_else(Rates::reference, |(rates, _)| rates);
         let mut best: Option<(f64, Choice)> = None;
-        let mut offer = |choice: Choice| {
-            let speed = rates.speed(&choice.job);
-            if best.as_ref().is_none_or(|(most, _)| speed > *most) {
-                best = Some((speed, choice));
+        for job in in_parts(job) {
+            for job in with_pages_away(&job)? {
+                for (first, rest) in pairs(&job) {
+                    let Some(choice) = self.with_few(&job, first, rest)? else { continue };
+                    let speed = rates.speed(&choice.job);
+                    if best.as_ref().is_none_or(|(most, _)| speed > *most) {
+                        best = Some((speed, choice));
+                    }
+                }
             }
-        };
-        for layers in 0..=job.config.num_layers {
-            let job = recomputing(job, layers);
-            let usage = peak(&job)?;
-            if self.holds(&usage) {
-                // More layers would only take longer.
-                offer(Choice { job, usage });
-                break;
-            }
-            self.with_pages_away(&job)?.into_iter().for_each(&mut offer);
         }
         Ok(best.map(|(_, choice)| choice))
+    }
+
+    /// The job with as few layers as will do, from the first on, that keep `first` where the others keep `rest`; `None` if it
+    /// does not fit with all. Of pages that may leave, those that need not stay.
+    fn with_few(&self, job: &Job, first: Keeping, rest: Keeping) -> Result<Option<Choice>> {
+        let at = |layers| -> Result<Option<Choice>> {
+            let layers = if layers == job.config.num_layers { usize::MAX } else { layers };
+            let job = keeping(job, Activations::new(first, layers, rest));
+            let usage = peak(&job)?;
+            Ok(self.holds(&usage).then_some(Choice { job, usage }))
+        };
+        let all = job.config.num_layers;
+        let Some(mut least) = at(all)? else { return Ok(None) };
+        // The device holds less the more layers keep less.
+        let (mut too_few, mut enough) = (None, all);
+        while too_few.map_or(0, |few: usize| few + 1) < enough {
+            let middle = (too_few.map_or(0, |few| few + 1) + enough) / 2;
+            match at(middle)? {
+                Some(choice) => (least, enough) = (choice, middle),
+                None => too_few = Some(middle),
+            }
+        }
+        if on_host(&least.job) > self.host {
+            return Ok(None);
+        }
+        if job.settings.paged_budget != Some(NO_PAGES) || job.chip.is_none() {
+            return Ok(Some(least));
+        }
+        self.with_pages_back(least).map(Some)
+    }
+
+    /// A choice with as many of its pages on the device as there is room for.
+    fn with_pages_back(&self, choice: Choice) -> Result<Choice> {
+        let left = self.bytes.saturating_sub((choice.usage.total_peak as f64 * (1.0 + MARGIN)) as usize);
+        let page = choice.job.settings.page_size.0;
+        let left = (left as f64 / (1.0 + MARGIN)) as usize / page * page;
+        let mut job = choice.job.clone();
+        job.settings.paged_budget = Some(PagedBudget::Bytes(Bytes(left)));
+        let usage = peak(&job)?;
+        Ok(if self.holds(&usage) { Choice { job, usage } } else { choice })
     }
 }
 
@@ -131,10 +155,63 @@ pub struct Choice {
     pub usage: Usage,
 }
 
-/// The job with the first `layers` layers run again.
-pub fn recomputing(job: &Job, layers: usize) -> Job {
+/// A budget that leaves no page on the device.
+const NO_PAGES: PagedBudget = PagedBudget::Bytes(Bytes(0));
+
+/// Rows that feed-forward blocks may take at a time.
+const PARTS: [usize; 2] = [8192, 2048];
+
+/// The job, and with its feed-forward blocks in parts, where dropout does not forbid it.
+fn in_parts(job: &Job) -> Vec<Job> {
+    let parts = PARTS.into_iter().filter(|&rows| job.chip.is_some() && !job.trains().dropout && rows < job.tokens());
+    let with = |rows| {
+        let mut job = job.clone();
+        job.settings.feed_forward_rows = rows;
+        job
+    };
+    std::iter::once(job.settings.feed_forward_rows).chain(parts.map(Some)).map(with).collect()
+}
+
+/// The job, and with its pages in host memory, where it has pages that may leave.
+fn with_pages_away(job: &Job) -> Result<Vec<Job>> {
+    let mut jobs = vec![job.clone()];
+    if matches!(job.settings.paged_budget, None | Some(PagedBudget::Auto)) && job.pages()?.is_some() {
+        let mut away = job.clone();
+        away.settings.paged_budget = Some(NO_PAGES);
+        jobs.push(away);
+    }
+    Ok(jobs)
+}
+
+/// What layers may keep instead of everything.
+pub fn cheaper(job: &Job) -> impl Iterator<Item = Keeping> {
+    let places: &[bool] = if job.chip.is_some() { &[false, true] } else { &[false] };
+    let every = [Extent::Inputs, Extent::Attention, Extent::All].into_iter();
+    let every = every.flat_map(|extent| places.iter().map(move |&on_host| Keeping { extent, on_host }));
+    every.filter(|&keeping| keeping != Keeping::default())
+}
+
+/// What the first layers may keep, and the others.
+fn pairs(job: &Job) -> Vec<(Keeping, Keeping)> {
+    let inputs = |on_host| Keeping { extent: Extent::Inputs, on_host };
+    let mut pairs: Vec<_> = cheaper(job).map(|first| (first, Keeping::default())).collect();
+    // Where host memory is short.
+    pairs.extend((job.chip.is_some()).then_some((inputs(true), inputs(false))));
+    pairs
+}
+
+/// The job with layers that keep this.
+pub fn keeping(job: &Job, activations: Activations) -> Job {
     let mut job = job.clone();
-    job.settings.recompute = Recompute(layers);
+    job.settings.activations = activations;
+    job
+}
+
+/// The job with as little in device memory as layers can do with.
+pub fn least(job: &Job) -> Job {
+    let inputs = Keeping { extent: Extent::Inputs, on_host: job.chip.is_some() };
+    let mut job = keeping(job, Activations::new(inputs, usize::MAX, inputs));
+    job.settings.feed_forward_rows = in_parts(&job).pop().and_then(|job| job.settings.feed_forward_rows);
     job
 }
 
@@ -144,11 +221,12 @@ type Change = fn(&mut Job) -> Option<String>;
 /// Those that a user may make, what costs least first.
 const CHANGES: [Change; 6] = [
     |job| {
-        job.settings.recompute = Recompute(usize::MAX);
-        Some("--recompute".into())
+        *job = least(job);
+        let rows = job.settings.feed_forward_rows.map_or(String::new(), |rows| format!(" --feed-forward-rows {rows}"));
+        Some(format!("--activations {}{rows}", job.settings.activations))
     },
     |job| {
-        let pages = job.chip.is_some().then_some(PagedBudget::Bytes(Bytes(0)))?;
+        let pages = job.chip.is_some().then_some(NO_PAGES)?;
         (job.settings.paged_budget.replace(pages) != Some(pages)).then(|| "--paged-budget 0".into())
     },
     |job| {

@@ -1,7 +1,16 @@
-use super::{Job, memory::peak, room, room::Room, time::Rates};
+use super::{
+    Job,
+    memory::{on_host, peak},
+    room,
+    room::Room,
+    time::Rates,
+};
 use crate::{cli::Cli, model::Outline, settings::Settings};
 use clap::Parser;
-use nibble_models::{LlamaConfig, llama::SHAPES};
+use nibble_models::{
+    LlamaConfig,
+    llama::{Activations, Keeping, SHAPES},
+};
 use nibble_runtime::{DType, Tag, cuda::Chip};
 use proptest::prelude::*;
 
@@ -100,15 +109,16 @@ fn measured_tags() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// More tokens, rank or layers kept never take less; nor time, but that of a token.
+    /// More tokens, rank or things kept on the device never take less; nor time, but that of a token.
     #[test]
     fn more_never_takes_less(
         shape in 0..SHAPES.len(), on_cpu: bool, batch in 1usize..5, length in 1usize..40, rank in 1usize..9,
-        layers in 0usize..8, dropout: bool, full: bool,
+        layers in 0usize..8, dropout: bool, full: bool, less in 0usize..3,
     ) {
+        let less = ["inputs", "attention", "inputs"][less];
         let method = if full { "full" } else { "qlora" };
         let options = |batch: usize, length: usize, rank: usize, layers: usize| format!(
-            "--model random:{} --batch-size {batch} --seq-len {} --rank {} --recompute {layers} --dropout {} --method {method}",
+            "--model random:{} --batch-size {batch} --seq-len {} --rank {} --activations {less}:{layers},all --dropout {} --method {method}",
             SHAPES[shape], 64 * length, 8 * rank, if dropout { 0.1 } else { 0.0 },
         );
         let chip = (!on_cpu).then_some(H100);
@@ -122,19 +132,23 @@ proptest! {
         prop_assert!(speed(layers + 1) <= speed(layers));
     }
 
-    /// What is chosen fits, and one layer fewer would not; what is advised where nothing fits does.
+    /// What is chosen fits, and is as fast as all that fits; what is advised where nothing fits does.
     #[test]
-    fn the_choice_fits(mib in 64usize..40_000) {
-        let room = Room { chip: Some(H100), name: "NVIDIA H100 80GB HBM3".into(), bytes: mib << 20, of: String::new() };
+    fn the_choice_fits(mib in 64usize..40_000, layers in 0usize..=32, less in 0usize..5, host in 0usize..40_000) {
+        let room = Room { host: host << 20, ..room(mib << 20) };
         let asked = job(&format!("{QLORA} 2 --paged-budget off"), Some(H100));
         match room.fastest(&asked).unwrap() {
             Some(choice) => {
                 prop_assert!(room.holds(&choice.usage) && peak(&choice.job).unwrap() == choice.usage);
-                let layers = choice.job.recomputed();
-                prop_assert!(layers == 0 || !room.holds(&peak(&room::recomputing(&asked, layers - 1)).unwrap()));
+                prop_assert!(on_host(&choice.job) <= room.host);
+                let less = room::cheaper(&asked).nth(less).unwrap();
+                let other = room::keeping(&asked, Activations::new(less, layers, Keeping::default()));
+                let fits = room.holds(&peak(&other).unwrap()) && on_host(&other) <= room.host;
+                let speed = |job: &Job| Rates::reference().speed(job);
+                prop_assert!(!fits || speed(&choice.job) >= speed(&other), "{} {}", choice.job.settings.activations, layers);
             }
             None => {
-                prop_assert!(!room.holds(&peak(&room::recomputing(&asked, 32)).unwrap()));
+                prop_assert!(!room.holds(&peak(&room::least(&asked)).unwrap()) || on_host(&room::least(&asked)) > room.host);
                 if let Some(options) = room::remedy(&asked, &room).unwrap() {
                     let options = options.replace("--grad-accum", "--save-every");
                     let kept = "--model random:llama-3.1-8b --dropout 0";
@@ -149,13 +163,30 @@ proptest! {
     }
 }
 
+/// An H100 with this much memory for a step.
+fn room(bytes: usize) -> Room {
+    let name = "NVIDIA H100 80GB HBM3".into();
+    Room { chip: Some(H100), name, bytes, host: usize::MAX, of: String::new() }
+}
+
 #[test]
 fn pages_leave_before_nothing_fits() {
-    // All pages resident take 1.9 GiB; with all layers recomputed 8.7 GiB are left for the rest.
+    // All pages resident take 1.9 GiB; besides them a step takes at least 5.9.
     let asked = job(&format!("{QLORA} 4 --rank 64"), Some(H100));
-    let room = Room { chip: Some(H100), name: "NVIDIA H100 80GB HBM3".into(), bytes: 10 << 30, of: String::new() };
+    let room = room(7 << 30);
     let choice = room.fastest(&asked).unwrap().unwrap();
     let pages = choice.job.pages().unwrap().unwrap();
-    assert!(choice.job.recomputed() == 32 && pages.resident > 0 && pages.resident < pages.count, "{pages:?}");
+    assert!(pages.resident > 0 && pages.resident < pages.count, "{pages:?}");
     assert!(room.holds(&choice.usage));
+}
+
+#[test]
+fn what_layers_keep_in_host_memory_is_counted() {
+    let job = |options: &str| job(&format!("{QLORA} 4 {options}"), Some(H100));
+    // 32 layers of 8,192 tokens: 4,096 columns in bf16, and seven t of 16.
+    assert_eq!(on_host(&job("--activations inputs@host")), 32 * 8192 * (2 * 4096 + 2 * 7 * 16));
+    assert_eq!(on_host(&job("--activations inputs")), 0);
+    // On the device two layers' inputs are left of 32.
+    let [device, host] = ["inputs", "inputs@host"].map(|kept| peak(&job(&format!("--activations {kept}"))).unwrap());
+    assert_eq!(device.total_peak - host.total_peak, 30 * 8192 * (2 * 4096 + 2 * 7 * 16));
 }

@@ -1,6 +1,7 @@
 //! How long a training step takes: work by part, at the rates that the parts were measured at on an H100. An estimate.
 
 use super::job::Job;
+use nibble_models::llama::Extent;
 use nibble_optim::StateBits;
 
 /// Attention by the length of sequences: `peak · length / (length + half)`, since short ones leave more of each tile masked.
@@ -23,6 +24,8 @@ pub struct Rates {
     products: f64,
     /// Those with the head, a chunk of rows at a time.
     head: f64,
+    /// The same by fewer than [`SMALL_HEAD_ROWS`].
+    small_head: f64,
     /// Gradients of weights.
     weight_grads: f64,
     /// The adapters' own products, beside the bytes that they read.
@@ -34,14 +37,20 @@ pub struct Rates {
     bytes: f64,
     /// Pages in host memory, both ways together.
     bus: f64,
+    /// What layers keep in host memory, one way.
+    link: f64,
     /// Seconds between two kernels.
     gap: f64,
     /// Seconds that dropout takes more for an element of an adapter's input: for `t`, for `dA` and for `dx`.
     dropout: [f64; 3],
 }
 
-/// Kernels of a layer forward and backward: those of its own, and of each linear with an adapter.
-const KERNELS: [f64; 2] = [6.0 + 7.0 * 5.0, 11.0 + 7.0 * 9.0];
+/// From so many rows on a product with the head fills a GPU.
+const SMALL_HEAD_ROWS: usize = 512;
+/// Kernels of a linear with an adapter, forward, from `t` on, and backward.
+const KERNELS: [f64; 3] = [5.0, 3.0, 9.0];
+/// A layer's own, forward and backward.
+const OWN_KERNELS: [f64; 2] = [6.0, 11.0];
 
 /// Forward and backward, of the kernels that every GPU has: docs/measurements/2026-11-25-h100.md, heads of 128.
 const PLAIN: [Attention; 2] = [Attention { peak: 425e12, half: 330.0 }, Attention { peak: 262e12, half: 210.0 }];
@@ -54,12 +63,16 @@ const HOPPER: [Attention; 2] = [Attention { peak: 720e12, half: 520.0 }, Attenti
 const H100: Rates = Rates {
     products: 680e12,
     head: 620e12,
+    // 590 TFLOP/s forward, 331 backward at 256 rows.
+    small_head: 424e12,
     weight_grads: 330e12,
     adapters: 90e12,
     mixed: 7.5e12,
     attention: HOPPER,
     bytes: 2.6e12,
     bus: 81e9,
+    // What was left of 8 layers' copies beside their work: docs/measurements/2026-11-28-memory-for-time.md.
+    link: 56e9,
     // 1.3 % of a step of 717 ms, in 5,000 launches.
     gap: 1.9e-6,
     // lora_down_drop, lora_grad_drop and lora_dropped_add at 8192 x 14336: 131, 156 and 255 µs.
@@ -81,6 +94,78 @@ const SHEETS: [(&str, f64, f64); 11] = [
     ("RTX 3090", 71e12, 936e9),
 ];
 
+/// A linear of a layer: `[n, k]`, the adapter's rank, and the part of the layers that have one; both on average.
+#[derive(Clone, Copy)]
+struct Linear {
+    n: f64,
+    k: f64,
+    rank: f64,
+    share: f64,
+}
+
+/// What a step's work depends on, of a layer on average.
+struct Work {
+    linears: [Linear; 7],
+    /// Tokens, and bytes of an element.
+    t: f64,
+    w: f64,
+    d: f64,
+    f: f64,
+    q: f64,
+    kv: f64,
+    heads: f64,
+    /// Bytes that are read and written for an element of a weight before its product.
+    converted: f64,
+    all: bool,
+    dora: bool,
+    dropout: bool,
+}
+
+impl Work {
+    fn of(job: &Job) -> Work {
+        let (c, trains) = (&job.config, job.trains());
+        let layers = c.num_layers as f64;
+        let shapes = c.linear_shapes();
+        let linears = std::array::from_fn(|i| {
+            let ranks = || trains.ranks.iter().map(|ranks| ranks[i]);
+            let [n, k] = shapes[i].map(|size| size as f64);
+            let share = ranks().filter(|&rank| rank > 0).count() as f64 / layers;
+            Linear { n, k, rank: ranks().sum::<usize>() as f64 / layers, share }
+        });
+        let converted = match (job.quantized, trains.all) {
+            (Some(_), _) => 2.516,
+            (None, true) => 6.0,
+            (None, false) => 0.0,
+        };
+        Work {
+            linears,
+            t: job.tokens() as f64,
+            w: job.dtype.size() as f64,
+            d: c.hidden_size as f64,
+            f: c.intermediate_size as f64,
+            q: (c.num_heads * c.head_dim) as f64,
+            kv: (c.num_kv_heads * c.head_dim) as f64,
+            heads: c.num_heads as f64,
+            converted,
+            all: trains.all,
+            dora: trains.dora,
+            dropout: trains.dropout,
+        }
+    }
+
+    /// Bytes that a layer keeps.
+    fn kept(&self, extent: Extent) -> f64 {
+        let mut row = self.w * (self.d + self.linears.iter().map(|linear| linear.rank).sum::<f64>());
+        if extent >= Extent::Attention {
+            row += self.w * (2.0 * self.q + 2.0 * self.kv + self.d) + 4.0 * self.heads;
+        }
+        if extent == Extent::All {
+            row += self.w * 2.0 * self.f;
+        }
+        self.t * row
+    }
+}
+
 impl Rates {
     /// Those of a GPU of this name, and where they are from; `None` where nothing is known of it.
     pub fn of(name: &str, hopper: bool) -> Option<(Rates, &'static str)> {
@@ -94,12 +179,14 @@ impl Rates {
         let scaled = Rates {
             products: flops * H100.products,
             head: flops * H100.head,
+            small_head: flops * H100.small_head,
             weight_grads: flops * H100.weight_grads,
             adapters: flops * H100.adapters,
             mixed: flops * H100.mixed,
             attention,
             bytes: bytes * H100.bytes,
             bus: H100.bus,
+            link: H100.link,
             gap: H100.gap,
             dropout: H100.dropout.map(|seconds| seconds / flops),
         };
@@ -119,77 +206,124 @@ impl Rates {
 
     /// Seconds of a micro-batch, forward and backward.
     fn pass(&self, job: &Job) -> f64 {
-        let (c, s) = (&job.config, &job.settings);
-        let (t, w) = (job.tokens() as f64, job.dtype.size() as f64);
-        let (layers, again) = (c.num_layers as f64, job.recomputed() as f64);
-        let (d, f, vocab) = (c.hidden_size as f64, c.intermediate_size as f64, c.vocab_size as f64);
-        let (q, kv) = ((c.num_heads * c.head_dim) as f64, (c.num_kv_heads * c.head_dim) as f64);
-        let trains = job.trains();
-        let shapes = c.linear_shapes().map(|[n, k]| (n as f64, k as f64));
-        let weights: f64 = shapes.iter().map(|(n, k)| n * k).sum();
-        // A layer that runs again leaves its last product out.
-        let passes = 2.0 * layers + again * (1.0 - shapes[6].0 * shapes[6].1 / weights);
-
-        // Products with the layers' weights, adapters' branches within; dequantized or cast before each.
-        // Of adapters, what a layer has on average.
-        let on_linears = |f: &dyn Fn(f64, f64, f64) -> f64| -> f64 {
-            let of_layer = |ranks: &[usize; 7]| -> f64 {
-                shapes
-                    .iter()
-                    .zip(ranks)
-                    .filter(|(_, rank)| **rank > 0)
-                    .map(|((n, k), rank)| f(*n, *k, *rank as f64))
-                    .sum()
+        let (c, settings) = (&job.config, &job.settings);
+        let work = Work::of(job);
+        let mut seconds = self.head(job, &work);
+        let (forward, backward) = (self.forward(job, &work), self.backward(job, &work));
+        for layer in 0..c.num_layers {
+            let keeping = settings.activations.of(layer);
+            let (parts, back_parts) = match settings.feed_forward_rows {
+                Some(rows) if keeping.extent < Extent::All => self.parts(&work, job.tokens().div_ceil(rows)),
+                _ => (0.0, 0.0),
             };
-            trains.ranks.iter().map(of_layer).sum::<f64>() / layers
-        };
-        let branches = on_linears(&|n, k, r| r * (n + k));
-        let mut seconds = passes * 2.0 * t * (weights + branches / 2.0) / self.products;
-        let converted = match (job.quantized, trains.all) {
-            (Some(_), _) => 2.516,
-            (None, true) => 6.0,
-            (None, false) => 0.0,
-        };
-        seconds += passes * weights * converted / self.bytes;
-        if trains.all {
-            seconds += layers * 2.0 * t * weights / self.weight_grads;
+            let there = forward + parts;
+            let back = backward + back_parts + self.again(job, &work, keeping.extent);
+            seconds += there + back;
+            if keeping.on_host {
+                // A copy has the time of the layer before or behind it.
+                let copy = work.kept(keeping.extent) / self.link;
+                seconds += (copy - there).max(0.0) + (copy - back).max(0.0);
+            }
         }
-
-        // The adapters' own: t and u, dB and dA. Each reads an input or a gradient.
-        let (of_inputs, of_grads) = (on_linears(&|_, k, _| k), on_linears(&|n, _, _| n));
-        let reads = (layers + again) * of_inputs + layers * (2.0 * of_grads + of_inputs);
-        let work = (layers + again) * branches / 2.0 + layers * 1.5 * branches;
-        seconds += t * w * reads / self.bytes + 2.0 * t * work / self.adapters;
-
-        // Attention: two products forward, five backward, over half of the pairs.
-        let pair = 2.0 * t * (s.seq_len as f64 / 2.0) * q;
-        let [forward, backward] = self.attention.map(|part| part.rate(s.seq_len));
-        seconds += pair * ((layers + again) * 2.0 / forward + layers * 5.0 / backward);
-
-        if trains.dora {
-            // Norms of all weights in f32; each output once more; lengths applied on the way out and back.
-            seconds += layers * on_linears(&|n, k, _| n * k) * (2.0 * t / self.products + 24.0 / self.bytes);
-            seconds += t * w * (2.0 * (layers + again) + 5.0 * layers) * of_grads / self.bytes;
-        }
-        if trains.dropout {
-            let [down, weight, input] = self.dropout;
-            seconds += t * of_inputs * ((layers + again) * down + layers * (weight + input));
-        }
-        seconds += self.gap * ((layers + again) * KERNELS[0] + layers * KERNELS[1]);
-
-        // Norms, rotary and SwiGLU: elements read and written.
-        let ahead = 4.0 * d + 2.0 * (q + kv) + 3.0 * f;
-        let back = 8.0 * f + 12.0 * d + 2.0 * (q + kv) + 2.0 * q;
-        seconds += t * w * ((layers + again) * ahead + layers * back) / self.bytes;
-
-        // The head, its loss and the embedding.
-        let head = 2.0 * t * vocab * d;
-        seconds += match trains.head {
-            false => 2.0 * head / self.head,
-            true => 2.0 * head / self.mixed + head / self.weight_grads,
-        };
-        seconds += t * vocab * (4.0 + 4.0 + w) / self.bytes;
         seconds
+    }
+
+    /// A product with a layer's weight, the adapter's branch within; the weight is dequantized or cast before.
+    fn product(&self, work: &Work, linear: &Linear) -> f64 {
+        let Linear { n, k, rank, .. } = *linear;
+        2.0 * work.t * (n * k + rank * (n + k) / 2.0) / self.products + n * k * work.converted / self.bytes
+    }
+
+    /// Attention: two products forward, five backward, over half of the pairs.
+    fn attention(&self, job: &Job, work: &Work) -> [f64; 2] {
+        let length = job.settings.seq_len;
+        let pair = 2.0 * work.t * (length as f64 / 2.0) * work.q;
+        let [forward, backward] = self.attention.map(|part| part.rate(length));
+        [pair * 2.0 / forward, pair * 5.0 / backward]
+    }
+
+    /// A layer's forward pass.
+    fn forward(&self, job: &Job, work: &Work) -> f64 {
+        let (mut seconds, [attention, _]) = (0.0, self.attention(job, work));
+        for linear in &work.linears {
+            let Linear { n, k, rank, share } = *linear;
+            seconds += self.product(work, linear) + self.gap * KERNELS[0];
+            // The adapter's `t`.
+            seconds += share * k * work.t * work.w / self.bytes + work.t * rank * (n + k) / self.adapters;
+            if work.dora {
+                // Norms of all weights in f32; each output once more.
+                seconds += share * n * k * (2.0 * work.t / self.products + 24.0 / self.bytes);
+                seconds += 2.0 * share * n * work.t * work.w / self.bytes;
+            }
+            if work.dropout {
+                seconds += share * k * work.t * self.dropout[0];
+            }
+        }
+        // Norms, rotary and SwiGLU: elements read and written.
+        let elements = 4.0 * work.d + 2.0 * (work.q + work.kv) + 3.0 * work.f;
+        seconds + attention + self.gap * OWN_KERNELS[0] + work.t * work.w * elements / self.bytes
+    }
+
+    /// What a layer that has kept so much makes again.
+    fn again(&self, job: &Job, work: &Work, extent: Extent) -> f64 {
+        let (linears, elements, attention) = match extent {
+            Extent::All => return 0.0,
+            Extent::Attention => (4..6, 2.0 * work.d, 0.0),
+            Extent::Inputs => (0..6, 4.0 * work.d + 2.0 * (work.q + work.kv), self.attention(job, work)[0]),
+        };
+        let kernels = OWN_KERNELS[0] / 2.0 + linears.len() as f64 * KERNELS[1];
+        let linears = &work.linears[linears];
+        let mut seconds: f64 = linears.iter().map(|linear| self.product(work, linear)).sum();
+        if work.dora {
+            seconds += linears.iter().map(|linear| 2.0 * linear.share * linear.n).sum::<f64>() * work.t * work.w / self.bytes;
+        }
+        seconds + attention + self.gap * kernels + work.t * work.w * elements / self.bytes
+    }
+
+    /// A layer's backward pass, from all that the forward pass made.
+    fn backward(&self, job: &Job, work: &Work) -> f64 {
+        let (mut seconds, [_, attention]) = (0.0, self.attention(job, work));
+        for linear in &work.linears {
+            let Linear { n, k, rank, share } = *linear;
+            seconds += self.product(work, linear) + self.gap * KERNELS[2];
+            if work.all {
+                seconds += 2.0 * work.t * n * k / self.weight_grads;
+            }
+            // The adapter's `u`, dB and dA.
+            seconds += share * (2.0 * n + k) * work.t * work.w / self.bytes;
+            seconds += 3.0 * work.t * rank * (n + k) / self.adapters;
+            if work.dora {
+                seconds += 5.0 * share * n * work.t * work.w / self.bytes;
+            }
+            if work.dropout {
+                seconds += share * k * work.t * (self.dropout[1] + self.dropout[2]);
+            }
+        }
+        let elements = 8.0 * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
+        seconds + attention + self.gap * OWN_KERNELS[1] + work.t * work.w * elements / self.bytes
+    }
+
+    /// What a feed-forward block in so many parts takes more, forward and backward: weights dequantized, and rows copied.
+    fn parts(&self, work: &Work, parts: usize) -> (f64, f64) {
+        let weight = work.linears[4].n * work.linears[4].k * work.converted / self.bytes;
+        let (more, rows) = (parts.saturating_sub(1) as f64, 2.0 * work.d * work.t * work.w / self.bytes);
+        (more * 3.0 * weight + rows, more * 5.0 * weight + 2.0 * rows)
+    }
+
+    /// The head, its loss and the embedding.
+    fn head(&self, job: &Job, work: &Work) -> f64 {
+        let (vocab, rows) = (job.config.vocab_size as f64, job.head_rows());
+        let product = 2.0 * work.t * vocab * work.d;
+        // A product of few rows does not fill the GPU.
+        let rate = if rows < SMALL_HEAD_ROWS { self.small_head } else { self.head };
+        let products = match job.trains().head {
+            false => 2.0 * product / rate,
+            true => 2.0 * product / self.mixed + product / self.weight_grads,
+        };
+        // Codes are read and weights written for each chunk, forward and backward.
+        let chunks = job.tokens().div_ceil(rows) as f64;
+        let dequantized = if job.tables_in_8_bits() { 2.0 * chunks * vocab * work.d * (1.0 + work.w) } else { 0.0 };
+        products + (work.t * vocab * (4.0 + 4.0 + work.w) + dequantized) / self.bytes
     }
 
     /// Seconds of an update: gradient, value, its copy and moments, read or written.
@@ -208,9 +342,9 @@ impl Rates {
 
 #[cfg(test)]
 impl Rates {
-    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small` (590 TFLOP/s forward, 331
-    /// backward): what some measured steps ran with.
+    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small`: what some measured steps ran
+    /// with.
     pub(super) fn before(small: bool) -> Rates {
-        Rates { attention: PLAIN, head: if small { 424e12 } else { H100.head }, ..H100 }
+        Rates { attention: PLAIN, head: if small { H100.small_head } else { H100.head }, ..H100 }
     }
 }

@@ -41,7 +41,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Continue the run in this folder, or the latest one in runs/, from its last checkpoint. Its settings are the run's; only
-    /// those that change no result may be given again (checkpoints, device, pages, --recompute, --memory-budget)
+    /// those that change no result may be given again (checkpoints, device, pages, --activations, --memory-budget)
     #[arg(long, value_name = "RUN_DIR", num_args = 0..=1, conflicts_with_all = ["config", "out"])]
     #[serde(skip)]
     pub resume: Option<Option<PathBuf>>,
@@ -176,12 +176,21 @@ pub struct TrainArgs {
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     pub no_shuffle: bool,
-    /// Run the forward pass of all layers, or of the first N, again in the backward pass: less memory, a third more time
-    /// [default: none]
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "all")]
+    /// What layers keep for the backward pass, which runs the rest of their forward pass again: inputs, attention (all but
+    /// the feed-forward block) or all; @host keeps it in pinned host memory. For all layers, or for runs from the first on:
+    /// attention@host:28,all [default: all]
+    #[arg(long, value_name = "WHAT[@host][:LAYERS],…")]
+    pub activations: Option<String>,
+    /// Run all layers, or the first N, again in the backward pass: less memory, a quarter more time. Short for --activations
+    /// inputs, or inputs:N,all
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "all", conflicts_with = "activations")]
     pub recompute: Option<String>,
-    /// Choose by plan how many layers run again: the fastest step within this much memory of the device, or (auto) what is free
-    #[arg(long, value_name = "BYTES|auto", conflicts_with = "recompute")]
+    /// Let feed-forward blocks that run again take so many rows at a time: less memory, a little more time; needs --dropout 0
+    /// [default: all rows]
+    #[arg(long, value_name = "ROWS")]
+    pub feed_forward_rows: Option<usize>,
+    /// Choose all of this by plan: the fastest step within this much memory of the device, or (auto) within what is free
+    #[arg(long, value_name = "BYTES|auto", conflicts_with_all = ["recompute", "activations", "feed_forward_rows"])]
     pub memory_budget: Option<String>,
     /// Device memory for the optimizer's pages (states and gradients): auto (what can be spared, given back when memory is
     /// short), a size such as 512MiB, 0 (all in host memory) or off (no pages) [default: auto on a GPU from 256 MiB on]

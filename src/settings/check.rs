@@ -61,8 +61,14 @@ impl Settings {
             );
         }
         ensure!(
-            self.memory_budget.is_none() || self.recompute == Recompute::default(),
-            "--memory-budget chooses the layers to recompute: leave --recompute out"
+            self.memory_budget.is_none()
+                || (self.activations == Activations::default() && self.feed_forward_rows.is_none()),
+            "--memory-budget chooses what layers keep: leave --activations, --recompute and --feed-forward-rows out"
+        );
+        ensure!(self.feed_forward_rows != Some(0), "--feed-forward-rows must be at least 1");
+        ensure!(
+            self.feed_forward_rows.is_none() || !self.drops(),
+            "--feed-forward-rows needs --dropout 0: a dropout mask is made for all rows"
         );
         ensure!(self.save_every != Some(0), "--save-every must be at least 1");
         // A year, which is as good as never and far from what a clock can count.
@@ -77,6 +83,11 @@ impl Settings {
         );
         ensure!(self.model.is_none() || self.data.is_some(), "--model needs --data: data to train on");
         Ok(())
+    }
+
+    /// Whether a new adapter's inputs are dropped.
+    pub fn drops(&self) -> bool {
+        self.method != Method::Full && self.adapter_init.is_none() && self.dropout > 0.0
     }
 
     /// What is special about the adapter.

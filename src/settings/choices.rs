@@ -1,6 +1,7 @@
 //! Settings that are one of a few things.
 
 use crate::paging::Bytes;
+use nibble_models::llama::{Activations, Extent, Keeping};
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 
@@ -26,32 +27,15 @@ impl Display for Method {
     }
 }
 
-/// How many layers, from the first on, run their forward pass again instead of keeping what it made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Recompute(pub usize);
-
-impl std::str::FromStr for Recompute {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "all" => Ok(Recompute(usize::MAX)),
-            "none" => Ok(Recompute(0)),
-            _ => {
-                text.parse().map(Recompute).map_err(|_| format!("expected all, none or a number of layers, not {text}"))
-            }
-        }
-    }
-}
-
-impl std::fmt::Display for Recompute {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            usize::MAX => f.write_str("all"),
-            0 => f.write_str("none"),
-            layers => layers.fmt(f),
-        }
-    }
+/// What `--recompute` stands for: all layers (`all`), the first so many, or `none` keep their input alone.
+pub fn recomputing(text: &str) -> Result<Activations, String> {
+    let layers = match text {
+        "all" => usize::MAX,
+        "none" => 0,
+        _ => text.parse().map_err(|_| format!("--recompute: expected all, none or a number of layers, not {text}"))?,
+    };
+    let inputs = Keeping { extent: Extent::Inputs, on_host: false };
+    Ok(Activations::new(inputs, layers, Keeping::default()))
 }
 
 /// Within how much memory to plan.
@@ -65,7 +49,7 @@ pub enum MemoryBudget {
 impl std::str::FromStr for MemoryBudget {
     type Err = String;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "auto" => Ok(MemoryBudget::Auto),
             _ => text.parse().map(MemoryBudget::Bytes).map_err(|error| format!("--memory-budget: {error}; or auto")),

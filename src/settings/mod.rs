@@ -6,7 +6,8 @@ mod choices;
 mod text;
 
 pub use args::TrainArgs;
-pub use choices::{MemoryBudget, Method, Recompute};
+pub use choices::{MemoryBudget, Method};
+use choices::recomputing;
 pub(crate) use text::{as_optional_text, as_text};
 
 use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};
@@ -16,7 +17,7 @@ use crate::paging::{Bytes, PageMemory, PagedBudget};
 use anyhow::{Context, Result, bail, ensure};
 use nibble_models::{
     files::peft::ALL_LINEAR,
-    llama::{Init, TARGETS},
+    llama::{Activations, Init, TARGETS},
 };
 use nibble_optim::{Schedule, StateBits};
 use nibble_runtime::{DeviceRequest, pager::Policy};
@@ -32,14 +33,15 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 /// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
 /// otherwise.
-const FREE: [&str; 12] = [
+const FREE: [&str; 13] = [
     "cache",
     "out",
     "save-every",
     "save-minutes",
     "keep",
     "device",
-    "recompute",
+    "activations",
+    "feed-forward-rows",
     "memory-budget",
     "paged-budget",
     "page-memory",
@@ -128,7 +130,9 @@ pub struct Settings {
     pub device: DeviceRequest,
     pub no_shuffle: bool,
     #[serde(with = "as_text")]
-    pub recompute: Recompute,
+    pub activations: Activations,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feed_forward_rows: Option<usize>,
     #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
     pub memory_budget: Option<MemoryBudget>,
     #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
@@ -197,7 +201,8 @@ impl Default for Settings {
             dtype: DTypeChoice(None),
             device: DeviceRequest::Auto,
             no_shuffle: false,
-            recompute: Recompute::default(),
+            activations: Activations::default(),
+            feed_forward_rows: None,
             memory_budget: None,
             paged_budget: None,
             page_memory: PageMemory::Auto,
@@ -209,6 +214,17 @@ impl Default for Settings {
     }
 }
 
+/// The settings of a source, `recompute` written out as what layers keep.
+fn without_shorthand(mut table: toml::Table) -> Result<toml::Table> {
+    if let Some(layers) = table.remove("recompute") {
+        ensure!(!table.contains_key("activations"), "give --activations or --recompute, not both");
+        let text = layers.as_str().map_or_else(|| layers.to_string(), String::from);
+        let activations = recomputing(&text).map_err(anyhow::Error::msg)?;
+        table.insert("activations".into(), activations.to_string().into());
+    }
+    Ok(table)
+}
+
 impl Settings {
     /// The settings of a run: `args` over its `--config` file over `recipe` (of the embedded task, where that is what
     /// will run) over the defaults.
@@ -216,12 +232,13 @@ impl Settings {
     /// # Errors
     /// The file cannot be read, or a value or a combination of values makes no sense.
     pub fn resolve(args: &TrainArgs, recipe: &str) -> Result<Settings> {
-        let given = toml::Table::try_from(args).context("reading the command line")?;
+        let given = without_shorthand(toml::Table::try_from(args).context("reading the command line")?)?;
         let file = match &args.config {
             None => toml::Table::new(),
             Some(path) => {
                 let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
                 let table: toml::Table = text.parse().with_context(|| format!("{} is not TOML", path.display()))?;
+                let table = without_shorthand(table).with_context(|| format!("settings in {}", path.display()))?;
                 // Checked alone first, so that a mistake in it is not blamed on the command line.
                 Settings::deserialize(table.clone()).with_context(|| format!("settings in {}", path.display()))?;
                 table
@@ -252,13 +269,15 @@ impl Settings {
     pub fn resume(args: &TrainArgs, written: &Path) -> Result<Settings> {
         let text = std::fs::read_to_string(written).with_context(|| format!("reading {}", written.display()))?;
         let table: toml::Table = text.parse().with_context(|| format!("{} is not TOML", written.display()))?;
+        let table = without_shorthand(table)?;
         let run = Settings::deserialize(table.clone()).with_context(|| format!("settings in {}", written.display()))?;
         let mut merged = table;
         if args.memory_budget.is_some() {
             // It chooses anew.
-            merged.remove("recompute");
+            merged.remove("activations");
+            merged.remove("feed-forward-rows");
         }
-        merged.extend(toml::Table::try_from(args).context("reading the command line")?);
+        merged.extend(without_shorthand(toml::Table::try_from(args).context("reading the command line")?)?);
         let mut settings = Settings::deserialize(merged).context("settings")?;
         settings.trace = args.trace.clone();
         settings.profile = args.profile.clone();
@@ -347,10 +366,24 @@ mod tests {
             "--betas",
             "0.8,0.99",
             "--rslora",
+            "--activations",
+            "attention@host:3,inputs",
         ]);
         let settings = settings.unwrap();
         let text = toml::to_string(&settings).unwrap();
         assert_eq!(toml::from_str::<Settings>(&text).unwrap(), settings, "{text}");
+    }
+
+    #[test]
+    fn recompute_stands_for_what_layers_keep() {
+        for (args, kept) in [
+            (&["--recompute"][..], "inputs"),
+            (&["--recompute", "3"], "inputs:3,all"),
+            (&["--recompute", "none"], "all"),
+            (&["--activations", "all@host:2,inputs"], "all@host:2,inputs"),
+        ] {
+            assert_eq!(resolve(args).unwrap().activations.to_string(), kept);
+        }
     }
 
     #[test]
@@ -367,6 +400,12 @@ mod tests {
             (&["--model", "m"], "data"),
             (&["--betas", "0.9"], "betas"),
             (&["--dropout", "1"], "dropout"),
+            (&["--activations", "everything"], "expected inputs, attention or all"),
+            (&["--activations", "all", "--recompute"], "--recompute"),
+            (&["--recompute", "some"], "--recompute"),
+            (&["--memory-budget", "auto", "--activations", "inputs"], "--activations"),
+            (&["--feed-forward-rows", "512"], "--dropout 0"),
+            (&["--feed-forward-rows", "0", "--dropout", "0"], "feed-forward-rows"),
         ] {
             let error = format!("{:#}", resolve(args).unwrap_err());
             assert!(error.contains(word), "{args:?}: {error}");

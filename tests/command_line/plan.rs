@@ -6,32 +6,32 @@ use crate::support::{Place, golden};
 fn a_plan_needs_no_gpu_and_no_weights() {
     let place = Place::new();
     let ran = place.ok(&["plan", "--model", "random:llama-3.1-8b", "--seq-len", "2048", "--memory", "16GiB"]);
-    for word in ["activations", "4 x 2048", "Fastest that fits: --recompute ", "tok/s: "] {
+    for word in ["activations", "4 x 2048", "inputs@host", "Fastest that fits: --activations ", "tok/s: "] {
         assert!(ran.stdout.contains(word), "no {word:?} in\n{}", ran.stdout);
     }
-    // All layers kept, some, all; then shapes.
+    // By what all layers keep; then shapes.
     let rows = |ran: &str| ran.lines().filter(|line| line.contains("  yes") || line.ends_with("  no")).count();
     assert!(rows(&ran.stdout) >= 13, "{}", ran.stdout);
     let ran = place.ok(&["plan", "--model", "random:llama-3.1-70b", "--seq-len", "2048", "--memory", "16GiB"]);
     assert!(ran.stdout.contains("Nothing fits. What would: a smaller model."), "{}", ran.stdout);
-    let ran = place.ok(&["plan", "--model", "random:llama-3.1-8b", "--seq-len", "8192", "--memory", "8GiB"]);
-    assert!(ran.stdout.contains("Nothing fits. What would: --recompute --batch-size 1"), "{}", ran.stdout);
+    let ran = place.ok(&["plan", "--model", "random:llama-3.1-8b", "--seq-len", "8192", "--memory", "6GiB"]);
+    assert!(ran.stdout.contains("Nothing fits. What would: --activations inputs@host "), "{}", ran.stdout);
     place.ok(&["plan", "--model", golden("model-bnb4").to_str().unwrap(), "--device", "cpu"]);
     place.refuses(&["plan", "--model", "nowhere", "--memory", "8GiB"], &["nowhere"]);
     place.refuses(&["plan", "--model", "random:nothing"], &["no shape is named"]);
 }
 
 #[test]
-fn a_budget_chooses_what_is_recomputed() {
+fn a_budget_chooses_what_is_kept() {
     let place = Place::new();
     let args =
         ["bench-step", "--device", "cpu", "--model", "random:tiny", "--seq-len", "50", "--warm", "1", "--timed", "1"];
-    for (budget, layers) in [("auto", 0), ("20MiB", 2), ("16MiB", 4)] {
+    for (budget, kept) in [("auto", "kept: all\n"), ("20MiB", "kept: inputs:2,all\n"), ("16MiB", "kept: inputs:4,all\n")] {
         let ran = place.ok(&[&args[..], &["--memory-budget", budget]].concat());
-        assert!(ran.stdout.contains(&format!("{layers} layers recomputed")), "{budget}:\n{}{}", ran.stderr, ran.stdout);
+        assert!(ran.stdout.contains(kept), "{budget}:\n{}{}", ran.stderr, ran.stdout);
         assert!(ran.stderr.contains("plan     "), "{}", ran.stderr);
     }
-    place.refuses(&[&args[..], &["--memory-budget", "8MiB"]].concat(), &["nothing fits", "--recompute --batch-size 1"]);
+    place.refuses(&[&args[..], &["--memory-budget", "8MiB"]].concat(), &["nothing fits", "--activations inputs --batch-size 1"]);
     place.refuses(&[&args[..], &["--memory-budget", "8MiB", "--recompute", "2"]].concat(), &["--recompute"]);
 }
 
@@ -42,6 +42,6 @@ fn a_run_keeps_what_its_budget_chose() {
     place.train("planned", &["--device", "cpu", "--memory-budget", "3400KiB"]);
     assert!(place.adapter("kept") == place.adapter("planned"));
     let settings = place.read("planned/settings.toml");
-    assert!(settings.contains("recompute = \"2\"") && !settings.contains("memory-budget"), "{settings}");
+    assert!(settings.contains("activations = \"inputs:2,all\"") && !settings.contains("memory-budget"), "{settings}");
     place.refuses_training(&["--device", "cpu", "--memory-budget", "100KiB"], &["nothing fits"]);
 }

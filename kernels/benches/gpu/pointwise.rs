@@ -104,7 +104,7 @@ fn heads(bench: &Bench, tokens: usize) -> Result<()> {
     let (eight, head) = (Table::Rows8(Rows8::quantize(&head, Tag::Weights)?), Table::Dense(head));
     let labels: Vec<i32> = (0..tokens).map(|i| (i * 40_503 % VOCAB) as i32).collect();
     let (bytes, product) = (head.size_bytes(), 2.0 * (tokens * HIDDEN) as f64 * VOCAB as f64);
-    let (text, wanted) = (shape(&hidden), Wanted { hidden: true, head: false });
+    let (text, wanted) = (shape(&hidden), Wanted { hidden: true, ..Wanted::default() });
     let loss = |head: &Table, wanted| head_loss(&hidden, head, &labels, 1e-3, wanted).map(drop);
     bench.time("head and loss", &text, bytes, product, || loss(&head, Wanted::default()))?;
     bench.time("head, loss and gradient", &text, 2 * bytes, 2.0 * product, || loss(&head, wanted))?;

@@ -81,13 +81,13 @@ pub(super) fn head_loss(
         }
         _ => head,
     };
-    let step = chunk_rows(vocab, count);
+    let step = chunk_rows(vocab, count.min(wanted.at_once.unwrap_or(usize::MAX)));
     for first in (0..labelled.len()).step_by(step) {
         let rows = step.min(labelled.len() - first);
         let chunk = Labels { labels: all.labels.rows(first, rows)?, rows: all.rows.rows(first, rows)? };
         let part = gather(&chunk.rows, hidden, dtype, Tag::Workspace)?;
         let logits = project(&part, head)?;
-        let Some(grad) = loss(logits, &chunk, (wanted != Wanted::default()).then_some(dtype), scale, &mut output)?
+        let Some(grad) = loss(logits, &chunk, (wanted.hidden || wanted.head).then_some(dtype), scale, &mut output)?
         else {
             continue;
         };

@@ -93,7 +93,7 @@ proptest! {
         let w = if trained { w.into_dtype(DType::F32, Tag::Workspace).unwrap() } else { w };
         let label = |i: usize| if (seed >> (i % 60)) & 3 == 0 { IGNORE } else { ((i * 31) % vocab) as i32 };
         let labels: Vec<i32> = (0..rows).map(label).collect();
-        let wanted = Wanted { hidden, head };
+        let wanted = Wanted { hidden, head, at_once: None };
         let on = |x: &Tensor| x.to_device(gpu, Tag::Workspace).unwrap();
         let found = head_loss(&on(&h), &Table::Dense(on(&w)), &labels, 0.25, wanted).unwrap();
         let expected = head_loss(&h, &Table::Dense(w), &labels, 0.25, wanted).unwrap();

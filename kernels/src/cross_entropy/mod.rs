@@ -19,13 +19,15 @@ use nibble_runtime::{Device, Error, Result, Tag, Tensor};
 /// A label that takes no part in the loss.
 pub const IGNORE: i32 = -100;
 
-/// Which gradients to make.
+/// Which gradients to make, and within what memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// Of the hidden states.
     pub hidden: bool,
     /// Of the head.
     pub head: bool,
+    /// Tokens that the caller takes at a time, if not all: logits then take as much memory as for a batch of these.
+    pub at_once: Option<usize>,
 }
 
 /// Loss of every labelled row, and gradients. Everything is on the device of the hidden states; reading the loss waits
@@ -116,7 +118,7 @@ mod tests {
         h.chunks(width).zip(labels).map(row).collect()
     }
 
-    const ALL: Wanted = Wanted { hidden: true, head: true };
+    const ALL: Wanted = Wanted { hidden: true, head: true, at_once: None };
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]

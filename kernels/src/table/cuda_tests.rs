@@ -97,7 +97,7 @@ fn gpu_tables_of_several_slices_match_the_cpu() {
         head.as_mut_slice::<f32>().unwrap().iter_mut().for_each(|x| *x *= 0.01);
         let rows = Rows8::quantize(&head, TAG).unwrap();
         let labels: Vec<i32> = (0..33).map(|i| if i % 5 == 1 { IGNORE } else { i * 180 }).collect();
-        let wanted = Wanted { hidden: true, head: false };
+        let wanted = Wanted { hidden: true, ..Wanted::default() };
         let found = head_loss(&on(&h, gpu), &Table::Rows8(moved(&rows, gpu)), &labels, 0.5, wanted).unwrap();
         let expected = head_loss(&h, &Table::Rows8(rows), &labels, 0.5, wanted).unwrap();
         let tolerance = if dtype == DType::F32 { 1e-5 } else { 1e-2 };

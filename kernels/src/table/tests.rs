@@ -60,7 +60,7 @@ fn the_loss_is_that_of_the_dequantized_head() {
     let h = random(&[rows, width], 1);
     let eight = Rows8::quantize(&random_as(&[vocab, width], DType::BF16, 2), TAG).unwrap();
     let labels: Vec<i32> = (0..rows as i32).map(|i| if i % 7 == 3 { IGNORE } else { i * 300 }).collect();
-    let wanted = Wanted { hidden: true, head: false };
+    let wanted = Wanted { hidden: true, ..Wanted::default() };
     let expected = head_loss(&h, &Table::Dense(dense(&eight)), &labels, 0.5, wanted).unwrap();
     let found = head_loss(&h, &Table::Rows8(eight), &labels, 0.5, wanted).unwrap();
     for (a, b) in found.nll().unwrap().iter().zip(expected.nll().unwrap()) {

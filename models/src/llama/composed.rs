@@ -9,7 +9,7 @@ use nibble_kernels::{
     rotary::{self, Direction},
     swiglu,
 };
-use nibble_runtime::{Function, Result, Saving, Tag, Tape, Tensor, Var};
+use nibble_runtime::{Function, Result, Tag, Tape, Tensor, Var};
 
 /// `x·wᵀ` of two inputs.
 struct Product;
@@ -142,23 +142,22 @@ impl Function for Gated {
 }
 
 fn linear<'a>(tape: &mut Tape<'a>, linear: &'a Linear, x: &Var, pass: &'a Pass) -> Result<Var> {
-    let keep = Saving::Keep;
     let y = match (&linear.weight, linear.id) {
         (Weight::Dense(weight), Some(id)) => {
             let weight = tape.parameter(id, weight);
-            tape.apply(Product, &[x, &weight], keep)?
+            tape.apply(Product, &[x, &weight])?
         }
-        (weight, _) => tape.apply(Frozen(weight), &[x], keep)?,
+        (weight, _) => tape.apply(Frozen(weight), &[x])?,
     };
     let Some(lora) = &linear.lora else { return Ok(y) };
     let mut dropped = x.clone();
     if let Some(mask) = pass.mask(lora.dropout, linear.index) {
-        dropped = tape.apply(Drop(mask), &[x], keep)?;
+        dropped = tape.apply(Drop(mask), &[x])?;
     }
     let [a, b] = [&lora.a, &lora.b].map(|param| tape.parameter(param.id.unwrap(), &param.value));
-    let t = tape.apply(Product, &[&dropped, &a], keep)?;
-    let delta = tape.apply(Product, &[&t, &b], keep)?;
-    let z = tape.apply(AddScaled(lora.scale), &[&y, &delta], keep)?;
+    let t = tape.apply(Product, &[&dropped, &a])?;
+    let delta = tape.apply(Product, &[&t, &b])?;
+    let z = tape.apply(AddScaled(lora.scale), &[&y, &delta])?;
     let Some(Magnitude { param, .. }) = &lora.magnitude else { return Ok(z) };
     let (weight, a, b) = (linear.dense()?, lora.a.value.to_f32()?, lora.b.value.to_f32()?);
     let (w, k, r) = (weight.to_f32()?, weight.shape()[1], a.len() / weight.shape()[1]);
@@ -167,32 +166,31 @@ fn linear<'a>(tape: &mut Tape<'a>, linear: &'a Linear, x: &Var, pass: &'a Pass) 
         (0..k).map(|k0| v(k0) * v(k0)).sum::<f32>().sqrt().recip()
     };
     let m = tape.parameter(param.id.unwrap(), &param.value);
-    tape.apply(Lengths((0..weight.shape()[0]).map(inverse).collect()), &[&z, &m], keep)
+    tape.apply(Lengths((0..weight.shape()[0]).map(inverse).collect()), &[&z, &m])
 }
 
 /// The output of `layer` for `x`, through primitive nodes.
 pub(super) fn layer<'a>(tape: &mut Tape<'a>, layer: &'a Layer, x: &Var, pass: &'a Pass) -> Result<Var> {
-    let keep = Saving::Keep;
     let norm = |tape: &mut Tape<'a>, x: &Var, param: &'a super::Param| {
         let weight = match param.id {
             Some(id) => tape.parameter(id, &param.value),
             None => Var::constant(param.value.clone()),
         };
-        tape.apply(NormNode { eps: layer.eps }, &[x, &weight], keep)
+        tape.apply(NormNode { eps: layer.eps }, &[x, &weight])
     };
     let n1 = norm(tape, x, &layer.input_norm)?;
     let q = linear(tape, &layer.q, &n1, pass)?;
     let k = linear(tape, &layer.k, &n1, pass)?;
     let v = linear(tape, &layer.v, &n1, pass)?;
-    let q = tape.apply(Turn(pass), &[&q], keep)?;
-    let k = tape.apply(Turn(pass), &[&k], keep)?;
-    let o = tape.apply(Attend(pass), &[&q, &k, &v], keep)?;
+    let q = tape.apply(Turn(pass), &[&q])?;
+    let k = tape.apply(Turn(pass), &[&k])?;
+    let o = tape.apply(Attend(pass), &[&q, &k, &v])?;
     let o = linear(tape, &layer.o, &o, pass)?;
-    let h = tape.apply(AddScaled(1.0), &[x, &o], keep)?;
+    let h = tape.apply(AddScaled(1.0), &[x, &o])?;
     let n2 = norm(tape, &h, &layer.post_norm)?;
     let gate = linear(tape, &layer.gate, &n2, pass)?;
     let up = linear(tape, &layer.up, &n2, pass)?;
-    let a = tape.apply(Gated, &[&gate, &up], keep)?;
+    let a = tape.apply(Gated, &[&gate, &up])?;
     let down = linear(tape, &layer.down, &a, pass)?;
-    tape.apply(AddScaled(1.0), &[&h, &down], keep)
+    tape.apply(AddScaled(1.0), &[&h, &down])
 }

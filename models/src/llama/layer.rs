@@ -4,13 +4,16 @@
 //! n₁ = rmsnorm(x)    q, k, v = n₁·W    q, k = rotary    o = attention(q, k, v)    h = x + o·W_o
 //! n₂ = rmsnorm(h)    gate, up = n₂·W   a = silu(gate)·up                          y = h + a·W_down
 //! ```
-//! Between forward and backward it keeps what a matrix product or attention made (`q k v o h gate up` and the adapters'
-//! `t`), and one number a row for each norm. Norms and SwiGLU are made again: they cost a pass over memory.
-//! The backward pass below walks the same lines in reverse order.
+//! Between forward and backward it keeps at most what a matrix product or attention made (`q k v o h gate up` and the
+//! adapters' `t`), and one number a row for each norm. Norms and SwiGLU are made again: they cost a pass over memory. What
+//! else is made again [`super::keep`] says. The backward pass below walks the same lines in reverse order.
+//!
+//! Where `gate` and `up` are not kept the second line may be taken some rows at a time ([`Pass::feed_forward_rows`]).
 
 use super::{
     Pass,
-    linear::{Linear, Param, ParamGrads},
+    keep::{Attended, Extent, Gated, Keeping, Kept, Saved},
+    linear::{Linear, Param, ParamGrads, put},
 };
 use nibble_kernels::{
     attention::{self, Segment},
@@ -18,7 +21,8 @@ use nibble_kernels::{
     rotary::{self, Direction},
     swiglu,
 };
-use nibble_runtime::{Error, Function, ParamId, Result, Tag, Tensor};
+use nibble_runtime::{Error, Function, ParamId, Result, Stash, Tag, Tensor};
+use std::ops::Range;
 
 /// A transformer layer.
 #[derive(Debug)]
@@ -47,21 +51,8 @@ pub struct LayerCache {
     pub values: Tensor,
 }
 
-/// What a layer keeps for its backward pass. `T` tokens, `H` and `G` heads for queries and for keys, `d` elements a head.
-pub struct Saved {
-    rstd1: Tensor, // [T] f32
-    q: Tensor,     // [T, H·d], after rotary
-    k: Tensor,     // [T, G·d], after rotary
-    v: Tensor,     // [T, G·d]
-    o: Tensor,     // [T, H·d]
-    lse: Tensor,   // [H, T] f32
-    h: Tensor,     // [T, D]
-    rstd2: Tensor, // [T] f32
-    gate: Tensor,  // [T, F]
-    up: Tensor,    // [T, F]
-    /// `t` `[T, r]` of q, k, v, o, gate, up, down.
-    t: [Option<Tensor>; 7],
-}
+/// The adapters' `t` of q, k, v, o, gate, up, down; made where they are not there.
+type LowRank = [Option<Tensor>; 7];
 
 impl Layer {
     /// The linear layers in the order of the forward pass.
@@ -95,23 +86,34 @@ impl Layer {
         [q, k, v, o, gate, up, down].into_iter().for_each(|linear| linear.visit_mut(f));
     }
 
-    /// The layer's output for `x` `[T, D]`. With a cache, the new keys and values are written behind those it holds, and
-    /// the queries attend to all of them.
-    pub(crate) fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<(Tensor, Saved)> {
-        let mut saved = self.up_to_feed_forward(x, pass, cache)?;
-        let Saved { h, gate, up, t: [.., t_down], .. } = &mut saved;
-        let (y, t) = self.down.forward(&swiglu::forward(gate, up)?, pass, Some(h))?;
-        *t_down = t;
-        Ok((y, saved))
+    /// The layer's output for `x` `[T, D]`, and what it made, without `gate` and `up` where `extent` does not want them. With a
+    /// cache, the new keys and values are written behind those it holds, and the queries attend to all of them.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+        extent: Extent,
+    ) -> Result<(Tensor, Kept)> {
+        let mut t = LowRank::default();
+        let attended = self.attend(x, pass, cache, &mut t)?;
+        let parts = if extent == Extent::All { Vec::new() } else { self.parts(x, pass)? };
+        let (y, gated) = match parts.len() {
+            0 => self.feed_forward(&attended.h, pass, &mut t).map(|(y, gated)| (y, Some(gated)))?,
+            _ => (self.feed_forward_in_parts(parts, &attended.h, pass, &mut t)?, None),
+        };
+        Ok((y, Kept { x: x.clone(), t, attended: Some(attended), gated }))
     }
 
-    /// Everything but the last product: what the backward pass needs, up to the `t` of `down`.
-    fn up_to_feed_forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Saved> {
+    /// The first line: all up to `h`.
+    fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>, t: &mut LowRank) -> Result<Attended> {
+        let [t_q, t_k, t_v, t_o, ..] = t;
         let turn = |x: Tensor| rotary::apply(x, &pass.positions, &pass.rope, Direction::Forward);
-        let (n1, rstd1) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
-        let (q, t_q) = self.q.forward(&n1, pass, None)?;
-        let (k, t_k) = self.k.forward(&n1, pass, None)?;
-        let (v, t_v) = self.v.forward(&n1, pass, None)?;
+        let (n1, rstd) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
+        let q = product(&self.q, &n1, pass, None, t_q)?;
+        let k = product(&self.k, &n1, pass, None, t_k)?;
+        let v = product(&self.v, &n1, pass, None, t_v)?;
+        drop(n1);
         let (q, k) = (turn(q)?, turn(k)?);
         let (o, lse) = match cache {
             None => attention::forward(&q, &k, &v, pass.heads, &pass.layout)?,
@@ -123,48 +125,162 @@ impl Layer {
                 attention::forward(&q, &cache.keys, &cache.values, pass.heads, &pass.layout)?
             }
         };
-        let (h, t_o) = self.o.forward(&o, pass, Some(x))?;
-        let (n2, rstd2) = rms_norm::forward(&h, &self.post_norm.value, self.eps)?;
-        let (gate, t_gate) = self.gate.forward(&n2, pass, None)?;
-        let (up, t_up) = self.up.forward(&n2, pass, None)?;
-        let t = [t_q, t_k, t_v, t_o, t_gate, t_up, None];
-        Ok(Saved { rstd1, q, k, v, o, lse, h, rstd2, gate, up, t })
+        let h = product(&self.o, &o, pass, Some(x), t_o)?;
+        Ok(Attended { rstd, q, k, v, o, lse, h })
+    }
+
+    /// `gate` and `up` of rows of `h`.
+    fn gate_up(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<Gated> {
+        let [.., t_gate, t_up, _] = t;
+        let (n2, rstd) = rms_norm::forward(h, &self.post_norm.value, self.eps)?;
+        let gate = product(&self.gate, &n2, pass, None, t_gate)?;
+        let up = product(&self.up, &n2, pass, None, t_up)?;
+        Ok(Gated { rstd, gate, up })
+    }
+
+    /// The second line.
+    fn feed_forward(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<(Tensor, Gated)> {
+        let gated = self.gate_up(h, pass, t)?;
+        let a = swiglu::forward(&gated.gate, &gated.up)?;
+        let [.., t_down] = t;
+        Ok((product(&self.down, &a, pass, Some(h), t_down)?, gated))
+    }
+
+    /// The rows to take at a time, where they are not all.
+    fn parts(&self, h: &Tensor, pass: &Pass) -> Result<Vec<Range<usize>>> {
+        let (tokens, rows) = (h.dims2("feed-forward")?.0, pass.feed_forward_rows.max(1));
+        if tokens <= rows {
+            return Ok(Vec::new());
+        }
+        let dropout = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| pass.mask(lora.dropout, 0).is_some());
+        if [&self.gate, &self.up, &self.down].into_iter().any(dropout) {
+            // A mask is made for all rows.
+            return Err(Error::invalid("feed-forward", "dropout needs all rows at once: leave --feed-forward-rows out"));
+        }
+        Ok((0..tokens).step_by(rows).map(|start| start..(start + rows).min(tokens)).collect())
+    }
+
+    /// [`Layer::feed_forward`], part by part.
+    fn feed_forward_in_parts(
+        &self,
+        parts: Vec<Range<usize>>,
+        h: &Tensor,
+        pass: &Pass,
+        t: &mut LowRank,
+    ) -> Result<Tensor> {
+        let (tokens, width) = h.dims2("feed-forward")?;
+        let mut y = Tensor::empty(&[tokens, width], h.dtype(), h.device(), Tag::Activations)?;
+        for part in parts {
+            let mut of_part = LowRank::default();
+            let rows = self.feed_forward(&h.rows(part.start, part.len())?, pass, &mut of_part)?.0;
+            y.copy_from(part.start * width, &rows)?;
+            for (t, of_part) in t.iter_mut().zip(of_part) {
+                let Some(of_part) = of_part else { continue };
+                let rank = of_part.dims2("adapter")?.1;
+                let whole = match t.take() {
+                    Some(whole) => whole,
+                    None => Tensor::empty(&[tokens, rank], of_part.dtype(), of_part.device(), Tag::Activations)?,
+                };
+                t.insert(whole).copy_from(part.start * rank, &of_part)?;
+            }
+        }
+        Ok(y)
     }
 
     /// Gradients of the input (if wanted) and of the parameters, from that of the output.
-    fn backward(
-        &self,
-        x: &Tensor,
-        saved: Saved,
-        dy: Tensor,
-        pass: &Pass,
-        want_input: bool,
-    ) -> Result<(Option<Tensor>, ParamGrads)> {
-        let Saved { rstd1, q, k, v, o, lse, h, rstd2, gate, up, t } = saved;
-        let [t_q, t_k, t_v, t_o, t_gate, t_up, t_down] = &t;
+    fn backward(&self, kept: Kept, dy: Tensor, pass: &Pass, want_input: bool) -> Result<(Option<Tensor>, ParamGrads)> {
+        let Kept { x, mut t, attended, gated } = kept;
+        let attended = attended.map_or_else(|| self.attend(&x, pass, None, &mut t), Ok)?;
         let mut grads = ParamGrads::new();
+        let dy = if dy.is_unique() { dy } else { dy.copy(Tag::Workspace)? };
+        let parts = if gated.is_some() { Vec::new() } else { self.parts(&attended.h, pass)? };
+        let dh = match parts.len() {
+            0 => {
+                let gated = gated.map_or_else(|| self.gate_up(&attended.h, pass, &mut t), Ok)?;
+                self.feed_forward_backward(&attended.h, gated, &t, dy, pass, &mut grads)?
+            }
+            _ => self.feed_forward_backward_in_parts(parts, &attended.h, &t, dy, pass, &mut grads)?,
+        };
+        let dx = self.attend_backward(&x, attended, &t, dh, pass, want_input, &mut grads)?;
+        Ok((dx, grads))
+    }
+
+    /// Back over the second line: the gradient of `h`, in the place of that of `y`.
+    fn feed_forward_backward(
+        &self,
+        h: &Tensor,
+        gated: Gated,
+        t: &LowRank,
+        mut dy: Tensor,
+        pass: &Pass,
+        grads: &mut ParamGrads,
+    ) -> Result<Tensor> {
+        let Gated { rstd, gate, up } = gated;
+        let [.., t_gate, t_up, t_down] = t;
 
         // y = h + a·W_down
         let mut da = None;
         let a = swiglu::forward(&gate, &up)?;
-        self.down.backward(&a, t_down.as_ref(), &dy, pass, Some(&mut da), &mut grads)?;
+        self.down.backward(&a, t_down.as_ref(), &dy, pass, Some(&mut da), grads)?;
         drop(a);
         let (dgate, dup) = swiglu::backward(gate, up, made(&da)?)?;
         drop(da);
 
         // gate, up = n₂·W
-        let n2 = rms_norm::apply(&h, &self.post_norm.value, &rstd2)?;
+        let n2 = rms_norm::apply(h, &self.post_norm.value, &rstd)?;
         let mut dn2 = None;
-        self.gate.backward(&n2, t_gate.as_ref(), &dgate, pass, Some(&mut dn2), &mut grads)?;
-        self.up.backward(&n2, t_up.as_ref(), &dup, pass, Some(&mut dn2), &mut grads)?;
+        self.gate.backward(&n2, t_gate.as_ref(), &dgate, pass, Some(&mut dn2), grads)?;
+        self.up.backward(&n2, t_up.as_ref(), &dup, pass, Some(&mut dn2), grads)?;
         drop((n2, dgate, dup));
-        let mut dh = if dy.is_unique() { dy } else { dy.copy(Tag::Workspace)? };
-        norm_backward(&self.post_norm, &h, &rstd2, made(&dn2)?, &mut dh, &mut grads)?;
-        drop((dn2, h));
+        norm_backward(&self.post_norm, h, &rstd, made(&dn2)?, &mut dy, grads)?;
+        Ok(dy)
+    }
+
+    /// [`Layer::feed_forward_backward`], part by part; `gate` and `up` are made again.
+    fn feed_forward_backward_in_parts(
+        &self,
+        parts: Vec<Range<usize>>,
+        h: &Tensor,
+        t: &LowRank,
+        mut dy: Tensor,
+        pass: &Pass,
+        grads: &mut ParamGrads,
+    ) -> Result<Tensor> {
+        let width = h.dims2("feed-forward")?.1;
+        for part in parts {
+            let rows = |whole: &Tensor| whole.rows(part.start, part.len());
+            let mut of_part = LowRank::default();
+            for (of_part, t) in of_part.iter_mut().zip(t) {
+                *of_part = t.as_ref().map(rows).transpose()?;
+            }
+            let h = rows(h)?;
+            let gated = self.gate_up(&h, pass, &mut of_part)?;
+            let dy_part = rows(&dy)?.copy(Tag::Workspace)?;
+            let dh = self.feed_forward_backward(&h, gated, &of_part, dy_part, pass, grads)?;
+            dy.copy_from(part.start * width, &dh)?;
+        }
+        Ok(dy)
+    }
+
+    /// Back over the first line: the gradient of `x`, if it is wanted, in the place of that of `h`.
+    #[expect(clippy::too_many_arguments, reason = "what the forward pass had, and the gradients")]
+    fn attend_backward(
+        &self,
+        x: &Tensor,
+        attended: Attended,
+        t: &LowRank,
+        mut dh: Tensor,
+        pass: &Pass,
+        want_input: bool,
+        grads: &mut ParamGrads,
+    ) -> Result<Option<Tensor>> {
+        let Attended { rstd, q, k, v, o, lse, h } = attended;
+        let [t_q, t_k, t_v, t_o, ..] = t;
+        drop(h);
 
         // h = x + o·W_o
         let mut d_o = None;
-        self.o.backward(&o, t_o.as_ref(), &dh, pass, Some(&mut d_o), &mut grads)?;
+        self.o.backward(&o, t_o.as_ref(), &dh, pass, Some(&mut d_o), grads)?;
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout)?;
         drop((d_o, q, k, v, o));
@@ -172,18 +288,34 @@ impl Layer {
         let (dq, dk) = (turn_back(dq)?, turn_back(dk)?);
 
         // q, k, v = n₁·W
-        let n1 = rms_norm::apply(x, &self.input_norm.value, &rstd1)?;
+        let n1 = rms_norm::apply(x, &self.input_norm.value, &rstd)?;
         let wanted = want_input || self.input_norm.id.is_some();
         let mut dn1 = None;
         for (linear, t, grad) in [(&self.q, t_q, &dq), (&self.k, t_k, &dk), (&self.v, t_v, &dv)] {
-            linear.backward(&n1, t.as_ref(), grad, pass, wanted.then_some(&mut dn1), &mut grads)?;
+            linear.backward(&n1, t.as_ref(), grad, pass, wanted.then_some(&mut dn1), grads)?;
         }
         if !wanted {
-            return Ok((None, grads));
+            return Ok(None);
         }
-        norm_backward(&self.input_norm, x, &rstd1, made(&dn1)?, &mut dh, &mut grads)?;
-        Ok((Some(dh), grads))
+        norm_backward(&self.input_norm, x, &rstd, made(&dn1)?, &mut dh, grads)?;
+        Ok(Some(dh))
     }
+}
+
+/// The product of a linear layer, from the adapter's `t` if it is there.
+fn product(
+    linear: &Linear,
+    x: &Tensor,
+    pass: &Pass,
+    residual: Option<&Tensor>,
+    t: &mut Option<Tensor>,
+) -> Result<Tensor> {
+    if t.is_some() {
+        return linear.output(x, t.as_ref(), residual);
+    }
+    let y;
+    (y, *t) = linear.forward(x, pass, residual)?;
+    Ok(y)
 }
 
 /// A gradient that [`Linear::backward`] was asked for.
@@ -201,8 +333,7 @@ fn norm_backward(
     grads: &mut ParamGrads,
 ) -> Result<()> {
     let dw = rms_norm::backward_add(x, &norm.value, rstd, grad, dx, norm.id.is_some())?;
-    grads.extend(norm.id.zip(dw));
-    Ok(())
+    norm.id.zip(dw).map_or(Ok(()), |(id, dw)| put(grads, id, dw))
 }
 
 /// Writes a segment's new rows behind those that `cache` holds of it.
@@ -220,24 +351,27 @@ fn append(cache: &mut Tensor, rows: &Tensor, segment: &Segment) -> Result<()> {
 pub(crate) struct LayerNode<'a> {
     pub layer: &'a Layer,
     pub pass: &'a Pass,
+    pub keeping: Keeping,
+    /// Where what is kept in host memory goes.
+    pub stash: &'a Stash,
 }
 
 impl Function for LayerNode<'_> {
     type Saved = Saved;
+    const HOLDS_INPUTS: bool = false;
 
     fn forward(&self, inputs: &[Tensor]) -> Result<(Tensor, Saved)> {
-        self.layer.forward(&inputs[0], self.pass, None)
+        let (y, made) = self.layer.forward(&inputs[0], self.pass, None, self.keeping.extent)?;
+        Ok((y, self.keeping.keep(made, self.stash)?))
     }
 
-    fn saved(&self, inputs: &[Tensor]) -> Result<Saved> {
-        let mut saved = self.layer.up_to_feed_forward(&inputs[0], self.pass, None)?;
-        let Saved { gate, up, t: [.., t_down], .. } = &mut saved;
-        *t_down = self.layer.down.low_rank(&swiglu::forward(gate, up)?, self.pass)?;
-        Ok(saved)
+    fn output(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        Ok(self.layer.forward(&inputs[0], self.pass, None, Extent::Inputs)?.0)
     }
 
-    fn backward(&self, inputs: &[Tensor], saved: Saved, grad: Tensor, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let (dx, mut grads) = self.layer.backward(&inputs[0], saved, grad, self.pass, wanted[0])?;
+    fn backward(&self, _: &[Tensor], saved: Saved, grad: Tensor, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let kept = saved.back(self.stash)?;
+        let (dx, mut grads) = self.layer.backward(kept, grad, self.pass, wanted[0])?;
         let mut out = vec![dx];
         self.layer.visit(&mut |id, _, _| out.push(grads.remove(&id)));
         Ok(out)

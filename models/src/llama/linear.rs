@@ -72,6 +72,17 @@ impl Lora {
     }
 }
 
+/// Adds a gradient to those of other rows, where there are some.
+pub(crate) fn put(grads: &mut ParamGrads, id: ParamId, grad: Tensor) -> Result<()> {
+    match grads.get_mut(&id) {
+        Some(sum) => elementwise::add_assign(sum, &grad),
+        None => {
+            grads.insert(id, grad);
+            Ok(())
+        }
+    }
+}
+
 /// A linear layer without bias.
 #[derive(Debug)]
 pub struct Linear {
@@ -140,18 +151,23 @@ impl Linear {
             return Ok((y, None));
         }
         let t = self.low_rank(x, pass)?;
+        Ok((self.output(x, t.as_ref(), residual)?, t))
+    }
+
+    /// The output of [`Linear::forward`] from the adapter's `t` that this made.
+    pub(crate) fn output(&self, x: &Tensor, t: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+        let dtype = x.dtype();
         let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
-        let low_rank = t.as_ref().zip(b.as_ref());
-        let y = match self.gains()? {
-            None => forward_lora(x, &self.weight(dtype)?, low_rank, residual, dtype, Tag::Activations)?,
+        let low_rank = t.zip(b.as_ref());
+        match self.gains()? {
+            None => forward_lora(x, &self.weight(dtype)?, low_rank, residual, dtype, Tag::Activations),
             Some((_, gains)) => {
                 let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
                 let mut y = dora::scale(&z, gains, Tag::Activations)?;
                 residual.map_or(Ok(()), |residual| elementwise::add_assign(&mut y, residual))?;
-                y
+                Ok(y)
             }
-        };
-        Ok((y, t))
+        }
     }
 
     /// `W` in f32, in storage of its own.
@@ -192,7 +208,7 @@ impl Linear {
         Ok(Some(lora::down(x, &cast(&lora.a, x.dtype())?, lora.scale, mask, Tag::Activations)?))
     }
 
-    /// Puts the parameters' gradients into `grads` and adds that of the input to `dx`, making it if it is not there yet.
+    /// Adds the parameters' gradients to `grads`, and adds that of the input to `dx`, making it if it is not there yet.
     /// Skips the input's gradient where `dx` is `None`.
     pub(crate) fn backward(
         &self,
@@ -205,7 +221,7 @@ impl Linear {
     ) -> Result<()> {
         let dtype = x.dtype();
         if let Some(id) = self.id {
-            grads.insert(id, weight_grad(grad, x, 1.0)?);
+            put(grads, id, weight_grad(grad, x, 1.0)?)?;
         }
         let (full_b, scaled);
         let grad = match (&self.lora, self.gains()?) {
@@ -214,7 +230,7 @@ impl Linear {
                 if let Some(id) = magnitude.param.id {
                     let low_rank = t.map(|t| (t, &full_b));
                     let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
-                    grads.insert(id, dora::magnitude_grad(&z, grad, inverse_norms)?);
+                    put(grads, id, dora::magnitude_grad(&z, grad, inverse_norms)?)?;
                 }
                 scaled = dora::scale(grad, gains, Tag::Workspace)?;
                 &scaled
@@ -226,10 +242,10 @@ impl Linear {
             let mask = pass.mask(lora.dropout, self.index);
             let u = lora::grad_down(grad, &cast(&lora.b, dtype)?, lora.scale, Tag::Workspace)?;
             if let Some(id) = lora.b.id {
-                grads.insert(id, lora::weight_grad(grad, t, 1.0, None)?);
+                put(grads, id, lora::weight_grad(grad, t, 1.0, None)?)?;
             }
             if let Some(id) = lora.a.id {
-                grads.insert(id, lora::weight_grad(&u, x, 1.0, mask)?);
+                put(grads, id, lora::weight_grad(&u, x, 1.0, mask)?)?;
             }
             branch = Some((u, cast(&lora.a, dtype)?, mask));
         }

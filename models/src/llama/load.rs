@@ -1,6 +1,6 @@
 //! From a checkpoint to a model: tensor by tensor, quantized as they stream by.
 
-use super::{Adapters, Angles, Layer, Linear, Llama, Param, random};
+use super::{Activations, Adapters, Angles, Layer, Linear, Llama, Param, random};
 use crate::{
     Error, LlamaConfig, Result,
     files::checkpoint::{Checkpoint, CheckpointKind, CheckpointTensor},
@@ -11,8 +11,12 @@ use nibble_kernels::{
     quantize::{QuantType, ScaleRounding, quantize},
     table::{Rows8, Table},
 };
-use nibble_runtime::{DType, Device, Tag, Tensor};
-use std::path::Path;
+use nibble_runtime::{DType, Device, Stash, Tag, Tensor};
+use std::{
+    panic::resume_unwind,
+    path::Path,
+    thread::{self, Scope},
+};
 
 /// How to quantize the linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +84,7 @@ struct Loader<'a> {
     index: u32,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
     /// The next tensor, on the device.
     fn weight(&mut self, name: &str, shape: &[usize]) -> Result<CheckpointTensor> {
         match &mut self.source {
@@ -94,10 +98,14 @@ impl Loader<'_> {
         }
     }
 
-    /// What was read is held in its final form now; the file's pages would only count as resident memory.
-    fn release(&self) {
+    /// What was read is held in its final form now; the file's pages would only count as resident memory. To give a
+    /// gigabyte back takes some 60 ms, in which the next tensors are read.
+    fn release<'s>(&self, scope: &'s Scope<'s, '_>)
+    where
+        'a: 's,
+    {
         if let Source::Checkpoint(checkpoint) = self.source {
-            checkpoint.release_pages();
+            scope.spawn(|| checkpoint.release_pages());
         }
     }
 
@@ -238,25 +246,28 @@ impl Llama {
 impl Loader<'_> {
     fn model(mut self, mut progress: impl FnMut(usize, usize)) -> Result<(Llama, Footprint)> {
         let config = self.config.clone();
+        let (source, dtype, device) = (self.path.to_path_buf(), self.options.dtype, self.options.device);
         let mut embedding = self.table("model.embed_tokens.weight")?;
-        if self.options.device != Device::Cpu && !config.tie_word_embeddings {
+        let (layers, norm, head) = thread::scope(|scope| {
             // A step reads one row a token: across the bus that takes about a millisecond, and a gigabyte of an 8B model
-            // does not take device memory.
-            embedding.value = embedding.value.to_pinned(self.options.device)?;
-        }
-        let mut layers = Vec::new();
-        for i in 0..config.num_layers {
-            layers.push(self.layer(i)?);
-            self.release();
-            progress(i + 1, config.num_layers);
-        }
-        let norm = self.param("model.norm.weight", &[config.hidden_size])?;
-        let head = if config.tie_word_embeddings { None } else { Some(self.table("lm_head.weight")?) };
-        self.release();
+            // does not take device memory. To pin so much takes a second, in which the layers are loaded.
+            let table = &mut embedding.value;
+            let across = device != Device::Cpu && !config.tie_word_embeddings;
+            let pinned = across.then(|| scope.spawn(move || table.to_pinned(device).map(|pinned| *table = pinned)));
+            let mut layers = Vec::new();
+            for i in 0..config.num_layers {
+                layers.push(self.layer(i)?);
+                self.release(scope);
+                progress(i + 1, config.num_layers);
+            }
+            let norm = self.param("model.norm.weight", &[config.hidden_size])?;
+            let head = if config.tie_word_embeddings { None } else { Some(self.table("lm_head.weight")?) };
+            self.release(scope);
+            pinned.map_or(Ok(()), |pinned| pinned.join().unwrap_or_else(|panic| resume_unwind(panic)))?;
+            Ok::<_, Error>((layers, norm, head))
+        })?;
         nibble_runtime::memory::trim();
-        nibble_runtime::memory::trim_of(self.options.device)?;
-        let (source, dtype) = (self.path.to_path_buf(), self.options.dtype);
-        let adapters = Adapters::default();
+        nibble_runtime::memory::trim_of(device)?;
         let llama = Llama {
             config,
             source,
@@ -265,8 +276,10 @@ impl Loader<'_> {
             norm,
             head,
             dtype,
-            recomputed: 0,
-            adapters,
+            activations: Activations::default(),
+            feed_forward_rows: usize::MAX,
+            stash: Stash::default(),
+            adapters: Adapters::default(),
             angles: Angles::default(),
         };
         Ok((llama, self.footprint))

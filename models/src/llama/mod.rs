@@ -3,6 +3,7 @@
 mod adapter;
 mod adapters;
 mod init;
+mod keep;
 mod layer;
 mod linear;
 mod load;
@@ -21,6 +22,7 @@ mod tests;
 pub use adapter::TARGETS;
 pub use adapters::Adapters;
 pub use init::Init;
+pub use keep::{Activations, Extent, Keeping};
 pub use layer::{Layer, LayerCache};
 pub use linear::{Linear, Lora, Magnitude, Param};
 pub use load::{Footprint, LoadOptions, Quantization};
@@ -35,7 +37,7 @@ use nibble_kernels::{
     embedding, rms_norm,
     table::{self, Table},
 };
-use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Saving, Tag, Tape, Tensor, Var};
+use nibble_runtime::{DType, Device, Function, GradSink, ParamId, Stash, Tag, Tape, Tensor, Var};
 use std::path::PathBuf;
 
 /// A Llama on a device.
@@ -55,9 +57,12 @@ pub struct Llama {
     pub head: Option<Param<Table>>,
     /// Type of activations.
     pub dtype: DType,
-    /// The layers before this one keep their input alone and run their forward pass again in the backward pass. (Those
-    /// behind are the first to be done with what they keep.)
-    pub recomputed: usize,
+    /// What each layer keeps for the backward pass. (The last are the first to be done with it.)
+    pub activations: Activations,
+    /// Rows that a feed-forward block takes at a time, see [`Pass::feed_forward_rows`]; the head then takes fewer, too.
+    pub feed_forward_rows: usize,
+    /// Host memory for what layers keep there.
+    pub stash: Stash,
     /// Adapters by name; that of one is on the layers.
     pub adapters: Adapters,
     /// Rotary angles.
@@ -125,29 +130,30 @@ impl Llama {
         let mut x = match (self.embedding.id, &self.embedding.value) {
             (Some(id), Table::Dense(value)) => {
                 let table = tape.parameter(id, value);
-                tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table], Saving::Keep)?
+                tape.apply(EmbeddingNode { ids, dtype: self.dtype }, &[&table])?
             }
             (_, table) => Var::constant(table::gather(ids, table, self.dtype)?),
         };
         for (i, layer) in self.layers.iter().enumerate() {
-            let saving = if i < self.recomputed { Saving::Recompute } else { Saving::Keep };
+            let (keeping, stash) = (self.activations.of(i), &self.stash);
             let mut inputs = vec![x];
             layer.visit(&mut |id, _, value| inputs.push(tape.parameter(id, value)));
             let inputs: Vec<&Var> = inputs.iter().collect();
-            x = tape.apply(LayerNode { layer, pass }, &inputs, saving)?;
+            x = tape.apply(LayerNode { layer, pass, keeping, stash }, &inputs)?;
         }
         let weight = match self.norm.id {
             Some(id) => tape.parameter(id, &self.norm.value),
             None => Var::constant(self.norm.value.clone()),
         };
-        Ok(tape.apply(NormNode { eps: self.config.rms_norm_eps }, &[&x, &weight], Saving::Keep)?)
+        Ok(tape.apply(NormNode { eps: self.config.rms_norm_eps }, &[&x, &weight])?)
     }
 
     /// A pass over whole sequences of these lengths.
     fn pass(&self, lengths: &[usize], dropout: Option<DropoutKey>) -> Result<Pass> {
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let rope = self.angles.of(&self.config, longest, self.device())?;
-        Ok(Pass::packed(&self.config, lengths, rope, dropout)?.to_device(self.device())?)
+        let pass = Pass::packed(&self.config, lengths, rope, dropout)?.to_device(self.device())?;
+        Ok(Pass { feed_forward_rows: self.feed_forward_rows, ..pass })
     }
 
     /// Loss of a batch without gradients.
@@ -167,9 +173,15 @@ impl Llama {
     ) -> Result<cross_entropy::Output> {
         let pass = self.pass(batch.lengths, dropout)?;
         let mut tape = Tape::new();
+        // Of a step that failed.
+        self.stash.clear();
         let hidden = self.run(&mut tape, batch.ids, &pass)?;
         let head = self.head_param();
-        let wanted = Wanted { hidden: true, head: head.id.is_some() };
+        let wanted = {
+            // Logits of so many tokens take what a part of a feed-forward block does.
+            let at_once = Some(self.feed_forward_rows.saturating_mul(2));
+            Wanted { hidden: true, head: head.id.is_some(), at_once }
+        };
         let mut output = cross_entropy::head_loss(&hidden.value, &head.value, batch.labels, scale, wanted)?;
         if let (Some(id), Some(grad)) = (head.id, output.dhead.take()) {
             sink.parameter(id, grad)?;
@@ -225,7 +237,7 @@ impl Llama {
     ) -> Result<Tensor> {
         let mut x = table::gather(ids, &self.embedding.value, self.dtype)?;
         for (layer, cache) in self.layers.iter().zip(cache) {
-            x = layer.forward(&x, pass, Some(cache))?.0;
+            x = layer.forward(&x, pass, Some(cache), Extent::Inputs)?.0;
         }
         if last.len() < ids.len() {
             let width = x.dims2("hidden states")?.1;

@@ -23,6 +23,9 @@ pub struct Pass {
     pub heads: Heads,
     /// Dropout of the adapters' inputs; `None` outside of training.
     pub dropout: Option<DropoutKey>,
+    /// Rows that the feed-forward block takes at a time where it does not keep what it makes; the gradients of its parameters
+    /// are summed over these parts.
+    pub feed_forward_rows: usize,
     /// Adapters for rows of several, instead of those on the layers, and the owner of each row, i32 `[T]`.
     pub(crate) mixture: Option<(Arc<Mixture>, Tensor)>,
 }
@@ -108,7 +111,7 @@ impl Pass {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
         let layout = Layout::new(segments, positions.device())?;
-        Ok(Pass { positions, layout, rope, heads, dropout, mixture: None })
+        Ok(Pass { positions, layout, rope, heads, dropout, feed_forward_rows: usize::MAX, mixture: None })
     }
 
     /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.
@@ -122,7 +125,7 @@ impl Pass {
             Ok::<_, nibble_runtime::Error>((mixture, owners.into_device(device, Tag::Workspace)?))
         };
         let mixture = self.mixture.map(on).transpose()?;
-        Ok(Pass { positions, rope, layout, mixture, heads: self.heads, dropout: self.dropout })
+        Ok(Pass { positions, rope, layout, mixture, ..self })
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

@@ -38,7 +38,7 @@ impl OutOfMemory {
                 held(Tag::Activations) + held(Tag::Workspace),
                 &[
                     "a smaller --batch-size with a larger --grad-accum (the same step), or a smaller --seq-len",
-                    "--recompute, which keeps one activation a layer",
+                    "--recompute, which keeps one activation a layer, or --activations inputs@host, which keeps none on the GPU",
                 ],
             ),
             (

@@ -4,6 +4,7 @@
 //! All operations run in order on the compute stream; nothing waits for the device but reading a tensor back,
 //! [`Gpu::synchronize`] and [`Timer::milliseconds`].
 
+mod arena;
 mod bus;
 mod copy;
 mod driver;
@@ -23,6 +24,7 @@ mod testing;
 mod transfer;
 mod unified;
 
+pub(crate) use arena::PinnedArena;
 pub use bus::BusRates;
 pub use copy::COPY;
 pub(crate) use copy::{copy, download, upload, upload_on};

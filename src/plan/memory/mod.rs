@@ -7,11 +7,17 @@
 
 mod layer;
 
+use layer::Kept;
+
 use super::job::{Job, Trains};
 use anyhow::Result;
-use nibble_kernels::{attention, cross_entropy, linear, quantize, table};
+use nibble_kernels::{attention, linear, quantize, table};
 use nibble_runtime::{DType, Tag, allocator, memory::Usage, pager::kept_bytes};
-use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+    rc::Rc,
+};
 
 /// Bytes held for as long as this lives.
 struct Held {
@@ -29,8 +35,8 @@ impl Drop for Held {
 struct Walk<'a> {
     job: &'a Job,
     usage: Rc<RefCell<Usage>>,
-    /// Tokens.
-    t: usize,
+    /// Rows at hand: all tokens, or those of a part.
+    t: Cell<usize>,
     /// Bytes of an element of the computation.
     w: usize,
     shapes: [[usize; 2]; 7],
@@ -43,6 +49,40 @@ struct Walk<'a> {
     added: bool,
 }
 
+/// `nibble_runtime::Stash`: layers, and what they have kept while it is on the device.
+#[derive(Default)]
+struct Stash(Vec<(usize, Option<Kept>)>);
+
+impl Stash {
+    fn push(&mut self, layer: usize, kept: Kept) {
+        if let Some((_, before)) = self.0.last_mut() {
+            *before = None;
+        }
+        self.0.push((layer, Some(kept)));
+    }
+
+    fn pop(&mut self, walk: &Walk) -> Option<Kept> {
+        for (layer, kept) in self.0.iter_mut().rev().take(2) {
+            kept.get_or_insert_with(|| walk.kept(*layer));
+        }
+        self.0.pop()?.1
+    }
+}
+
+/// Bytes of host memory that layers keep things in.
+pub fn on_host(job: &Job) -> usize {
+    if job.chip.is_none() {
+        return 0;
+    }
+    let usage = Rc::new(RefCell::new(Usage::default()));
+    let walk = Walk::new(job, Rc::clone(&usage));
+    let away = (0..job.config.num_layers).filter(|&layer| job.settings.activations.of(layer).on_host);
+    let kept: Vec<Kept> = away.map(|layer| walk.kept(layer)).collect();
+    let bytes = usage.borrow().total;
+    drop(kept);
+    bytes
+}
+
 /// Bytes at the peak of a step, by tag and in all, on the device.
 ///
 /// # Errors
@@ -50,17 +90,7 @@ struct Walk<'a> {
 pub fn peak(job: &Job) -> Result<Usage> {
     let pages = job.pages()?;
     let usage = Rc::new(RefCell::new(Usage::default()));
-    let mut walk = Walk {
-        job,
-        t: job.tokens(),
-        w: job.dtype.size(),
-        usage: Rc::clone(&usage),
-        shapes: job.config.linear_shapes(),
-        trains: job.trains(),
-        sums: RefCell::default(),
-        gains: RefCell::default(),
-        added: pages.is_some(),
-    };
+    let mut walk = Walk { added: pages.is_some(), ..Walk::new(job, Rc::clone(&usage)) };
     let mut base = walk.weights();
     base.extend(walk.trained());
     match pages {
@@ -87,6 +117,22 @@ pub fn peak(job: &Job) -> Result<Usage> {
     Ok(usage.take())
 }
 
+impl<'a> Walk<'a> {
+    fn new(job: &'a Job, usage: Rc<RefCell<Usage>>) -> Self {
+        Walk {
+            job,
+            usage,
+            t: Cell::new(job.tokens()),
+            w: job.dtype.size(),
+            shapes: job.config.linear_shapes(),
+            trains: job.trains(),
+            sums: RefCell::default(),
+            gains: RefCell::default(),
+            added: false,
+        }
+    }
+}
+
 impl Walk<'_> {
     fn hold(&self, tag: Tag, bytes: usize) -> Held {
         let bytes = if self.job.chip.is_some() { bytes.next_multiple_of(allocator::ALIGN) } else { bytes };
@@ -99,12 +145,12 @@ impl Walk<'_> {
     }
 
     fn activation(&self, columns: usize) -> Held {
-        self.hold(Tag::Activations, self.t * columns * self.w)
+        self.hold(Tag::Activations, self.t.get() * columns * self.w)
     }
 
     /// A gradient of activations on its way.
     fn flow(&self, columns: usize) -> Held {
-        self.workspace(self.t * columns * self.w)
+        self.workspace(self.t.get() * columns * self.w)
     }
 
     fn on_cpu(&self) -> bool {
@@ -166,16 +212,21 @@ impl Walk<'_> {
 
     /// `Llama::train`, and the gradients up to the update.
     fn step(&self) {
-        let (c, t) = (&self.job.config, self.t);
+        let (c, t) = (&self.job.config, self.t.get());
         let lengths = vec![self.job.settings.seq_len; self.job.settings.batch_size];
         let _positions = self.workspace(4 * t);
         let _tables = (!self.on_cpu()).then(|| self.workspace(attention::table_bytes(&lengths)));
-        let again = self.job.recomputed();
-        let mut nodes = Vec::new();
+        let (mut nodes, mut stash) = (Vec::new(), Stash::default());
         let mut x = self.activation(c.hidden_size);
         for layer in 0..c.num_layers {
-            let (y, saved) = self.layer_forward(layer);
-            nodes.push((x, (layer >= again).then_some(saved)));
+            let (y, kept) = self.layer_forward(layer, x);
+            nodes.push(match self.job.settings.activations.of(layer).on_host {
+                false => Some(kept),
+                true => {
+                    stash.push(layer, kept);
+                    None
+                }
+            });
             x = y;
         }
         let _hidden = self.flow(c.hidden_size);
@@ -188,10 +239,9 @@ impl Walk<'_> {
         let dw = self.norm_weight_grad();
         drop((grad, x, rstd));
         self.sink(dw);
-        for (layer, (x, saved)) in nodes.into_iter().enumerate().rev() {
-            let saved = saved.unwrap_or_else(|| self.saved(layer));
-            let (dx, grads) = self.layer_backward(layer, saved, dy, layer > 0 || self.trains.embedding, &lengths);
-            drop(x);
+        for (layer, kept) in nodes.into_iter().enumerate().rev() {
+            let Some(kept) = kept.or_else(|| stash.pop(self)) else { return };
+            let (dx, grads) = self.layer_backward(layer, kept, dy, layer > 0 || self.trains.embedding, &lengths);
             self.sink(grads);
             match dx {
                 Some(dx) => dy = dx,
@@ -223,7 +273,7 @@ impl Walk<'_> {
 
     /// `cross_entropy::head_loss` with all rows labelled: the gradients of hidden states and head, and what the output keeps.
     fn head_loss(&self) -> (Held, Option<Held>, Vec<Held>) {
-        let (c, t, w) = (&self.job.config, self.t, self.w);
+        let (c, t, w) = (&self.job.config, self.t.get(), self.w);
         let (d, vocab, trains) = (c.hidden_size, c.vocab_size, self.trains.head);
         let whole_head = || self.hold(Tag::Gradients, 4 * vocab * d);
         let output = || vec![self.workspace(4 * t), self.workspace(t)];
@@ -231,7 +281,7 @@ impl Walk<'_> {
         let _labels = (!self.on_cpu()).then(|| [self.workspace(4 * t), self.workspace(4 * t)]);
         let dhidden = self.flow(d);
         let mut dhead = (trains && self.on_cpu()).then(whole_head);
-        let step = cross_entropy::chunk_rows(vocab, t, self.on_cpu());
+        let step = self.job.head_rows();
         // Chunks are alike, but that a gradient of the head is there from the second on.
         for rows in [step.min(t), step.min(t.saturating_sub(step))].into_iter().filter(|&rows| rows > 0) {
             let _part = self.workspace(rows * d * w);
