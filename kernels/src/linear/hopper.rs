@@ -137,13 +137,17 @@ fn dense(weight: &Weight, dtype: DType) -> Result<Option<Cow<'_, Tensor>>> {
 /// Most products that [`sum`] takes.
 pub(super) const MOST_SUMMED: usize = 3;
 
-/// Whether this kind of GPU makes the sum of input gradients `[m, n]` of 16-bit rows in one launch: of linears with these outputs
-/// and ranks.
+/// Columns of the tiles with which this kind of GPU makes the sum of input gradients `[m, n]` of 16-bit rows in one launch, of
+/// linears with these outputs and ranks. All quantized weights are dequantized for that: what this takes beyond the largest is
+/// at most what the result takes.
 pub(super) fn sums_on(chip: Chip, quantized: bool, m: usize, n: usize, parts: &[[usize; 2]]) -> Option<u32> {
     let number = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
     let columns = |&[k, rank]: &[usize; 2]| columns_on(chip, quantized, [number(m), number(n), number(k), number(rank)]);
     let first = columns(parts.first()?)?;
-    (parts.len() <= MOST_SUMMED && parts.iter().all(|part| columns(part).is_some())).then_some(first)
+    let (all, largest) = parts.iter().fold((0, 0), |(all, largest), &[k, _]| (all + k, k.max(largest)));
+    let small = !quantized || all - largest <= m;
+    let count = (2..=MOST_SUMMED).contains(&parts.len());
+    (count && small && parts.iter().all(|part| columns(part).is_some())).then_some(first)
 }
 
 /// Computes the sum of the products into `out` if this is a Hopper GPU and the kernel takes them; returns whether it did.

@@ -24,7 +24,7 @@ use crate::{
     dropout::{self, Mask},
     elementwise,
 };
-use nibble_runtime::{Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{Device, Error, Result, Tag, Tensor, cuda::Chip};
 
 /// Checks that dimension `of_left` of one matrix is as long as dimension `of_right` of the other.
 fn fit(op: &'static str, left: &Tensor, right: &Tensor, [of_left, of_right]: [usize; 2]) -> Result<()> {
@@ -85,6 +85,23 @@ pub fn weight_grads(grads: &[&Tensor], x: &Tensor) -> Result<Vec<Tensor>> {
         Some(outs) => Ok(outs),
         None => grads.iter().map(|g| weight_grad(g, x, 1.0, None)).collect(),
     }
+}
+
+/// Bytes of workspace on this kind of GPU of [`down_all`] of 16-bit rows `[tokens, k]` with adapters of these ranks.
+pub fn down_workspace(chip: Chip, tokens: usize, k: usize, ranks: &[usize]) -> usize {
+    narrow::workspace(chip, Kind::Rows, tokens, [tokens, k], ranks).unwrap_or(0)
+}
+
+/// The same of [`grad_down`], from rows of `n`.
+pub fn grad_down_workspace(chip: Chip, tokens: usize, n: usize, rank: usize) -> usize {
+    narrow::workspace(chip, Kind::Columns, tokens, [tokens, n], &[rank]).unwrap_or(0)
+}
+
+/// The same of [`weight_grads`].
+pub fn weight_grads_workspace(chip: Chip, tokens: usize, k: usize, ranks: &[usize]) -> usize {
+    let one_by_one = || ranks.iter().map(|&rank| super::weight_grad_workspace(chip, tokens, rank, k, false)).max();
+    let together = narrow::workspace(chip, Kind::Grads { transposed: true }, tokens, [k, tokens], ranks);
+    together.or_else(one_by_one).unwrap_or(0)
 }
 
 /// `scale · g · B` `[T, r]` in the type of `g`, counted under `tag`.

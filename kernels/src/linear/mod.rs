@@ -308,6 +308,15 @@ pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) 
     if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
 }
 
+/// Bytes of workspace of [`input_grads_lora`] for 16-bit rows and 4-bit weights on this kind of GPU, into `[m, n]`, of linears
+/// with these outputs and ranks (or 0): the weights at once, or one after another.
+pub fn input_grads_bytes(chip: Chip, m: usize, n: usize, parts: &[[usize; 2]]) -> usize {
+    match hopper::sums_on(chip, true, m, n, parts) {
+        Some(_) => parts.iter().map(|[k, _]| n * k * DType::BF16.size()).sum(),
+        None => parts.iter().map(|&[k, rank]| dequantized_bytes(chip, m, n, k, rank)).max().unwrap_or(0),
+    }
+}
+
 /// Bytes of workspace, at most, of a product on the CPU with this inner dimension into rows of `columns`, if anything is
 /// converted for it: a weight that is not f32, or one with a low-rank branch.
 pub fn panel_bytes(columns: usize, inner: usize) -> usize {

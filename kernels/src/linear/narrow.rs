@@ -226,16 +226,27 @@ fn launch(
     gpu.launch(&NARROW_HOPPER, &kernel, grid, [plan.warpgroups as u32 * 128 + 32, 1, 1], plan.shared, args)?;
 
     let Some(partial) = partial else { return Ok(outs) };
-    let mut args = Args::new().input(&partial);
-    let mut end = 0;
-    for i in 0..MOST_GROUPS {
-        end += ranks.get(i).map_or(0, |rank| rank * m);
-        args = args.output_opt(outs.get_mut(i)).f32(narrow.get(i).map_or(0.0, |(_, scale)| *scale)).u32(size(op, end)?);
-    }
-    let args = args.u32(plan.slices as u32).u32(size(op, sum * m)?);
-    let grid = [size(op, (sum * m).div_ceil(1024))?, 1, 1];
-    gpu.launch(&NARROW_HOPPER, &entry("narrow_sum", dtype)?, grid, [256, 1, 1], 0, args)?;
+    let mut scaled: Vec<(&mut Tensor, f32)> = outs.iter_mut().zip(narrow.iter().map(|(_, scale)| *scale)).collect();
+    add_up(gpu, &partial, plan.slices, &mut scaled)?;
     Ok(outs)
+}
+
+/// Each output, times its scale, from `partial`: slices of what all of them take one after another.
+fn add_up(gpu: &Gpu, partial: &Tensor, slices: usize, outs: &mut [(&mut Tensor, f32)]) -> Result<()> {
+    let op = "LoRA product";
+    let Some(dtype) = outs.first().map(|(out, _)| out.dtype()) else { return Ok(()) };
+    let (mut args, mut end) = (Args::new().input(partial), 0);
+    for i in 0..MOST_GROUPS {
+        let (out, scale) = match outs.get_mut(i) {
+            Some((out, scale)) => (Some(&mut **out), *scale),
+            None => (None, 0.0),
+        };
+        end += out.as_ref().map_or(0, |out| out.numel());
+        args = args.output_opt(out).f32(scale).u32(size(op, end)?);
+    }
+    let args = args.u32(size(op, slices)?).u32(size(op, end)?);
+    let grid = [size(op, end.div_ceil(1024))?, 1, 1];
+    gpu.launch(&NARROW_HOPPER, &entry("narrow_sum", dtype)?, grid, [256, 1, 1], 0, args)
 }
 
 #[cfg(test)]
