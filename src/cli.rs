@@ -3,7 +3,7 @@
 use crate::{data::DataSpec, input::ReadArgs, paging::Bytes, settings::TrainArgs};
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
-use nibble_kernels::quantize::QuantType;
+use nibble_kernels::{cuda::Target, quantize::QuantType};
 use nibble_models::{merge::Rule, sampling::Sampling};
 use nibble_runtime::{DType, Device, DeviceRequest};
 use std::path::PathBuf;
@@ -29,6 +29,9 @@ pub struct Cli {
     /// Say nothing but errors and warnings
     #[arg(long, short, global = true)]
     pub quiet: bool,
+    /// Kernels that a GPU gets: native (those made for it, where there are any) or sm_80 (those that run on all)
+    #[arg(long, global = true, value_name = "TARGET", default_value_t, hide_default_value = true)]
+    pub target: Target,
     #[command(flatten)]
     pub train: TrainArgs,
 }
@@ -67,7 +70,7 @@ pub enum Command {
     Plan(Box<PlanArgs>),
     /// Time warm training steps of a model on random tokens, and say what memory they take
     #[command(after_help = "Example:
-  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --recompute")]
+  train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --activations attention@host")]
     BenchStep(Box<BenchStepArgs>),
     /// Show the figures of runs, the settings in which they differ, and their curves
     Compare(CompareArgs),

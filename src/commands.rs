@@ -15,7 +15,7 @@ use crate::{
 };
 use anyhow::{Context, Result, bail, ensure};
 use clap::CommandFactory;
-use nibble_kernels::quantize::QuantType;
+use nibble_kernels::{cuda::set_target, quantize::QuantType};
 use nibble_models::files::{atomic::read_json_object, inspect, safetensors::write_safetensors};
 use nibble_runtime::DeviceRequest;
 use std::{io::Write, path::Path};
@@ -25,6 +25,7 @@ pub fn run(cli: Cli) -> Result<i32> {
     if cli.quiet {
         report::be_quiet();
     }
+    set_target(cli.target);
     match cli.command {
         None => train_command(&cli.train),
         Some(Command::Train(args)) => train_command(&args),

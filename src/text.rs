@@ -219,7 +219,7 @@ fn switch(model: &mut Model, conversation: &mut Conversation, name: Option<&str>
         eprintln!("{error}");
         return Ok(());
     }
-    eprintln!("adapter  {name}, switched in {:.3} ms", start.elapsed().as_secs_f64() * 1e3);
+    crate::note!("adapter  {name}, switched in {:.3} ms", start.elapsed().as_secs_f64() * 1e3);
     // Keys and values are those of the adapter before.
     conversation.sequence = Sequence::new(&model.llama)?;
     Ok(())

@@ -4,12 +4,17 @@ use nibble_runtime::{
     DType, Error, Result, Tensor,
     cuda::{Chip, Module},
 };
-use std::sync::LazyLock;
+use std::{
+    fmt,
+    str::FromStr,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// Every module of kernels, in the order of their names: one `.cu` file each, built to `kernels/ptx/<name>.ptx`.
 /// Those named `_sm90a` load on Hopper only.
 pub static MODULES: &[&Module] = &[
     &crate::adamw::cuda::MODULE,
+    &crate::argmax::cuda::MODULE,
     &crate::attention::cuda::D128,
     &crate::attention::cuda::D64,
     &crate::attention::cuda::D96,
@@ -19,6 +24,9 @@ pub static MODULES: &[&Module] = &[
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,
+    &crate::decoding::ATTENTION,
+    &crate::decoding::LINEAR,
+    &crate::decoding::LINEAR_HOPPER,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,
@@ -43,11 +51,49 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::WEIGHT_GRAD,
 ];
 
-/// Whether this kind of GPU is Hopper, and its kernels are wanted: `NIBBLE_HOPPER=0` turns them off, for measurements.
+/// Which kernels a GPU gets, where there are several for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Target {
+    /// Those made for its architecture, and those of sm_80 for all else.
+    #[default]
+    Native,
+    /// Those of sm_80 alone, which every GPU that is supported has.
+    Sm80,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Target::Native => "native",
+            Target::Sm80 => "sm_80",
+        })
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let found = [Target::Native, Target::Sm80].into_iter().find(|target| target.to_string() == text);
+        found.ok_or_else(|| format!("unknown target {text:?}; expected native or sm_80"))
+    }
+}
+
+static ONLY_SM_80: AtomicBool = AtomicBool::new(false);
+
+/// From here on, which kernels the process gives to its GPU.
+pub fn set_target(target: Target) {
+    ONLY_SM_80.store(target == Target::Sm80, Ordering::Relaxed);
+}
+
+/// Which kernels the process gives to its GPU.
+pub fn target() -> Target {
+    if ONLY_SM_80.load(Ordering::Relaxed) { Target::Sm80 } else { Target::Native }
+}
+
+/// Whether this kind of GPU is Hopper, and its own kernels are wanted.
 pub(crate) fn hopper(chip: Chip) -> bool {
-    static WANTED: LazyLock<bool> =
-        LazyLock::new(|| std::env::var_os("NIBBLE_HOPPER").is_none_or(|value| value != "0"));
-    chip.capability == (9, 0) && *WANTED
+    chip.capability == (9, 0) && target() == Target::Native
 }
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.
@@ -75,5 +121,16 @@ pub(crate) fn check_dtype(op: &'static str, dtype: DType, tensors: &[&Tensor]) -
     match tensors.iter().find(|tensor| tensor.dtype() != dtype) {
         Some(tensor) => Err(Error::DType { op, expected: dtype.to_string(), found: tensor.dtype() }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_have_names() {
+        assert!([Target::Native, Target::Sm80].iter().all(|target| target.to_string().parse() == Ok(*target)));
+        assert!("sm_90".parse::<Target>().unwrap_err().contains("sm_80"));
     }
 }

@@ -1,10 +1,12 @@
 //! The operations of nibble: one folder each, with its contract, its CPU reference and its tests.
 
 pub mod adamw;
+pub mod argmax;
 pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
 pub mod cuda;
+pub mod decoding;
 pub mod dora;
 pub mod dropout;
 pub mod dynamic8;

@@ -2,11 +2,11 @@
 
 use crate::{
     Error, Llama, Result,
-    llama::{LayerCache, Mixture, Pass},
+    llama::{self, Decoder, LayerCache, Mixture, Pass},
     sampling::Sampling,
 };
 use nibble_kernels::rotary::RotaryTable;
-use nibble_runtime::{Device, Tag};
+use nibble_runtime::Tensor;
 use std::sync::Arc;
 
 /// A text to continue.
@@ -57,18 +57,20 @@ pub fn generate_batch(
     };
     let mut rows: Vec<Row> = requests.iter().map(row).collect::<Result<_>>()?;
     let capacity = rows.iter().map(|row| row.start).max().unwrap_or(0) + max_new;
-    let mut batch = Decoder {
+    let mut batch = Batch {
         llama,
+        decoder: llama.decoder(&mixture)?,
         mixture,
         capacity,
         cache: llama.cache(capacity * rows.len())?,
         rope: llama.config.rope.table(llama.config.head_dim, capacity)?.to_device(llama.device())?,
     };
     while rows.iter().any(|row| !row.done) {
-        let mut logits = batch.next(&mut rows)?.into_iter();
+        let logits = batch.next(&mut rows)?;
+        let texts: Vec<&[u32]> = rows.iter().filter(|row| !row.done).map(|row| &row.text[..]).collect();
+        let mut tokens = sampling.choose_each(logits, &texts)?.into_iter();
         for (number, row) in rows.iter_mut().enumerate().filter(|(_, row)| !row.done) {
-            let mut logits = logits.next().ok_or_else(|| Error::Invalid("a sequence has no logits".into()))?;
-            let token = sampling.choose(&mut logits, &row.text);
+            let token = tokens.next().ok_or_else(|| Error::Invalid("a sequence has no logits".into()))?;
             row.text.push(token);
             let more = on_token(number, token) && !stop.contains(&token);
             row.done = !more || row.text.len() >= row.start + max_new;
@@ -77,9 +79,11 @@ pub fn generate_batch(
     Ok(rows.into_iter().map(|mut row| row.text.split_off(row.start)).collect())
 }
 
-struct Decoder<'a> {
+struct Batch<'a> {
     llama: &'a Llama,
     mixture: Arc<Mixture>,
+    /// For steps that give every row one token.
+    decoder: Option<Decoder>,
     /// Tokens of a sequence at most.
     capacity: usize,
     /// Sequence `i` has the rows from `i · capacity` on.
@@ -87,9 +91,9 @@ struct Decoder<'a> {
     rope: RotaryTable,
 }
 
-impl Decoder<'_> {
-    /// The next token's logits of every row that goes on. What they have not read yet is read in one pass.
-    fn next(&mut self, rows: &mut [Row]) -> Result<Vec<Vec<f32>>> {
+impl Batch<'_> {
+    /// The next token's logits f32 of every row that goes on. What they have not read yet is read in one pass.
+    fn next(&mut self, rows: &mut [Row]) -> Result<Tensor> {
         let (mut ids, mut owners, mut spans, mut last) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (number, row) in rows.iter_mut().enumerate().filter(|(_, row)| !row.done) {
             let new = &row.text[row.read..];
@@ -99,11 +103,15 @@ impl Decoder<'_> {
             last.push(ids.len() - 1);
             row.read = row.text.len();
         }
+        let one_each = ids.len() == spans.len();
+        if let Some(decoder) = self.decoder.as_mut().filter(|decoder| one_each && decoder.takes(ids.len())) {
+            let row =
+                |(&(first, position, _), &owner): (&(usize, usize, usize), &i32)| llama::Row { position, first, owner };
+            let rows: Vec<llama::Row> = spans.iter().zip(&owners).map(row).collect();
+            return Ok(decoder.logits(self.llama, &ids, &rows, &self.rope, &mut self.cache)?);
+        }
         let pass = Pass::batched(&self.llama.config, &spans, &self.rope)?;
         let pass = pass.mixed(Arc::clone(&self.mixture), &owners)?.to_device(self.llama.device())?;
-        let logits = self.llama.last_logits(&ids, &pass, &last, &mut self.cache)?;
-        let logits = logits.into_device(Device::Cpu, Tag::Workspace)?;
-        let vocab = logits.dims2("logits")?.1;
-        Ok(logits.as_slice::<f32>()?.chunks(vocab).map(<[f32]>::to_vec).collect())
+        self.llama.last_logits(&ids, &pass, &last, &mut self.cache)
     }
 }

@@ -1,8 +1,13 @@
 //! Text generation: one sequence and its KV cache, which a conversation's turns share.
 
-use crate::{Error, Llama, Result, llama::LayerCache, sampling::Sampling};
+use crate::{
+    Error, Llama, Result,
+    llama::{Decoder, LayerCache, Row},
+    sampling::Sampling,
+};
 use nibble_kernels::rotary::RotaryTable;
-use nibble_runtime::{Device, Tag};
+use nibble_runtime::Tensor;
+use std::sync::Arc;
 
 /// When to stop, and what to choose.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +45,8 @@ pub struct Sequence {
     capacity: usize,
     cache: Vec<LayerCache>,
     rope: RotaryTable,
+    /// For tokens that come one by one: asked for by the first, `None` inside where the model has none.
+    decoder: Option<Option<Decoder>>,
 }
 
 /// Room of a sequence whose length is not known: at least this, and doubled as needed.
@@ -52,7 +59,7 @@ impl Sequence {
     /// The device is out of memory.
     pub fn with_capacity(llama: &Llama, capacity: usize) -> Result<Self> {
         let rope = llama.config.rope.table(llama.config.head_dim, capacity)?.to_device(llama.device())?;
-        Ok(Sequence { read: Vec::new(), capacity, cache: llama.cache(capacity)?, rope })
+        Ok(Sequence { read: Vec::new(), capacity, cache: llama.cache(capacity)?, rope, decoder: None })
     }
 
     /// Room for what a conversation usually takes; it grows.
@@ -91,15 +98,30 @@ impl Sequence {
         while text.len() < start + limits.max_new {
             let past = self.read.len();
             let next: Vec<i32> = text[past..].iter().map(|&id| i32::try_from(id).unwrap_or(i32::MAX)).collect();
-            let logits = llama.next_logits(&next, past, &self.rope, &mut self.cache)?;
+            let logits = self.logits(llama, &next)?;
             self.read.extend(&text[past..]);
-            let mut logits = logits.into_device(Device::Cpu, Tag::Workspace)?;
-            let token = sampling.choose(logits.as_mut_slice::<f32>()?, &text);
+            let token = sampling.choose_each(logits, &[&text])?[0];
             text.push(token);
             if !on_token(token) || limits.stop.contains(&token) {
                 break;
             }
         }
         Ok(text.split_off(start))
+    }
+
+    /// Logits f32 `[1, V]` after `next`, which follow what has been read.
+    fn logits(&mut self, llama: &Llama, next: &[i32]) -> Result<Tensor> {
+        let past = self.read.len();
+        if next.len() == 1 {
+            let decoder = match &mut self.decoder {
+                Some(decoder) => decoder,
+                None => self.decoder.insert(llama.decoder(&Arc::new(llama.own_mixture()?))?),
+            };
+            if let Some(decoder) = decoder {
+                let row = Row { position: past, first: 0, owner: 0 };
+                return Ok(decoder.logits(llama, next, &[row], &self.rope, &mut self.cache)?);
+            }
+        }
+        llama.next_logits(next, past, &self.rope, &mut self.cache)
     }
 }

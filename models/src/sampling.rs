@@ -2,7 +2,12 @@
 //!
 //! Order and definitions are those of transformers' logits processors, so that a setting means here what it means there.
 
-use nibble_runtime::rng::{Philox, Stream};
+use crate::{Error, Result};
+use nibble_kernels::argmax;
+use nibble_runtime::{
+    Device, Tag, Tensor,
+    rng::{Philox, Stream},
+};
 use std::cmp::Ordering;
 
 /// [`Stream::purpose`] of draws.
@@ -36,8 +41,7 @@ impl Sampling {
     pub fn choose(&self, logits: &mut [f32], text: &[u32]) -> u32 {
         self.penalize(logits, text);
         if self.temperature <= 0.0 {
-            let best = (0..logits.len()).reduce(|a, b| if logits[b] > logits[a] { b } else { a });
-            return best.unwrap_or(0) as u32;
+            return argmax::of(logits);
         }
         let candidates = self.candidates(logits);
         let rng = Philox::new(self.seed, Stream { purpose: PURPOSE, step: text.len() as u32, layer: 0 });
@@ -47,6 +51,24 @@ impl Sampling {
             left < 0.0
         });
         drawn.or(candidates.last()).map_or(0, |(token, _)| *token)
+    }
+
+    /// As [`Sampling::choose`] for rows of `logits` f32 `[T, V]`, which follow one text each. Where the most likely token is all
+    /// that is wanted it is found where the logits are.
+    ///
+    /// # Errors
+    /// There are not as many texts as rows; the device has failed.
+    pub fn choose_each(&self, logits: Tensor, texts: &[&[u32]]) -> Result<Vec<u32>> {
+        let (rows, vocab) = logits.dims2("logits")?;
+        if rows != texts.len() {
+            return Err(Error::Invalid(format!("logits of {rows} rows for {} texts", texts.len())));
+        }
+        if self.temperature <= 0.0 && self.repetition_penalty == 1.0 {
+            return Ok(argmax::rows(&logits)?);
+        }
+        let mut logits = logits.into_device(Device::Cpu, Tag::Workspace)?;
+        let rows = logits.as_mut_slice::<f32>()?.chunks_mut(vocab.max(1));
+        Ok(rows.zip(texts).map(|(row, text)| self.choose(row, text)).collect())
     }
 
     fn penalize(&self, logits: &mut [f32], text: &[u32]) {

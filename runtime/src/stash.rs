@@ -185,7 +185,10 @@ mod tests {
         let tensor = |&size: &usize| {
             *number += 1;
             let values: Vec<i32> = (0..size as i32).map(|i| i ^ (*number << 8) as i32).collect();
-            Tensor::from_slice(&values, &[size], Tag::Activations).unwrap().into_device(device, Tag::Activations).unwrap()
+            Tensor::from_slice(&values, &[size], Tag::Activations)
+                .unwrap()
+                .into_device(device, Tag::Activations)
+                .unwrap()
         };
         sizes.iter().map(tensor).collect()
     }

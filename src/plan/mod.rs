@@ -17,9 +17,9 @@ use crate::{
     train::source,
 };
 use anyhow::{Result, bail};
-use nibble_models::llama::Activations;
 pub use job::Job;
 pub use memory::{on_host, peak};
+use nibble_models::llama::Activations;
 use nibble_runtime::{Device, Tag, cuda::Gpu, memory::Usage};
 pub use room::Room;
 use room::{Choice, cheaper, keeping, least, remedy};
@@ -141,10 +141,7 @@ pub fn table(args: &PlanArgs) -> Result<String> {
         writeln!(out, "{kept:<36} {:>10}{tags} {host:>11} {}", bytes(total), verdict(&room, &choice, &usage, &job))?;
     }
 
-    writeln!(
-        out,
-        "\nOther shapes, each at its fastest that fits:\n   batch x seq      total      tok/s  fits"
-    )?;
+    writeln!(out, "\nOther shapes, each at its fastest that fits:\n   batch x seq      total      tok/s  fits")?;
     let (batch, length) = (settings.batch_size, settings.seq_len);
     let mut shapes = vec![(1, length), (batch / 2, length), (batch, length), (2 * batch, length), (4 * batch, length)];
     shapes.extend([(batch, length / 2), (batch, 2 * length), (batch, 4 * length)]);

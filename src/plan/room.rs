@@ -67,7 +67,8 @@ impl Room {
             None => format!("{} free", bytes(free)),
         };
         // Where no GPU is, another machine is planned for.
-        let host = if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
+        let host =
+            if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
         let bytes = given.map_or(free, |given| given.saturating_sub(besides));
         Ok(Room { chip, name, bytes, host: host.unwrap_or(usize::MAX), of })
     }
@@ -94,9 +95,10 @@ impl Room {
         let rates = self.rates(job).map_or_else(Rates::reference, |(rates, _)| rates);
         let mut best: Option<(f64, Choice)> = None;
         for job in in_parts(job) {
-            for job in with_pages_away(&job)? {
+            for (job, away) in with_pages_away(&job)? {
                 for (first, rest) in pairs(&job) {
                     let Some(choice) = self.with_few(&job, first, rest)? else { continue };
+                    let choice = if away { self.with_pages_back(choice)? } else { choice };
                     let speed = rates.speed(&choice.job);
                     if best.as_ref().is_none_or(|(most, _)| speed > *most) {
                         best = Some((speed, choice));
@@ -108,7 +110,7 @@ impl Room {
     }
 
     /// The job with as few layers as will do, from the first on, that keep `first` where the others keep `rest`; `None` if it
-    /// does not fit with all. Of pages that may leave, those that need not stay.
+    /// does not fit with all.
     fn with_few(&self, job: &Job, first: Keeping, rest: Keeping) -> Result<Option<Choice>> {
         let at = |layers| -> Result<Option<Choice>> {
             let layers = if layers == job.config.num_layers { usize::MAX } else { layers };
@@ -127,13 +129,7 @@ impl Room {
                 None => too_few = Some(middle),
             }
         }
-        if on_host(&least.job) > self.host {
-            return Ok(None);
-        }
-        if job.settings.paged_budget != Some(NO_PAGES) || job.chip.is_none() {
-            return Ok(Some(least));
-        }
-        self.with_pages_back(least).map(Some)
+        Ok((on_host(&least.job) <= self.host).then_some(least))
     }
 
     /// A choice with as many of its pages on the device as there is room for.
@@ -172,13 +168,13 @@ fn in_parts(job: &Job) -> Vec<Job> {
     std::iter::once(job.settings.feed_forward_rows).chain(parts.map(Some)).map(with).collect()
 }
 
-/// The job, and with its pages in host memory, where it has pages that may leave.
-fn with_pages_away(job: &Job) -> Result<Vec<Job>> {
-    let mut jobs = vec![job.clone()];
+/// The job, and with its pages in host memory (`true`), where it has pages that may leave.
+fn with_pages_away(job: &Job) -> Result<Vec<(Job, bool)>> {
+    let mut jobs = vec![(job.clone(), false)];
     if matches!(job.settings.paged_budget, None | Some(PagedBudget::Auto)) && job.pages()?.is_some() {
         let mut away = job.clone();
         away.settings.paged_budget = Some(NO_PAGES);
-        jobs.push(away);
+        jobs.push((away, true));
     }
     Ok(jobs)
 }

@@ -288,7 +288,8 @@ impl Rates {
         let linears = &work.linears[linears];
         let mut seconds: f64 = linears.iter().map(|linear| self.product(work, linear)).sum();
         if work.dora {
-            seconds += linears.iter().map(|linear| 2.0 * linear.share * linear.n).sum::<f64>() * work.t * work.w / self.bytes;
+            seconds +=
+                linears.iter().map(|linear| 2.0 * linear.share * linear.n).sum::<f64>() * work.t * work.w / self.bytes;
         }
         seconds + attention + self.gap * kernels + work.t * work.w * elements / self.bytes
     }

@@ -7,6 +7,7 @@ pub mod tensorboard;
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use nibble_kernels::cuda::{Target, target};
 pub use nibble_runtime::memory::readable as bytes;
 use nibble_runtime::{Device, cuda::Gpu, memory};
 use serde::{Deserialize, Serialize};
@@ -227,7 +228,11 @@ impl StepLog {
 pub fn device(device: Device, why_cpu: Option<&str>) -> Result<String> {
     if device != Device::Cpu {
         let gpu = Gpu::of(device)?;
-        return Ok(format!("{device}: {}, {}", gpu.name(), bytes(gpu.total_memory())));
+        let target = match target() {
+            Target::Native => "",
+            Target::Sm80 => ", kernels of sm_80",
+        };
+        return Ok(format!("{device}: {}, {}{target}", gpu.name(), bytes(gpu.total_memory())));
     }
     let why = why_cpu.map_or(String::new(), |reason| format!(" ({reason})"));
     Ok(format!("cpu{why}, {} threads", rayon::current_num_threads()))

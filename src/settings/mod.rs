@@ -6,8 +6,8 @@ mod choices;
 mod text;
 
 pub use args::TrainArgs;
-pub use choices::{MemoryBudget, Method};
 use choices::recomputing;
+pub use choices::{MemoryBudget, Method};
 pub(crate) use text::{as_optional_text, as_text};
 
 use crate::cli::{DTypeChoice, EmbeddingBits, QuantChoice};

@@ -26,12 +26,15 @@ fn a_budget_chooses_what_is_kept() {
     let place = Place::new();
     let args =
         ["bench-step", "--device", "cpu", "--model", "random:tiny", "--seq-len", "50", "--warm", "1", "--timed", "1"];
-    for (budget, kept) in [("auto", "kept: all\n"), ("20MiB", "kept: inputs:2,all\n"), ("16MiB", "kept: inputs:4,all\n")] {
+    for (budget, kept) in [("auto", "kept: all\n"), ("20MiB", "kept: attention:3,all\n"), ("16MiB", "kept: inputs\n")] {
         let ran = place.ok(&[&args[..], &["--memory-budget", budget]].concat());
         assert!(ran.stdout.contains(kept), "{budget}:\n{}{}", ran.stderr, ran.stdout);
         assert!(ran.stderr.contains("plan     "), "{}", ran.stderr);
     }
-    place.refuses(&[&args[..], &["--memory-budget", "8MiB"]].concat(), &["nothing fits", "--activations inputs --batch-size 1"]);
+    place.refuses(
+        &[&args[..], &["--memory-budget", "8MiB"]].concat(),
+        &["nothing fits", "--activations inputs --batch-size 1"],
+    );
     place.refuses(&[&args[..], &["--memory-budget", "8MiB", "--recompute", "2"]].concat(), &["--recompute"]);
 }
 

@@ -1,5 +1,4 @@
-//! The products of an 8B model's linear layers, bf16. `NIBBLE_GEMM_TILE=256|128|64` forces a tile of gemm.cuh,
-//! `NIBBLE_HOPPER=0` keeps Hopper from its own kernel.
+//! The products of an 8B model's linear layers, bf16. `NIBBLE_GEMM_TILE=256|128|64` forces a tile of gemm.cuh.
 
 use crate::Bench;
 use nibble_kernels::{

@@ -5,15 +5,18 @@
 //! reaches, measured by you) the share of that too. A NAME is an operation of [`OPERATIONS`], or part of a case's name and
 //! shape as printed, with one space between them: `linear "nf4 lora gate up 8192"`. With `NIBBLE_BENCH_PROFILE=1` every case
 //! runs once to warm up and once for a profiler to record, and only its name is printed:
-//! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_BENCH_WARM` is the milliseconds that a case runs for before it counts:
-//! some hundred, as the other library's cases do, where large products are compared, whose rate falls as the GPU gets warm.
+//! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_TARGET=sm_80` keeps Hopper from its own kernels. `NIBBLE_BENCH_WARM`
+//! is the milliseconds that a case runs for before it counts: some hundred, as the other library's cases do, where large
+//! products are compared, whose rate falls as the GPU gets warm.
 
 mod attention;
+mod decoding;
 mod linear;
 mod pointwise;
 mod quantize;
 mod skinny;
 
+use nibble_kernels::cuda::set_target;
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Gpu, Profiled, Timer},
@@ -58,6 +61,11 @@ impl Bench {
     /// The GPU under test.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &'static Gpu {
+        self.gpu
     }
 
     /// Standard normals on the device.
@@ -125,6 +133,9 @@ impl Bench {
 
 fn main() {
     let names = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
+    if let Some(target) = std::env::var("NIBBLE_TARGET").ok().and_then(|text| text.parse().ok()) {
+        set_target(target);
+    }
     let (operations, cases): (Vec<_>, Vec<_>) = names.partition(|name| OPERATIONS.iter().any(|(one, _)| one == name));
     match Bench::new(cases) {
         Ok(bench) => run(&bench, &operations),
@@ -141,6 +152,7 @@ const OPERATIONS: &[Operation] = &[
     ("attention", attention::run),
     ("quantize", quantize::run),
     ("skinny", skinny::run),
+    ("decoding", decoding::run),
 ];
 
 /// Runs the operations that are named, or all.

@@ -12,16 +12,14 @@
 // Parts: o f32 [chunks, most queries, heads, d], log2 of the sum of exponentials f32 [chunks, most queries, heads].
 constexpr int DECODE_ROWS = 16, PARTS = THREADS / WARP;
 template <typename T, int D>
-__device__ __forceinline__ void decode(
-    const T* q, const T* k, const T* v, float* part_o, float* part_lse, const int4* chunks, u32 heads, u32 group, u32 d,
-    u32 most, float scale_log2) {
+__device__ __forceinline__ void decode_chunk(
+    const T* q, const T* k, const T* v, float* part_o, float* part_lse, u32 part_number, int4 chunk, int first_visible,
+    u32 heads, u32 group, u32 d, u32 most, float scale_log2) {
     using R = Rows<D>;
     constexpr u32 STAGE = 2 * KEYS * R::BYTES;
     const u32 q_tile = shared_address(dynamic_shared), stages = q_tile + DECODE_ROWS * R::BYTES;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 kv = blockIdx.y, width = heads * d, kv_width = heads / group * d;
-    const int4 chunk = chunks[2 * blockIdx.x];
-    const int first_visible = chunks[2 * blockIdx.x + 1].x;
     const u32 row0 = blockIdx.z * DECODE_ROWS, rows = chunk.y * group;
     if (row0 >= rows) return;
     k += (u64)chunk.z * kv_width + kv * d;
@@ -129,7 +127,7 @@ __device__ __forceinline__ void decode(
             total += weight[part] * shared_sum[part * DECODE_ROWS + row];
         }
         u32 query = (row0 + row) / group, head = kv * group + (row0 + row) % group;
-        u64 at = ((u64)blockIdx.x * most + query) * heads + head;
+        u64 at = ((u64)part_number * most + query) * heads + head;
         float inverse = total > 0.0f ? 1.0f / total : 0.0f;
         if (lane == 0) part_lse[at] = total > 0.0f ? high + log2f(total) : -INFINITY;
         for (u32 e = lane; e < d; e += WARP) {
@@ -138,6 +136,15 @@ __device__ __forceinline__ void decode(
             part_o[at * d + e] = x * inverse;
         }
     }
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void decode(
+    const T* q, const T* k, const T* v, float* part_o, float* part_lse, const int4* chunks, u32 heads, u32 group, u32 d,
+    u32 most, float scale_log2) {
+    const int4 chunk = chunks[2 * blockIdx.x];
+    const int first_visible = chunks[2 * blockIdx.x + 1].x;
+    decode_chunk<T, D>(q, k, v, part_o, part_lse, blockIdx.x, chunk, first_visible, heads, group, d, most, scale_log2);
 }
 
 // Sums the parts of one query row and head (a block), in the order of the keys. rows: {first chunk, chunks, query}.

@@ -29,7 +29,7 @@ pub struct Heads {
 
 impl Heads {
     /// 1/√dim.
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 }

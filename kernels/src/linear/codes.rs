@@ -5,20 +5,20 @@ use nibble_runtime::{DType, Error, Result, Tensor};
 
 /// What a kernel is told about a weight of codes; nothing of a dense one.
 #[derive(Default)]
-pub(super) struct Codes<'a> {
-    pub(super) absmax: Option<&'a Tensor>,
-    pub(super) nested: Option<&'a Tensor>,
-    pub(super) map: Option<&'a Tensor>,
-    pub(super) offset: Option<&'a Tensor>,
-    pub(super) block_shift: u32,
-    pub(super) nested_shift: u32,
+pub(crate) struct Codes<'a> {
+    pub(crate) absmax: Option<&'a Tensor>,
+    pub(crate) nested: Option<&'a Tensor>,
+    pub(crate) map: Option<&'a Tensor>,
+    pub(crate) offset: Option<&'a Tensor>,
+    pub(crate) block_shift: u32,
+    pub(crate) nested_shift: u32,
     /// Row of `CODE_VALUES`.
-    pub(super) quant_type: u32,
+    pub(crate) quant_type: u32,
 }
 
 impl<'a> Codes<'a> {
     /// The parts of `quantized`, after a check that kernels stay inside of them.
-    pub(super) fn of(op: &'static str, quantized: &'a QuantTensor) -> Result<Self> {
+    pub(crate) fn of(op: &'static str, quantized: &'a QuantTensor) -> Result<Self> {
         let (numel, block_size) = (quantized.numel(), quantized.block_size);
         let power = |size: usize, least: usize| match size.is_power_of_two() && size >= least {
             true => Ok(size.trailing_zeros()),
@@ -58,7 +58,7 @@ impl<'a> Codes<'a> {
     }
 
     /// Its tensors.
-    pub(super) fn tensors(&self) -> impl Iterator<Item = &'a Tensor> {
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &'a Tensor> {
         [self.absmax, self.nested, self.map, self.offset].into_iter().flatten()
     }
 }

@@ -31,6 +31,7 @@ mod skinny;
 #[cfg(test)]
 mod skinny_tests;
 
+pub(crate) use codes::Codes;
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
 pub(crate) use hopper::GEMM_HOPPER;

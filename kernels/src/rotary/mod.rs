@@ -36,9 +36,9 @@ pub struct RopeConfig {
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
     /// f32 `[positions, head_dim / 2]`.
-    cos: Tensor,
+    pub(crate) cos: Tensor,
     /// f32 `[positions, head_dim / 2]`.
-    sin: Tensor,
+    pub(crate) sin: Tensor,
 }
 
 impl RopeConfig {
@@ -96,6 +96,14 @@ impl RotaryTable {
     /// Where it is.
     pub fn device(&self) -> Device {
         self.cos.device()
+    }
+
+    /// Address of the cosines in device memory.
+    ///
+    /// # Errors
+    /// The table is in host memory.
+    pub fn device_pointer(&self) -> Result<u64> {
+        self.cos.device_pointer()
     }
 
     /// The table on `device`; itself if it is there.

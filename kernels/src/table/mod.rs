@@ -229,9 +229,21 @@ pub fn input_grad(grad: &Tensor, table: &Table) -> Result<Tensor> {
     into_dtype(sum, grad.dtype(), tag)
 }
 
-/// Copies `count` columns of `from`, from column `from_first` on, to those of `to` from `to_first` on; the matrices have one
-/// type and as many rows, and the columns are there.
-fn columns(from: &Tensor, from_first: usize, to: &mut Tensor, to_first: usize, count: usize) -> Result<()> {
+/// Copies `count` columns of `from`, from column `from_first` on, to those of `to` from `to_first` on.
+///
+/// # Errors
+/// The matrices differ in type, rows or device, or have no such columns.
+pub fn columns(from: &Tensor, from_first: usize, to: &mut Tensor, to_first: usize, count: usize) -> Result<()> {
+    let ((rows, width), (to_rows, to_width)) = (from.dims2("copy of columns")?, to.dims2("copy of columns")?);
+    let there = |first: usize, width: usize| first.checked_add(count).is_some_and(|end| end <= width);
+    let alike = (rows, from.dtype(), from.device()) == (to_rows, to.dtype(), to.device());
+    if !(alike && there(from_first, width) && there(to_first, to_width)) {
+        let what = format!("columns {from_first}..+{count} of {from:?} to {to_first}.. of {to:?}");
+        return Err(Error::shape("copy of columns", what));
+    }
+    if rows == 0 || count == 0 {
+        return Ok(());
+    }
     match from.device() {
         Device::Cpu => cpu::columns(from, from_first, to, to_first, count),
         Device::Cuda(_) => cuda::columns(from, from_first, to, to_first, count),

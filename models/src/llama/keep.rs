@@ -93,7 +93,9 @@ impl FromStr for Activations {
         let mut runs = Vec::new();
         for part in text.split(',') {
             if runs.last().is_some_and(|&(_, layers)| layers == usize::MAX) {
-                return Err(format!("no layers are left for {part}: give those before it a number, as in inputs:8,{part}"));
+                return Err(format!(
+                    "no layers are left for {part}: give those before it a number, as in inputs:8,{part}"
+                ));
             }
             let (keeping, layers) = match part.split_once(':') {
                 None => (part, usize::MAX),
@@ -171,6 +173,7 @@ impl<T> Kept<T> {
 }
 
 /// What a layer's node saves.
+#[expect(clippy::large_enum_variant, reason = "there is one a layer")]
 pub(crate) enum Saved {
     Here(Kept),
     /// In host memory: which tensors, by their place among them.
@@ -221,7 +224,11 @@ mod tests {
             ("all", "all", ["all", "all", "all"]),
             ("inputs", "inputs", ["inputs", "inputs", "inputs"]),
             ("inputs:2", "inputs:2,all", ["inputs", "inputs", "all"]),
-            ("attention@host:1,inputs@device:1,all", "attention@host:1,inputs:1,all", ["attention@host", "inputs", "all"]),
+            (
+                "attention@host:1,inputs@device:1,all",
+                "attention@host:1,inputs:1,all",
+                ["attention@host", "inputs", "all"],
+            ),
             ("inputs:0,all@host", "all@host", ["all@host", "all@host", "all@host"]),
         ] {
             let parsed: Activations = text.parse().unwrap();
@@ -229,7 +236,9 @@ mod tests {
             assert_eq!(same.parse::<Activations>().unwrap(), parsed);
             assert_eq!([0, 1, 2].map(|layer| parsed.of(layer).to_string()), of);
         }
-        for (text, word) in [("some", "expected inputs"), ("all@disk", "@disk"), ("all,inputs", "left"), ("all:x", "number")] {
+        for (text, word) in
+            [("some", "expected inputs"), ("all@disk", "@disk"), ("all,inputs", "left"), ("all:x", "number")]
+        {
             assert!(text.parse::<Activations>().unwrap_err().contains(word), "{text}");
         }
         let inputs = Keeping { extent: Extent::Inputs, on_host: false };

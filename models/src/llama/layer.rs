@@ -158,7 +158,10 @@ impl Layer {
         let dropout = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| pass.mask(lora.dropout, 0).is_some());
         if [&self.gate, &self.up, &self.down].into_iter().any(dropout) {
             // A mask is made for all rows.
-            return Err(Error::invalid("feed-forward", "dropout needs all rows at once: leave --feed-forward-rows out"));
+            return Err(Error::invalid(
+                "feed-forward",
+                "dropout needs all rows at once: leave --feed-forward-rows out",
+            ));
         }
         Ok((0..tokens).step_by(rows).map(|start| start..(start + rows).min(tokens)).collect())
     }

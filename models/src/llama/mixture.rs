@@ -1,9 +1,9 @@
 //! Adapters side by side, for a batch whose rows belong to different ones ([`nibble_kernels::mixed`]).
 
-use super::{Linear, Llama, Lora};
+use super::{Linear, Llama, Lora, Param};
 use crate::{Error, Result};
-use nibble_kernels::{cast::cast, mixed};
-use nibble_runtime::{DType, Device, Tag, Tensor};
+use nibble_kernels::{cast::cast, mixed, table};
+use nibble_runtime::{Tag, Tensor};
 use std::collections::BTreeMap;
 
 /// Adapters of a model, side by side.
@@ -56,37 +56,41 @@ impl Llama {
         Ok(Mixture { sides, names: names.iter().map(|name| name.to_string()).collect() })
     }
 
-    fn side(&self, linear: &Linear, parts: &[(i32, &Lora)], adapters: usize) -> Result<mixed::Adapters> {
-        let (n, k) = linear.weight.dims()?;
-        let (mut a, mut columns, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        let host = |tensor: &Tensor| tensor.to_device(Device::Cpu, Tag::Workspace);
-        let mut b: Vec<Vec<f32>> = vec![Vec::new(); n];
-        let mut gains = vec![1f32; adapters * n];
-        for (number, lora) in parts {
-            let rank = lora.a.value.shape()[0];
-            a.extend_from_slice(host(&lora.a.value)?.as_slice::<f32>()?);
-            let of_b = host(&lora.b.value)?;
-            b.iter_mut().zip(of_b.as_slice::<f32>()?.chunks(rank)).for_each(|(row, part)| row.extend_from_slice(part));
-            columns.extend(std::iter::repeat_n(*number, rank));
-            scales.extend(std::iter::repeat_n(lora.scale, rank));
-            if let Some((_, of_lora)) = linear.gains_of(lora)? {
-                let start = *number as usize * n;
-                gains[start..start + n].copy_from_slice(host(of_lora)?.as_slice::<f32>()?);
+    /// What is on the layers, as adapter 0 of a mixture of one.
+    pub(crate) fn own_mixture(&self) -> Result<Mixture> {
+        let mut sides = BTreeMap::new();
+        for linear in self.layers.iter().flat_map(|layer| layer.linears()) {
+            if let Some(lora) = &linear.lora {
+                sides.insert(linear.index, self.side(linear, &[(0, lora)], 1)?);
             }
         }
-        let device = self.device();
-        let own = |values: &[f32], shape: &[usize], dtype: DType| -> Result<Tensor> {
-            let tensor = Tensor::from_slice(values, shape, Tag::Adapters)?.into_device(device, Tag::Adapters)?;
-            Ok(cast(&tensor, dtype, Tag::Adapters)?)
-        };
+        Ok(Mixture { sides, names: Vec::new() })
+    }
+
+    fn side(&self, linear: &Linear, parts: &[(i32, &Lora)], adapters: usize) -> Result<mixed::Adapters> {
+        let ((n, k), device) = (linear.weight.dims()?, self.device());
+        let rank = |lora: &Lora| lora.a.value.shape()[0];
+        let total = parts.iter().map(|(_, lora)| rank(lora)).sum();
+        let empty = |shape: &[usize]| Tensor::empty(shape, self.dtype, device, Tag::Adapters);
+        let (mut a, mut b) = (empty(&[total, k])?, empty(&[n, total])?);
+        let (mut columns, mut scales) = (Vec::new(), Vec::new());
         let dora = parts.iter().any(|(_, lora)| lora.magnitude.is_some());
-        Ok(mixed::Adapters {
-            a: own(&a, &[columns.len(), k], self.dtype)?,
-            b: own(&b.concat(), &[n, columns.len()], self.dtype)?,
-            scales: own(&scales, &[columns.len()], DType::F32)?,
-            gains: dora.then(|| own(&gains, &[adapters, n], DType::F32)).transpose()?,
-            columns: Tensor::from_slice(&columns, &[columns.len()], Tag::Adapters)?
-                .into_device(device, Tag::Adapters)?,
-        })
+        let there = |values: &[f32], shape: &[usize]| {
+            Tensor::from_slice(values, shape, Tag::Adapters)?.into_device(device, Tag::Adapters)
+        };
+        let mut gains = dora.then(|| there(&vec![1.0; adapters * n], &[adapters, n])).transpose()?;
+        for &(number, lora) in parts {
+            let narrow = |param: &Param| cast(&param.value, self.dtype, Tag::Workspace);
+            a.copy_from(columns.len() * k, &narrow(&lora.a)?)?;
+            table::columns(&narrow(&lora.b)?, 0, &mut b, columns.len(), rank(lora))?;
+            columns.extend(std::iter::repeat_n(number, rank(lora)));
+            scales.extend(std::iter::repeat_n(lora.scale, rank(lora)));
+            if let (Some(gains), Some((_, of_lora))) = (&mut gains, linear.gains_of(lora)?) {
+                gains.copy_from(number as usize * n, of_lora)?;
+            }
+        }
+        let scales = there(&scales, &[total])?;
+        let columns = Tensor::from_slice(&columns, &[total], Tag::Adapters)?.into_device(device, Tag::Adapters)?;
+        Ok(mixed::Adapters { a, b, columns, scales, gains })
     }
 }

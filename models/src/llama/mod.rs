@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapters;
+mod decoder;
 mod init;
 mod keep;
 mod layer;
@@ -21,6 +22,7 @@ mod tests;
 
 pub use adapter::TARGETS;
 pub use adapters::Adapters;
+pub(crate) use decoder::{Decoder, Row};
 pub use init::Init;
 pub use keep::{Activations, Extent, Keeping};
 pub use layer::{Layer, LayerCache};

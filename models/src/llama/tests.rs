@@ -15,7 +15,7 @@ use nibble_kernels::{
 };
 use nibble_runtime::rng::{Philox, Stream};
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 fn random(shape: &[usize], seed: u64, scale: f32) -> Tensor {
     let rng = Philox::new(seed, Stream { purpose: 99, step: 0, layer: 0 });
@@ -313,7 +313,7 @@ fn gradients(llama: &mut Llama, lengths: &[usize], seed: u64, activations: &str,
     let ids: Vec<i32> = (0..tokens as i32).map(|i| i % 11).collect();
     let labels: Vec<i32> = (0..tokens as i32).map(|i| if i % 3 == 2 { -100 } else { (i + 1) % 11 }).collect();
     (llama.activations, llama.feed_forward_rows) = (activations.parse().unwrap(), rows);
-    let mut step = || {
+    let step = || {
         let batch = Packed { ids: &ids, labels: &labels, lengths };
         let mut sink = Collected::default();
         let out = llama.train(batch, 0.25, Some(DropoutKey { seed, step: 1 }), &mut sink).unwrap();
@@ -631,4 +631,91 @@ fn a_sequence_continues_as_a_new_one_would() {
         }
     }
     assert!(sequence.continue_with(&llama, &[], limits, Sampling::GREEDY, |_| true).is_err());
+}
+
+/// The model on a GPU, in a 16-bit type.
+fn on_gpu(mut llama: Llama, device: Device, dtype: DType) -> Llama {
+    let there = |tensor: &Tensor| tensor.to_device(device, Tag::Weights).unwrap();
+    let wide = |param: &mut Param| param.value = there(&param.value);
+    let table = |param: &mut Param<Table>| {
+        let Table::Dense(tensor) = &param.value else { return };
+        param.value = Table::Dense(there(&tensor.cast(dtype, Tag::Weights).unwrap()));
+    };
+    table(&mut llama.embedding);
+    llama.head.iter_mut().for_each(table);
+    wide(&mut llama.norm);
+    for layer in &mut llama.layers {
+        [&mut layer.input_norm, &mut layer.post_norm].into_iter().for_each(wide);
+        for linear in layer.linears_mut() {
+            if let Weight::Quantized(quantized) = &linear.weight {
+                linear.weight = Weight::Quantized(quantized.to_device(device, Tag::Weights).unwrap());
+            }
+        }
+    }
+    Llama { dtype, ..llama }
+}
+
+/// Adapters of several ranks and targets, one a DoRA, added to the model under names.
+fn add_adapters(llama: &mut Llama, shape: LlamaConfig, names: [&str; 3]) {
+    let dora = AdapterConfig { use_dora: true, ..everywhere(2, 0.0) };
+    let targets = Some(TargetModules::Names(vec!["q_proj".into(), "up_proj".into(), "down_proj".into()]));
+    let few = AdapterConfig { target_modules: targets, ..everywhere(8, 0.0) };
+    for (name, settings) in names.into_iter().zip([everywhere(4, 0.0), few, dora]) {
+        let adapter = model_with(shape.clone(), true, Some(settings.clone()), name.len() as u64 + 40);
+        llama.add_adapter(name, &adapter.adapter(settings).unwrap(), "x".as_ref()).unwrap();
+    }
+}
+
+/// Steps of the decoder, recorded and not, give the logits of passes over the same tokens: rows of several adapters and
+/// lengths, of which one ends before the others.
+#[test]
+fn gpu_steps_of_a_decoder_give_what_passes_give() {
+    let Some(device) = nibble_runtime::cuda::device_for_tests() else { return };
+    let shape = config(2, 3, 16, 128, 192);
+    for dtype in [DType::BF16, DType::F16] {
+        let mut base = model(shape.clone(), true, Some((1, 0.0)), 3);
+        base.linears_mut().for_each(|linear| linear.lora = None);
+        let mut llama = on_gpu(base, device, dtype);
+        let names = ["one", "two", "dora"];
+        add_adapters(&mut llama, shape.clone(), names);
+        let mixture = Arc::new(llama.mixture(&names).unwrap());
+        let mut decoder = llama.decoder(&mixture).unwrap().expect("the kernels take this model");
+        let capacity = 24;
+        let rope = llama.config.rope.table(32, capacity).unwrap().to_device(device).unwrap();
+        // Reads so many tokens more of each row, behind `past` of them and with this adapter, in a pass.
+        let pass = |rows: &[(usize, i32)], counts: &[usize], ids: &[i32], cache: &mut [LayerCache]| {
+            let (mut spans, mut owners, mut last) = (Vec::new(), Vec::new(), Vec::new());
+            for (i, (&(past, owner), &count)) in rows.iter().zip(counts).enumerate() {
+                spans.push((i * capacity, past, count));
+                owners.extend(vec![owner; count]);
+                last.push(owners.len() - 1);
+            }
+            let pass = Pass::batched(&llama.config, &spans, &rope).unwrap().mixed(Arc::clone(&mixture), &owners);
+            llama.last_logits(ids, &pass.unwrap().to_device(device).unwrap(), &last, cache).unwrap()
+        };
+        let mut rows = vec![(0, 0), (0, 2), (0, -1), (0, 1), (0, 0)];
+        let [mut cache, mut other] = [(); 2].map(|()| llama.cache(capacity * rows.len()).unwrap());
+        let lengths = [4, 1, 10, 6, 2];
+        let ids: Vec<i32> = (0..23).map(|i| i * 7 % 11).collect();
+        for cache in [&mut cache, &mut other] {
+            pass(&rows, &lengths, &ids, cache);
+        }
+        rows.iter_mut().zip(lengths).for_each(|(row, length)| row.0 = length);
+        for step in 0..8 {
+            if step == 5 {
+                rows.pop();
+            }
+            let ids: Vec<i32> = (0..rows.len() as i32).map(|i| (3 * i + step) % 11).collect();
+            let expected = pass(&rows, &vec![1; rows.len()], &ids, &mut other);
+            let row = |(i, &(position, owner)): (usize, &(usize, i32))| Row { position, first: i * capacity, owner };
+            let at: Vec<Row> = rows.iter().enumerate().map(row).collect();
+            let found = decoder.logits(&llama, &ids, &at, &rope, &mut cache).unwrap();
+            let [found, expected] = [found, expected].map(|logits| logits.into_device(Device::Cpu, Tag::Workspace));
+            let error = distance(&wide(&found.unwrap()), &wide(&expected.unwrap()));
+            assert!(error < 3e-2, "{dtype}, step {step}: {error}");
+            rows.iter_mut().for_each(|row| row.0 += 1);
+        }
+        let outside = [Row { position: capacity, first: 0, owner: 0 }];
+        assert!(decoder.logits(&llama, &[1], &outside, &rope, &mut cache).is_err());
+    }
 }

@@ -56,6 +56,8 @@ enum Value {
     /// A number or address in the low bytes, and how many those are.
     Word(u64, usize),
     Map(Box<TensorMap>),
+    /// A C structure.
+    Structure(Vec<u64>),
 }
 
 impl Value {
@@ -63,6 +65,7 @@ impl Value {
         match self {
             Value::Word(_, bytes) => *bytes,
             Value::Map(_) => size_of::<TensorMap>(),
+            Value::Structure(words) => size_of_val(&words[..]),
         }
     }
 
@@ -71,6 +74,7 @@ impl Value {
         match self {
             Value::Word(word, _) => std::ptr::from_mut(word).cast(),
             Value::Map(map) => std::ptr::from_mut(&mut **map).cast(),
+            Value::Structure(words) => words.as_mut_ptr().cast(),
         }
     }
 }
@@ -89,6 +93,8 @@ pub struct Work {
 pub struct Args {
     values: Vec<Value>,
     work: Work,
+    /// Whether the kernel waits itself for the one before it.
+    early: bool,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -114,6 +120,13 @@ impl Args {
 
     fn touches(mut self, tensor: &Tensor) -> Self {
         self.work.bytes += tensor.size_bytes() as f64;
+        self
+    }
+
+    /// The kernel may start while the one before it in the stream still runs, and waits itself until that one has written
+    /// all it writes (programmatic dependent launch: Hopper's `griddepcontrol`).
+    pub fn early(mut self) -> Self {
+        self.early = true;
         self
     }
 
@@ -171,6 +184,31 @@ impl Args {
         args
     }
 
+    /// A structure of these fields, as C lays it out: each at a multiple of its size, the whole a multiple of 8 bytes. A field
+    /// may be a structure.
+    ///
+    /// # Panics
+    /// A field is a [`Args::tensor_map`].
+    pub fn structure(mut self, fields: Args) -> Self {
+        let mut bytes: Vec<u8> = Vec::new();
+        for field in &fields.values {
+            let (data, align): (Vec<u8>, usize) = match field {
+                Value::Word(word, size) => (word.to_le_bytes()[..*size].to_vec(), *size),
+                Value::Structure(words) => (words.iter().flat_map(|word| word.to_le_bytes()).collect(), 8),
+                Value::Map(_) => panic!("a tensor map is a parameter of its own"),
+            };
+            bytes.resize(bytes.len().next_multiple_of(align), 0);
+            bytes.extend(data);
+        }
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        let word = |chunk: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| chunk[i]));
+        self.values.push(Value::Structure(bytes.chunks_exact(8).map(word).collect()));
+        self.work.flops += fields.work.flops;
+        self.work.bytes += fields.work.bytes;
+        self.error = self.error.or(fields.error);
+        self
+    }
+
     /// A 32-bit unsigned number.
     pub fn u32(self, value: u32) -> Self {
         self.push(value.into(), 4)
@@ -209,6 +247,11 @@ struct Function {
 unsafe impl Send for Loaded {}
 // SAFETY: as above; the table is not changed after it was made.
 unsafe impl Sync for Loaded {}
+
+/// Whether `NIBBLE_CUDA_SYNC` wants every launch to be waited for.
+pub(super) fn waits() -> bool {
+    std::env::var_os("NIBBLE_CUDA_SYNC").is_some()
+}
 
 /// Shared memory that every kernel may use without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;
@@ -267,30 +310,34 @@ impl Gpu {
         }
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared as u32,
+            hStream: stream.0,
+            attrs: &mut overlap,
+            numAttrs: args.early.into(),
+        };
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays
-        // inside of its tensors is checked by the operation that launches it.
-        let status = unsafe {
-            sys::cuLaunchKernel(
-                function.handle,
-                grid[0],
-                grid[1],
-                grid[2],
-                block[0],
-                block[1],
-                block[2],
-                shared as u32,
-                stream.0,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
+        // inside of its tensors, and waits where it starts early, is checked by the operation that launches it.
+        let status =
+            unsafe { sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut()) };
         let failed = |error| Error::Cuda { op: "launch", what: format!("{entry} {grid:?} x {block:?}: {error}") };
         check("cuLaunchKernel", status).map_err(failed)?;
         if let Some(start) = start {
             self.record(start, stream, entry, args.work)?;
         }
-        if std::env::var_os("NIBBLE_CUDA_SYNC").is_some() {
+        if waits() {
             self.synchronize_all().map_err(failed)?;
             self.report()?;
         }
@@ -374,5 +421,23 @@ impl Module {
     /// The parameters of kernel `name` by the table.
     pub fn params(&self, name: &str) -> Option<&'static [usize]> {
         self.entries.iter().find(|entry| entry.is(name)).map(|entry| entry.params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structures_are_laid_out_as_in_c() {
+        // struct { u32 a; struct { u64 b; float c; } d; u32 e; }
+        let inner = Args::new().u64(0x1122_3344_5566_7788).f32(1.0);
+        let args = Args::new().structure(Args::new().u32(7).structure(inner).u32(9));
+        let Value::Structure(words) = &args.values[0] else { panic!("{args:?}") };
+        assert_eq!(words, &[7, 0x1122_3344_5566_7788, u64::from(1f32.to_bits()), 9]);
+        assert_eq!(args.values[0].bytes(), 32);
+        let args = Args::new().structure(Args::new().u32(1).u32(2).u64(3));
+        let Value::Structure(words) = &args.values[0] else { panic!("{args:?}") };
+        assert_eq!(words, &[1 | 2 << 32, 3]);
     }
 }

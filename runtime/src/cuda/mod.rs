@@ -10,6 +10,7 @@ mod copy;
 mod driver;
 mod event;
 mod gpu;
+mod graph;
 mod launch;
 mod memory;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub(crate) use copy::{copy, download, upload, upload_on};
 pub use driver::{DRIVER_NEEDED, MIN_CAPABILITY, available};
 pub use event::{Event, Timer};
 pub use gpu::{Chip, Gpu, Stream};
+pub use graph::Graph;
 pub use launch::{Args, Entry, Module, Work};
 pub(crate) use memory::DeviceBuffer;
 pub use memory::{DeviceMemory, poison};

@@ -78,9 +78,14 @@ impl Gpu {
         launches.into_iter().map(times).collect()
     }
 
+    /// Whether the times of launches are taken.
+    pub(super) fn is_recording(&self) -> bool {
+        self.recording.on.load(Relaxed)
+    }
+
     /// A mark in `stream`, if launches are recorded.
     pub(super) fn mark_if_recording(&self, stream: Stream) -> Result<Option<Event>> {
-        if !self.recording.on.load(Relaxed) {
+        if !self.is_recording() {
             return Ok(None);
         }
         let mark = Event::new(Gpu::of(self.device())?, true)?;

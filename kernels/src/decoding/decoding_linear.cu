@@ -1,0 +1,1 @@
+#include "decoding/linear_entries.cuh"
