@@ -58,8 +58,8 @@ const PLAIN: [Attention; 2] = [Attention { peak: 425e12, half: 330.0 }, Attentio
 const HOPPER: [Attention; 2] = [Attention { peak: 720e12, half: 520.0 }, Attention { peak: 565e12, half: 1250.0 }];
 
 /// An H100 SXM, from the same pages. In a step products run at some 0.9 of what one alone reaches (745 to 790 TFLOP/s), passes
-/// over memory at 0.85 to 0.9 of a copy. What the two kinds of products that no page has a rate of reach was taken from whole
-/// steps: the adapters' from ranks 16 and 64, those with an f32 head from full fine-tuning of a 1B.
+/// over memory at 0.85 to 0.9 of a copy. The adapters' own products are those of docs/measurements/2026-11-28-step-kernels.md,
+/// each by itself: no whole step has been measured with them.
 const H100: Rates = Rates {
     products: 680e12,
     head: 620e12,
@@ -79,7 +79,7 @@ const H100: Rates = Rates {
     dropout: [1.1e-12, 1.3e-12, 2.2e-12],
 };
 
-/// Adapters' products of the kernels that every GPU has.
+/// Adapters' products of the kernels that every GPU has, from whole steps of ranks 16 and 64.
 const ONE_BY_ONE: f64 = 90e12;
 
 /// Ceilings of data sheets: a word of the name, dense bf16 FLOP/s and bytes/s of memory. The first that fits counts.
@@ -356,9 +356,10 @@ impl Rates {
 
 #[cfg(test)]
 impl Rates {
-    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small`: what some measured steps ran
-    /// with.
+    /// An H100 whose adapters' products are made one by one; with the attention kernels of sm_80 and heads in chunks of 256 rows
+    /// where `small`. What measured steps ran with.
     pub(super) fn before(small: bool) -> Rates {
-        Rates { attention: PLAIN, adapters: ONE_BY_ONE, together: false, head: if small { H100.small_head } else { H100.head }, ..H100 }
+        let one_by_one = Rates { adapters: ONE_BY_ONE, together: false, ..H100 };
+        if small { Rates { attention: PLAIN, head: H100.small_head, ..one_by_one } } else { one_by_one }
     }
 }

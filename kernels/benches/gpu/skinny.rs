@@ -22,7 +22,14 @@ pub fn run(bench: &Bench) -> Result<()> {
 }
 
 fn low_rank(bench: &Bench) -> Result<()> {
-    for (t, k, r) in [(8192, HIDDEN, 16), (8192, INNER, 16), (2048, HIDDEN, 16), (8192, 1024, 16), (8192, HIDDEN, 64), (8192, INNER, 64)] {
+    for (t, k, r) in [
+        (8192, HIDDEN, 16),
+        (8192, INNER, 16),
+        (2048, HIDDEN, 16),
+        (8192, 1024, 16),
+        (8192, HIDDEN, 64),
+        (8192, INNER, 64),
+    ] {
         let x = bench.random(&[t, k], DType::BF16, 1)?;
         let u = bench.random(&[t, r], DType::BF16, 2)?;
         let (a, b) = (bench.random(&[r, k], DType::BF16, 3)?, bench.random(&[k, r], DType::BF16, 4)?);

@@ -142,7 +142,8 @@ pub(super) const MOST_SUMMED: usize = 3;
 /// at most what the result takes.
 pub(super) fn sums_on(chip: Chip, quantized: bool, m: usize, n: usize, parts: &[[usize; 2]]) -> Option<u32> {
     let number = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
-    let columns = |&[k, rank]: &[usize; 2]| columns_on(chip, quantized, [number(m), number(n), number(k), number(rank)]);
+    let columns =
+        |&[k, rank]: &[usize; 2]| columns_on(chip, quantized, [number(m), number(n), number(k), number(rank)]);
     let first = columns(parts.first()?)?;
     let (all, largest) = parts.iter().fold((0, 0), |(all, largest), &[k, _]| (all + k, k.max(largest)));
     let small = !quantized || all - largest <= m;
@@ -165,7 +166,10 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
             Weight::Quantized(_) => None,
         };
         for tensor in [*grad].into_iter().chain(weight).chain(lora.iter().flat_map(|&(u, a)| [u, a])) {
-            fits = fits && tensor.dtype() == dtype && tensor.device() == out.device() && tensor.device_pointer()? % 16 == 0;
+            fits = fits
+                && tensor.dtype() == dtype
+                && tensor.device() == out.device()
+                && tensor.device_pointer()? % 16 == 0;
         }
     }
     let quantized = parts.iter().any(|part| matches!(part.weight, Weight::Quantized(_)));

@@ -7,8 +7,7 @@ use nibble_runtime::{
 };
 
 /// Four maps; three times output, scale, column, rank and the ranks before; partial sums; six sizes.
-const PRODUCT: &[usize] =
-    &[128, 128, 128, 128, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4];
+const PRODUCT: &[usize] = &[128, 128, 128, 128, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4];
 /// Partial sums; three times output, scale and end; two sizes.
 const SUM: &[usize] = &[8, 8, 4, 4, 8, 4, 4, 8, 4, 4, 4, 4];
 
@@ -264,7 +263,8 @@ pub(super) mod tests {
     #[test]
     fn launches_fill_the_gpu_and_fit_it() {
         for kind in [Kind::Rows, Kind::Columns, Kind::Grads { transposed: true }] {
-            for (rows, inner) in [(8192, 4096), (8192, 14336), (2048, 4096), (4096, 8192), (14336, 8192), (1024, 8192)] {
+            for (rows, inner) in [(8192, 4096), (8192, 14336), (2048, 4096), (4096, 8192), (14336, 8192), (1024, 8192)]
+            {
                 for ranks in [&[16][..], &[64], &[16, 16, 16], &[64, 64, 64], &[128]] {
                     let (count, sum) = (ranks.iter().map(|&rank| groups(rank)).sum(), ranks.iter().sum());
                     let plan = Plan::new(H100, kind, rows, inner, count, sum);

@@ -196,8 +196,11 @@ fn shared_lora_products(
         let each = |f: &dyn Fn(usize, u64) -> Tensor| -> Vec<Tensor> {
             ranks.iter().zip(10..).map(|(&r, salt)| f(r, salt)).collect()
         };
-        let (downs, us, ups) =
-            (each(&|r, salt| of([r, k], salt)), each(&|r, salt| of([t, r], 2 * salt)), each(&|r, salt| of([n, r], 3 * salt)));
+        let (downs, us, ups) = (
+            each(&|r, salt| of([r, k], salt)),
+            each(&|r, salt| of([t, r], 2 * salt)),
+            each(&|r, salt| of([n, r], 3 * salt)),
+        );
         let scaled: Vec<(&Tensor, f32)> = downs.iter().zip([0.5, -2.0, 1.0, 3.0]).collect();
         ALWAYS.set(true);
         let mut results = lora::down_all(&x, &scaled, TAG).unwrap();

@@ -154,7 +154,16 @@ impl Pass {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
         let layout = Layout::new(segments, positions.device())?;
-        Ok(Pass { positions, layout, rope, heads, dropout, feed_forward_rows: usize::MAX, mixture: None, casts: Casts::default() })
+        Ok(Pass {
+            positions,
+            layout,
+            rope,
+            heads,
+            dropout,
+            feed_forward_rows: usize::MAX,
+            mixture: None,
+            casts: Casts::default(),
+        })
     }
 
     /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.

@@ -42,8 +42,8 @@ impl Grads {
     }
 }
 
-/// `linear::Back`: `scaled` and `u`.
-struct Back([Option<Held>; 2]);
+/// `linear::Back`: `scaled` and `u`, as far as they are there.
+type Back = Vec<Held>;
 
 /// A linear: its layer, and which of the layer's it is.
 type Place = [usize; 2];
@@ -348,7 +348,7 @@ impl Walk<'_> {
             grads.put(Some(self.weight_grad(self.t.get(), n, rank, false)));
             u
         });
-        Back([scaled, u])
+        scaled.into_iter().chain(u).collect()
     }
 
     /// `linear::parameter_grads`.
