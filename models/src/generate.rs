@@ -88,7 +88,8 @@ impl Sequence {
         }
         let needed = text.len() + limits.max_new;
         if needed > self.capacity {
-            *self = Self::with_capacity(llama, needed.next_power_of_two())?;
+            let decoder = self.decoder.take();
+            *self = Sequence { decoder, ..Self::with_capacity(llama, needed.next_power_of_two())? };
         }
         // The last token is always read: its logits are what comes next.
         let same = self.read.iter().zip(text).take_while(|(a, b)| a == b).count().min(text.len() - 1);

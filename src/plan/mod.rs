@@ -120,22 +120,10 @@ pub fn table(args: &PlanArgs) -> Result<String> {
     )?;
 
     let fastest = room.fastest(&job)?;
-    let uniform = |keeping| Activations::new(keeping, usize::MAX, keeping);
-    let mut choices = vec![keeping(&job, Activations::default())];
-    choices.extend(cheaper(&job).map(|keep| keeping(&job, uniform(keep))));
-    choices.extend([least(&job), job.clone()]);
-    choices.extend(fastest.iter().map(|choice| choice.job.clone()));
-    let mut rows = Vec::new();
-    for choice in choices {
-        let usage = peak(&choice)?;
-        rows.push((usage.total_peak, kept(&choice), usage, choice));
-    }
-    rows.sort_by(|a, b| (b.0, &a.1).cmp(&(a.0, &b.1)));
-    rows.dedup_by(|a, b| (a.0, &a.1) == (b.0, &b.1));
     let tags = Tag::ALL.map(|tag| format!("{:>12}", tag.to_string())).concat();
     writeln!(out, "{} x {} tokens a micro-batch, by what layers keep:", settings.batch_size, settings.seq_len)?;
     writeln!(out, "{:<36}      total{tags}        host      tok/s  fits", "--activations")?;
-    for (total, kept, usage, choice) in rows {
+    for (total, kept, usage, choice) in rows(&job, &fastest)? {
         let tags = usage.peak.map(|peak| format!("{:>12}", bytes(peak))).concat();
         let host = bytes(on_host(&choice));
         writeln!(out, "{kept:<36} {:>10}{tags} {host:>11} {}", bytes(total), verdict(&room, &choice, &usage, &job))?;
@@ -169,6 +157,25 @@ pub fn table(args: &PlanArgs) -> Result<String> {
         room.rates(&job).map_or("no rates are known for this device and type", |(_, worth)| worth)
     )?;
     Ok(out)
+}
+
+/// Bytes at the peak, what is kept, the peak by tag, and the job.
+type Row = (usize, String, Usage, Job);
+
+/// Each thing that all layers may keep, what was asked for and what is fastest, from most memory to least.
+fn rows(job: &Job, fastest: &Option<Choice>) -> Result<Vec<Row>> {
+    let mut jobs = vec![keeping(job, Activations::default())];
+    jobs.extend(cheaper(job).map(|keep| keeping(job, Activations::new(keep, usize::MAX, keep))));
+    jobs.extend([least(job), job.clone()]);
+    jobs.extend(fastest.iter().map(|choice| choice.job.clone()));
+    let row = |job: Job| -> Result<Row> {
+        let usage = peak(&job)?;
+        Ok((usage.total_peak, kept(&job), usage, job))
+    };
+    let mut rows = jobs.into_iter().map(row).collect::<Result<Vec<_>>>()?;
+    rows.sort_by(|a, b| (b.0, &a.1).cmp(&(a.0, &b.1)));
+    rows.dedup_by(|a, b| (a.0, &a.1) == (b.0, &b.1));
+    Ok(rows)
 }
 
 /// Speed, and whether it fits.

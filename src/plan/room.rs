@@ -121,12 +121,12 @@ impl Room {
         let all = job.config.num_layers;
         let Some(mut least) = at(all)? else { return Ok(None) };
         // The device holds less the more layers keep less.
-        let (mut too_few, mut enough) = (None, all);
-        while too_few.map_or(0, |few: usize| few + 1) < enough {
-            let middle = (too_few.map_or(0, |few| few + 1) + enough) / 2;
+        let (mut from, mut enough) = (0, all);
+        while from < enough {
+            let middle = (from + enough) / 2;
             match at(middle)? {
                 Some(choice) => (least, enough) = (choice, middle),
-                None => too_few = Some(middle),
+                None => from = middle + 1,
             }
         }
         Ok((on_host(&least.job) <= self.host).then_some(least))

@@ -188,10 +188,10 @@ fn part_args(part: &Part, k: usize, columns: usize, dtype: DType, device: Device
     Ok(args.u32(size(OP, n)?).u32(size(OP, rank)?).u32(size(OP, column)?).u32(0))
 }
 
-/// What a product gives its results to.
+/// Which product, and what it gives its results to.
 struct Into<'a> {
     kernel: &'static str,
-    /// Its rows, and rows of weights that a tile takes of each part.
+    /// Tiles of two times eight rows of weights.
     tiles: usize,
     residual: Option<&'a Tensor>,
     y: &'a mut Tensor,

@@ -251,8 +251,8 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     __shared__ float maps[3][256], offsets[3];
     __shared__ float4 sums[TEAMS][WARPS][NT][WARP];
     const u32 team = threadIdx.x / TEAM, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
-    const u32 k0 = warp * CHUNK, step = TEAMS * gridDim.x, bank = shared_address(dynamic_shared) + 4 * lane;
-    // The warp has `wholes` chunks of a row, then one of `rest` times 64.
+    const u32 k0 = warp * CHUNK, step = TEAMS * gridDim.x;
+    // The warp has `mine` chunks of a row, the last of `rest` times 64.
     const u32 mine = p.k > k0 ? (p.k - k0 + WARPS * CHUNK - 1) / (WARPS * CHUNK) : 0;
     const u32 rest = mine > 0 ? min((p.k - k0 - (mine - 1) * WARPS * CHUNK) / 64, (u32)GROUPS) : 0;
     u32 tile = blockIdx.x + team * gridDim.x;
@@ -269,6 +269,9 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     }
     wait_before();
     __syncthreads();
+    // Made behind the barrier, so that no look-up can come before it.
+    u32 bank;
+    asm volatile("mov.u32 %0, %1;" : "=r"(bank) : "r"(shared_address(dynamic_shared) + 4 * lane) : "memory");
 
     auto scales = [&](const Chunk& chunk, float (&scale)[2]) {
 #pragma unroll

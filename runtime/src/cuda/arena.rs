@@ -3,49 +3,18 @@
 use super::{Event, Gpu, Stream, driver::check, transfer::Transfers};
 use crate::{Device, Error, Result, Tensor, memory::readable};
 use cudarc::driver::sys;
-use memmap2::MmapMut;
-use rayon::prelude::*;
 use std::{fmt, sync::Arc};
 
 /// Bytes that are pinned at a time.
 const SLAB: usize = 64 << 20;
-/// Bytes of a large page, which one task touches.
-const TASK: usize = 2 << 20;
-/// Bytes of a small page.
-const PAGE: usize = 4 << 10;
-
-/// Pinned host memory, which the system has given already: all threads touch it first, and large pages are asked for. Memory
-/// that the driver allocates is made by one thread, page by page: 0.7 to 0.85 s for 2 GiB on a machine where this took 0.08 to
-/// 0.17 s.
-struct Slab(MmapMut);
-
-impl Slab {
-    fn new(gpu: &Gpu) -> Result<Self> {
-        let refused = |what: String| Error::Cuda { op: "pinning", what };
-        let mut memory = MmapMut::map_anon(SLAB).map_err(|error| refused(error.to_string()))?;
-        // Where they are refused small ones do, more slowly.
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        memory.par_chunks_mut(TASK).for_each(|part| part.iter_mut().step_by(PAGE).for_each(|byte| *byte = 0));
-        gpu.bind()?;
-        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
-        // SAFETY: the context is current; the memory is there, and stays until it is unregistered (`PinnedArena::drop`).
-        check("cuMemHostRegister", unsafe { sys::cuMemHostRegister_v2(memory.as_mut_ptr().cast(), SLAB, flags) })?;
-        Ok(Slab(memory))
-    }
-
-    /// Address of the first byte, for copies by the driver.
-    fn address(&self) -> u64 {
-        self.0.as_ptr().expose_provenance() as u64
-    }
-}
 
 /// Pinned memory in slabs, addressed as one, and the streams that copy.
 pub(crate) struct PinnedArena {
     transfers: Transfers,
     outward: Stream,
     inward: Stream,
-    slabs: Vec<Slab>,
+    /// Addresses, the same for host and GPU under unified addressing (every GPU that is supported).
+    slabs: Vec<u64>,
 }
 
 impl PinnedArena {
@@ -65,16 +34,23 @@ impl PinnedArena {
 
     /// Pins memory up to `end`.
     fn reserve(&mut self, end: usize) -> Result<()> {
+        let gpu = self.transfers.gpu;
         while self.slabs.len() * SLAB < end {
-            let slab = Slab::new(self.transfers.gpu).map_err(|error| Error::Cuda {
-                op: "stash",
-                what: format!(
-                    "{} of host memory are pinned for activations and no more can be ({error}); --activations without @host, \
-                     or with it for fewer layers, needs less",
-                    readable(self.slabs.len() * SLAB)
-                ),
+            gpu.bind()?;
+            let mut host = std::ptr::null_mut();
+            let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+            // SAFETY: the context is current; the call writes one pointer.
+            check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut host, SLAB, flags) }).map_err(|error| {
+                Error::Cuda {
+                    op: "stash",
+                    what: format!(
+                        "{} of host memory are pinned for activations and no more can be ({error}); --activations without \
+                         @host, or with it for fewer layers, needs less",
+                        readable(self.slabs.len() * SLAB)
+                    ),
+                }
             })?;
-            self.slabs.push(slab);
+            self.slabs.push(host.expose_provenance() as u64);
         }
         Ok(())
     }
@@ -85,7 +61,7 @@ impl PinnedArena {
         std::iter::from_fn(move || {
             let (slab, within) = ((at + done) / SLAB, (at + done) % SLAB);
             let count = (bytes - done).min(SLAB - within);
-            let piece = (count > 0).then(|| (self.slabs[slab].address() + within as u64, done, count))?;
+            let piece = (count > 0).then(|| (self.slabs[slab] + within as u64, done, count))?;
             done += count;
             Some(piece)
         })
@@ -153,10 +129,10 @@ impl Drop for PinnedArena {
     fn drop(&mut self) {
         let gpu = self.transfers.gpu;
         let mut freed = gpu.synchronize_all();
-        for Slab(memory) in &mut self.slabs {
-            // SAFETY: the memory was registered by `Slab::new`; the whole device was waited for, so nothing uses it.
-            let status = unsafe { sys::cuMemHostUnregister(memory.as_mut_ptr().cast()) };
-            freed = freed.and(check("cuMemHostUnregister", status));
+        for slab in &self.slabs {
+            // SAFETY: the memory came from `cuMemHostAlloc`; the whole device was waited for, so nothing uses it.
+            let status = unsafe { sys::cuMemFreeHost(std::ptr::with_exposed_provenance_mut(*slab as usize)) };
+            freed = freed.and(check("cuMemFreeHost", status));
         }
         [self.outward, self.inward].into_iter().for_each(|stream| stream.retire(gpu));
         gpu.record_error(freed);
