@@ -95,7 +95,7 @@ impl Layer {
         cache: Option<&mut LayerCache>,
         extent: Extent,
     ) -> Result<(Tensor, Kept)> {
-        let _casts = pass.casts.of_layer(self.linears(), x.dtype())?;
+        let _casts = pass.cast_adapters(self.linears(), x.dtype())?;
         let mut t = LowRank::default();
         let attended = self.attend(x, pass, cache, &mut t)?;
         let parts = if extent == Extent::All { Vec::new() } else { self.parts(x, pass)? };
@@ -196,7 +196,7 @@ impl Layer {
     /// Gradients of the input (if wanted) and of the parameters, from that of the output.
     fn backward(&self, kept: Kept, dy: Tensor, pass: &Pass, want_input: bool) -> Result<(Option<Tensor>, ParamGrads)> {
         let Kept { x, mut t, attended, gated } = kept;
-        let _casts = pass.casts.of_layer(self.linears(), x.dtype())?;
+        let _casts = pass.cast_adapters(self.linears(), x.dtype())?;
         let attended = attended.map_or_else(|| self.attend(&x, pass, None, &mut t), Ok)?;
         let mut grads = ParamGrads::new();
         let dy = if dy.is_unique() { dy } else { dy.copy(Tag::Workspace)? };

@@ -4,6 +4,10 @@
 //! Backward, from the gradient `g` of `y`, with `u = s·g·B`:
 //! `dB = gᵀ·t`, `dA = uᵀ·m(x)`, `dx = g·W + m(u·A)`, and `dW = gᵀ·x` where the weight trains.
 //!
+//! Linears on one input make `t`, `dA` and `dx` together: the input is read once, and `dx` is a sum within one product where
+//! that is possible. Backward goes in three steps, because the input of `down` is made between them: from the gradients of the
+//! outputs ([`Linear::back`]), to that of the input ([`input_grad`]), and what needs the input ([`parameter_grads`]).
+//!
 //! With DoRA the output is scaled column by column, `y·diag(gains)` ([`nibble_kernels::dora`]), and the gradient on its
 //! way back too; the magnitude's gradient needs the output from before that, which is made again. Dropout is on the
 //! adapter's input alone: peft drops that of the share of `x·Wᵀ` which the gains add, too, for one more product.

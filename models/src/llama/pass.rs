@@ -36,8 +36,7 @@ pub struct Pass {
     pub(crate) casts: Casts,
 }
 
-/// A and B of a layer's adapters in the type of the computation, by [`Linear::index`]: made together, which is one launch, and
-/// there for as long as the layer is at work.
+/// A and B of a layer's adapters in the type of the computation, by [`Linear::index`]: there for as long as the layer is at work.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Casts(Arc<Mutex<BTreeMap<u32, (Tensor, Tensor)>>>);
 
@@ -56,14 +55,14 @@ impl Casts {
     }
 
     /// Makes those of a layer.
-    pub(crate) fn of_layer(&self, linears: [&Linear; 7], dtype: DType) -> Result<CastsHeld<'_>> {
+    fn make(&self, linears: [&Linear; 7], dtype: DType) -> Result<()> {
         let adapters = linears.iter().filter_map(|linear| linear.lora.as_ref().map(|lora| (linear.index, lora)));
         let (numbers, values): (Vec<u32>, Vec<_>) =
             adapters.map(|(number, lora)| (number, [&lora.a.value, &lora.b.value])).unzip();
         let mut made = into_dtypes(&values.concat(), dtype, Tag::Workspace)?.into_iter();
         let pairs = numbers.into_iter().zip(std::iter::from_fn(|| made.next().zip(made.next())));
         self.lock().extend(pairs);
-        Ok(CastsHeld(self))
+        Ok(())
     }
 }
 
@@ -178,6 +177,14 @@ impl Pass {
         };
         let mixture = self.mixture.map(on).transpose()?;
         Ok(Pass { positions, rope, layout, mixture, ..self })
+    }
+
+    /// Makes [`Casts`] of a layer's adapters, where the pass takes those.
+    pub(crate) fn cast_adapters(&self, linears: [&Linear; 7], dtype: DType) -> Result<CastsHeld<'_>> {
+        if self.mixture.is_none() {
+            self.casts.make(linears, dtype)?;
+        }
+        Ok(CastsHeld(&self.casts))
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

@@ -285,7 +285,7 @@ impl Walk<'_> {
         (self.shapes[which], self.trains.ranks[layer][which])
     }
 
-    /// `Casts::of_layer`.
+    /// `Pass::cast_adapters`.
     fn casts(&self, layer: usize) -> Vec<Held> {
         let linears = (0..7).map(|which| self.linear([layer, which]));
         linears.flat_map(|([n, k], rank)| [self.cast(rank * k), self.cast(n * rank)]).flatten().collect()
