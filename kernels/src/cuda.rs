@@ -39,6 +39,7 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::GEMM_QUANT_F16,
     &crate::linear::LORA,
     &crate::mixed::cuda::MODULE,
+    &crate::linear::NARROW_HOPPER,
     &crate::norm::cuda::MODULE,
     &crate::quantize::cuda::QUANTIZE,
     &crate::random::cuda::MODULE,

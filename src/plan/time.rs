@@ -30,8 +30,8 @@ pub struct Rates {
     weight_grads: f64,
     /// The adapters' own products, beside the bytes that they read.
     adapters: f64,
-    /// Products of 16-bit rows with an f32 head.
-    mixed: f64,
+    /// Whether adapters on one input read it together, as Hopper's kernels do, and u and dB of few ranks the gradient.
+    together: bool,
     attention: [Attention; 2],
     /// Passes over memory.
     bytes: f64,
@@ -48,9 +48,9 @@ pub struct Rates {
 /// From so many rows on a product with the head fills a GPU.
 const SMALL_HEAD_ROWS: usize = 512;
 /// Kernels of a linear with an adapter, forward, from `t` on, and backward.
-const KERNELS: [f64; 3] = [5.0, 3.0, 9.0];
+const KERNELS: [f64; 3] = [3.0, 2.0, 6.0];
 /// A layer's own, forward and backward.
-const OWN_KERNELS: [f64; 2] = [6.0, 11.0];
+const OWN_KERNELS: [f64; 2] = [7.0, 12.0];
 
 /// Forward and backward, of the kernels that every GPU has: docs/measurements/2026-11-25-h100.md, heads of 128.
 const PLAIN: [Attention; 2] = [Attention { peak: 425e12, half: 330.0 }, Attention { peak: 262e12, half: 210.0 }];
@@ -58,16 +58,16 @@ const PLAIN: [Attention; 2] = [Attention { peak: 425e12, half: 330.0 }, Attentio
 const HOPPER: [Attention; 2] = [Attention { peak: 720e12, half: 520.0 }, Attention { peak: 565e12, half: 1250.0 }];
 
 /// An H100 SXM, from the same pages. In a step products run at some 0.9 of what one alone reaches (745 to 790 TFLOP/s), passes
-/// over memory at 0.85 to 0.9 of a copy. What the two kinds of products that no page has a rate of reach was taken from whole
-/// steps: the adapters' from ranks 16 and 64, those with an f32 head from full fine-tuning of a 1B.
+/// over memory at 0.85 to 0.9 of a copy. The adapters' own products are those of docs/measurements/2026-11-28-step-kernels.md,
+/// each by itself: no whole step has been measured with them.
 const H100: Rates = Rates {
     products: 680e12,
     head: 620e12,
     // 590 TFLOP/s forward, 331 backward at 256 rows.
     small_head: 424e12,
     weight_grads: 330e12,
-    adapters: 90e12,
-    mixed: 7.5e12,
+    adapters: 400e12,
+    together: true,
     attention: HOPPER,
     bytes: 2.6e12,
     bus: 81e9,
@@ -78,6 +78,12 @@ const H100: Rates = Rates {
     // lora_down_drop, lora_grad_drop and lora_dropped_add at 8192 x 14336: 131, 156 and 255 µs.
     dropout: [1.1e-12, 1.3e-12, 2.2e-12],
 };
+
+/// Adapters' products of the kernels that every GPU has, from whole steps of ranks 16 and 64.
+const ONE_BY_ONE: f64 = 90e12;
+
+/// The largest rank of which u and dB are made together.
+const FEW_RANKS: f64 = 32.0;
 
 /// Ceilings of data sheets: a word of the name, dense bf16 FLOP/s and bytes/s of memory. The first that fits counts.
 const SHEETS: [(&str, f64, f64); 11] = [
@@ -181,8 +187,8 @@ impl Rates {
             head: flops * H100.head,
             small_head: flops * H100.small_head,
             weight_grads: flops * H100.weight_grads,
-            adapters: flops * H100.adapters,
-            mixed: flops * H100.mixed,
+            adapters: flops * if hopper { H100.adapters } else { ONE_BY_ONE },
+            together: hopper,
             attention,
             bytes: bytes * H100.bytes,
             bus: H100.bus,
@@ -234,6 +240,16 @@ impl Rates {
         2.0 * work.t * (n * k + rank * (n + k) / 2.0) / self.products + n * k * work.converted / self.bytes
     }
 
+    /// Elements of a row of what the adapters of a layer read forward, and backward for dA.
+    fn inputs(&self, work: &Work) -> f64 {
+        let alone: Vec<f64> = work.linears.iter().map(|linear| linear.share * linear.k).collect();
+        if !self.together || work.dropout {
+            return alone.iter().sum();
+        }
+        // q, k, v; o; gate, up; down.
+        [0..3, 3..4, 4..6, 6..7].into_iter().map(|group| alone[group].iter().copied().fold(0.0, f64::max)).sum()
+    }
+
     /// Attention: two products forward, five backward, over half of the pairs.
     fn attention(&self, job: &Job, work: &Work) -> [f64; 2] {
         let length = job.settings.seq_len;
@@ -249,7 +265,7 @@ impl Rates {
             let Linear { n, k, rank, share } = *linear;
             seconds += self.product(work, linear) + self.gap * KERNELS[0];
             // The adapter's `t`.
-            seconds += share * k * work.t * work.w / self.bytes + work.t * rank * (n + k) / self.adapters;
+            seconds += work.t * rank * (n + k) / self.adapters;
             if work.dora {
                 // Norms of all weights in f32; each output once more.
                 seconds += share * n * k * (2.0 * work.t / self.products + 24.0 / self.bytes);
@@ -259,8 +275,8 @@ impl Rates {
                 seconds += share * k * work.t * self.dropout[0];
             }
         }
-        // Norms, rotary and SwiGLU: elements read and written.
-        let elements = 4.0 * work.d + 2.0 * (work.q + work.kv) + 3.0 * work.f;
+        // Adapters' inputs, norms, rotary and SwiGLU: elements read and written.
+        let elements = self.inputs(work) + 4.0 * work.d + 2.0 * (work.q + work.kv) + 3.0 * work.f;
         seconds + attention + self.gap * OWN_KERNELS[0] + work.t * work.w * elements / self.bytes
     }
 
@@ -290,8 +306,9 @@ impl Rates {
             if work.all {
                 seconds += 2.0 * work.t * n * k / self.weight_grads;
             }
-            // The adapter's `u`, dB and dA.
-            seconds += share * (2.0 * n + k) * work.t * work.w / self.bytes;
+            // The adapter's `u` and dB.
+            let reads = if self.together && rank <= FEW_RANKS * share { 1.0 } else { 2.0 };
+            seconds += share * reads * n * work.t * work.w / self.bytes;
             seconds += 3.0 * work.t * rank * (n + k) / self.adapters;
             if work.dora {
                 seconds += 5.0 * share * n * work.t * work.w / self.bytes;
@@ -300,7 +317,7 @@ impl Rates {
                 seconds += share * k * work.t * (self.dropout[1] + self.dropout[2]);
             }
         }
-        let elements = 8.0 * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
+        let elements = self.inputs(work) + 6.0 * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
         seconds + attention + self.gap * OWN_KERNELS[1] + work.t * work.w * elements / self.bytes
     }
 
@@ -319,7 +336,7 @@ impl Rates {
         let rate = if rows < SMALL_HEAD_ROWS { self.small_head } else { self.head };
         let products = match job.trains().head {
             false => 2.0 * product / rate,
-            true => 2.0 * product / self.mixed + product / self.weight_grads,
+            true => 2.0 * product / rate + product / self.weight_grads + 6.0 * vocab * work.d / self.bytes,
         };
         // Codes are read and weights written for each chunk, forward and backward.
         let chunks = job.tokens().div_ceil(rows) as f64;
@@ -343,9 +360,10 @@ impl Rates {
 
 #[cfg(test)]
 impl Rates {
-    /// An H100 with the attention kernels of sm_80, and heads in chunks of 256 rows where `small`: what some measured steps ran
-    /// with.
+    /// An H100 whose adapters' products are made one by one; with the attention kernels of sm_80 and heads in chunks of 256 rows
+    /// where `small`. What measured steps ran with.
     pub(super) fn before(small: bool) -> Rates {
-        Rates { attention: PLAIN, head: if small { H100.small_head } else { H100.head }, ..H100 }
+        let one_by_one = Rates { adapters: ONE_BY_ONE, together: false, ..H100 };
+        if small { Rates { attention: PLAIN, head: H100.small_head, ..one_by_one } } else { one_by_one }
     }
 }

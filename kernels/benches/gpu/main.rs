@@ -5,7 +5,9 @@
 //! reaches, measured by you) the share of that too. A NAME is an operation of [`OPERATIONS`], or part of a case's name and
 //! shape as printed, with one space between them: `linear "nf4 lora gate up 8192"`. With `NIBBLE_BENCH_PROFILE=1` every case
 //! runs once to warm up and once for a profiler to record, and only its name is printed:
-//! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_TARGET=sm_80` keeps Hopper from its own kernels.
+//! `ncu --profile-from-start off PROGRAM NAME…`. `NIBBLE_TARGET=sm_80` keeps Hopper from its own kernels. `NIBBLE_BENCH_WARM`
+//! is the milliseconds that a case runs for before it counts: some hundred, as the other library's cases do, where large
+//! products are compared, whose rate falls as the GPU gets warm.
 
 mod attention;
 mod decoding;
@@ -34,6 +36,8 @@ pub struct Bench {
     peak_tflops: Option<f64>,
     /// Each case is shown to a profiler instead of being timed.
     profile: bool,
+    /// Milliseconds that a case runs for before it counts.
+    warm: f64,
     /// Parts of the cases that run; all do if there are none.
     cases: Vec<String>,
 }
@@ -44,7 +48,8 @@ impl Bench {
         let gpu = Gpu::of(device)?;
         let peak_tflops = std::env::var("NIBBLE_PEAK_TFLOPS").ok().and_then(|text| text.parse().ok());
         let profile = std::env::var_os("NIBBLE_BENCH_PROFILE").is_some_and(|value| value != "0");
-        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, profile, cases };
+        let warm = std::env::var("NIBBLE_BENCH_WARM").ok().and_then(|text| text.parse().ok()).unwrap_or(0.0);
+        let mut bench = Bench { gpu, device, copy_rate: f64::INFINITY, peak_tflops, profile, warm, cases };
         let source = Tensor::zeros(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let mut target = Tensor::empty(&[COPIED], DType::U8, device, Tag::Workspace)?;
         let milliseconds = bench.median(&mut || target.copy_from(0, &source))?;
@@ -79,6 +84,9 @@ impl Bench {
         let timer = Timer::start(self.gpu)?;
         run()?;
         let first = timer.milliseconds()?;
+        for _ in 0..(self.warm / first.max(1e-3)) as usize {
+            run()?;
+        }
         let runs = (BUDGET / first.max(1e-3)).clamp(5.0, 50.0) as usize;
         let mut times = Vec::with_capacity(runs);
         for _ in 0..runs {

@@ -73,10 +73,11 @@ fn swiglus(bench: &Bench, tokens: usize) -> Result<()> {
     let (gate, up, grad) = (make(1)?, make(2)?, make(3)?);
     let (bytes, shape) = (gate.size_bytes(), shape(&gate));
     bench.time("swiglu forward", &shape, 3 * bytes, 0.0, || swiglu::forward(&gate, &up).map(drop))?;
-    let pair = RefCell::new(Some((gate, up)));
-    bench.time("swiglu backward", &shape, 5 * bytes, 0.0, || {
-        let Some((gate, up)) = pair.take() else { return Ok(()) };
-        pair.replace(Some(swiglu::backward(gate, up, &grad)?));
+    let all = RefCell::new(Some((gate, up, grad)));
+    bench.time("swiglu backward", &shape, 6 * bytes, 0.0, || {
+        let Some((gate, up, grad)) = all.take() else { return Ok(()) };
+        let made = swiglu::backward(gate, up, grad)?;
+        all.replace(Some((made.gate, made.up, made.output)));
         Ok(())
     })
 }

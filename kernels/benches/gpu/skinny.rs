@@ -22,7 +22,14 @@ pub fn run(bench: &Bench) -> Result<()> {
 }
 
 fn low_rank(bench: &Bench) -> Result<()> {
-    for (t, k, r) in [(8192, HIDDEN, 16), (8192, INNER, 16), (2048, HIDDEN, 16), (8192, HIDDEN, 64)] {
+    for (t, k, r) in [
+        (8192, HIDDEN, 16),
+        (8192, INNER, 16),
+        (2048, HIDDEN, 16),
+        (8192, 1024, 16),
+        (8192, HIDDEN, 64),
+        (8192, INNER, 64),
+    ] {
         let x = bench.random(&[t, k], DType::BF16, 1)?;
         let u = bench.random(&[t, r], DType::BF16, 2)?;
         let (a, b) = (bench.random(&[r, k], DType::BF16, 3)?, bench.random(&[k, r], DType::BF16, 4)?);
@@ -38,7 +45,15 @@ fn low_rank(bench: &Bench) -> Result<()> {
             })?;
         }
         bench.time("lora gradient down", &shape, bytes, flops, || lora::grad_down(&x, &b, 1.0, TAG).map(drop))?;
+        bench.time("lora gradient down and dB", &shape, bytes + u.size_bytes(), 2.0 * flops, || {
+            lora::grad_down_and_up(&x, &u, &b, 1.0, TAG).map(drop)
+        })?;
         bench.time("lora dB", &shape, bytes, flops, || lora::weight_grad(&x, &u, 1.0, None).map(drop))?;
+        // Of q, k and v, whose input is one.
+        let (adapters, us) = ([(&a, 1.0); 3], [&u; 3]);
+        let shared = bytes + 2 * (u.size_bytes() + a.size_bytes());
+        bench.time("lora down, three", &shape, shared, 3.0 * flops, || lora::down_all(&x, &adapters, TAG).map(drop))?;
+        bench.time("lora dA, three", &shape, shared, 3.0 * flops, || lora::weight_grads(&us, &x).map(drop))?;
         let both = bytes + dx.size_bytes();
         bench.time("lora dropped add", &shape, both, flops, || lora::dropped_add(&u, &a, MASK, &mut dx))?;
     }

@@ -2,6 +2,7 @@
 
 use super::{Output, Wanted};
 use crate::{
+    cast::cast,
     cuda::{entry, size},
     elementwise::add_assign,
     embedding::cuda::{gather, upload},
@@ -70,6 +71,15 @@ pub(super) fn head_loss(
             None
         },
         dhead: None,
+    };
+    let narrow;
+    let head = match head {
+        // One that trains: the chunks' products take it in the type of the hidden states.
+        Table::Dense(value) if value.dtype() == DType::F32 && dtype != DType::F32 => {
+            narrow = Table::Dense(cast(value, dtype, Tag::Workspace)?);
+            &narrow
+        }
+        _ => head,
     };
     let step = chunk_rows(vocab, count.min(wanted.at_once.unwrap_or(usize::MAX)));
     for first in (0..labelled.len()).step_by(step) {

@@ -5,7 +5,8 @@
 //! pass, while a chunk's logits are at hand: `dlogits = scale · (softmax − onehot)`, `dh = dlogits · W`,
 //! `dW = dlogitsᵀ · h`.
 //!
-//! On a GPU logits are f32 whatever the type of the hidden states, and `dlogits` is rounded to that type.
+//! On a GPU logits are f32 whatever the type of the hidden states, and `dlogits` is rounded to that type; so is, once, a head
+//! in f32.
 
 mod cpu;
 pub(crate) mod cuda;

@@ -6,8 +6,9 @@
 // 64 rows each of them, with asynchronous products that read both operands from shared memory. Rings are run by two
 // barriers a stage: `full` (its bytes are there) and `empty` (all eight warps are done with it). The copies of the next
 // tile go on while the sums of the last one are written. A second pair (a LoRA adapter) is a few more steps along the
-// contraction, from its own maps. What lies outside of a matrix the TMA fills with zeros, so there are no other tails
-// than those of `out`.
+// contraction, from its own maps; so are the products whose sum is wanted (the input gradient of linears on one input),
+// `out = Σ g_i · W_i + u_i · A_i`. What lies outside of a matrix the TMA fills with zeros, so there are no other tails than
+// those of `out`.
 //
 // Tiles in shared memory have rows of 128 bytes (64 elements), swizzled: 16-byte chunk c of row i lies at c ^ (i % 8).
 // `a` and forward's b: a row is 64 elements along the contraction. The input gradient's b: boxes of 64 columns, a row
@@ -99,9 +100,10 @@ __device__ __forceinline__ void write_sums(const Result& result, const float (&s
     }
 }
 
-template <typename T, bool FORWARD, int BN>
-__device__ __forceinline__ void gemm(const TensorMap* a, const TensorMap* b, const TensorMap* a2, const TensorMap* b2,
-                                     const Result& result, u32 k, u32 rank, bool wide_out) {
+// `depths`: the contraction of each pair, or 0.
+template <typename T, bool FORWARD, int BN, int PAIRS>
+__device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
+                                     const u32 (&depths)[PAIRS], const Result& result, bool wide_out) {
     constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = RING / STAGE;
     static_assert(STAGES <= MAX_STAGES && STAGES * STAGE == RING, "stages");
     extern __shared__ u8 shared[];
@@ -122,7 +124,9 @@ __device__ __forceinline__ void gemm(const TensorMap* a, const TensorMap* b, con
     __syncthreads();
 
     const u32 rows = (result.m + BM - 1) / BM, columns = (result.n + BN - 1) / BN, tiles = rows * columns;
-    const u32 first_steps = (k + DEPTH - 1) / DEPTH, steps = first_steps + (rank + DEPTH - 1) / DEPTH;
+    u32 steps = 0;
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
     auto place = [&](u32 tile, u32& m0, u32& n0) {
         u32 first = tile / (STRIP * columns) * STRIP, at = tile % (STRIP * columns);
         u32 height = min(rows - first, (u32)STRIP);
@@ -142,27 +146,27 @@ __device__ __forceinline__ void gemm(const TensorMap* a, const TensorMap* b, con
     if (warpgroup == 0) {
         give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x != 0) return;
-        prefetch_map(a);
-        prefetch_map(b);
+        prefetch_map(a[0]);
+        prefetch_map(b[0]);
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             place(tile, m0, n0);
-#pragma unroll 1
-            for (u32 step = 0; step < steps; step++) {
-                const bool second = step >= first_steps;
-                const TensorMap *from_a = second ? a2 : a, *from_b = second ? b2 : b;
-                const int k0 = (second ? step - first_steps : step) * DEPTH;
-                const u32 to = ring_address + stage * STAGE, barrier = full + 8 * stage;
-                barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
-                barrier_expect(barrier, STAGE);
-                copy_box(to, from_a, k0, m0, barrier);
-                if (FORWARD) {
-                    copy_box(to + A_BYTES, from_b, k0, n0, barrier);
-                } else {
 #pragma unroll
-                    for (int box = 0; box < BN / 64; box++)
-                        copy_box(to + A_BYTES + box * BOX, from_b, n0 + box * 64, k0, barrier);
+            for (int pair = 0; pair < PAIRS; pair++) {
+#pragma unroll 1
+                for (u32 k0 = 0; k0 < depths[pair]; k0 += DEPTH) {
+                    const u32 to = ring_address + stage * STAGE, barrier = full + 8 * stage;
+                    barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
+                    barrier_expect(barrier, STAGE);
+                    copy_box(to, a[pair], k0, m0, barrier);
+                    if (FORWARD) {
+                        copy_box(to + A_BYTES, b[pair], k0, n0, barrier);
+                    } else {
+#pragma unroll
+                        for (int box = 0; box < BN / 64; box++)
+                            copy_box(to + A_BYTES + box * BOX, b[pair], n0 + box * 64, k0, barrier);
+                    }
+                    advance();
                 }
-                advance();
             }
         }
         return;
@@ -213,13 +217,27 @@ __device__ __forceinline__ void gemm(const TensorMap* a, const TensorMap* b, con
         const __grid_constant__ TensorMap b2, void* out, const void* in, u32 m, u32 n, u32 k, u32 rank, float scale,   \
         u32 add, u32 wide) {                                                                                           \
         const Result result{out, add ? out : in, m, n, scale};                                                         \
-        gemm<TYPE, FORWARD, BN>(&a, &b, &a2, &b2, result, k, rank, wide);                                              \
+        const TensorMap *const left[2] = {&a, &a2}, *const right[2] = {&b, &b2};                                       \
+        const u32 depths[2] = {k, rank};                                                                               \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, result, wide);                                                 \
+    }
+#define PAIR(I) const __grid_constant__ TensorMap a##I, const __grid_constant__ TensorMap b##I
+#define JOINED(TYPE, BN)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_input_grads_##BN##_##TYPE(                    \
+        PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n, u32 depth0, u32 depth1,         \
+        u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) {                                                    \
+        const Result result{out, nullptr, m, n, 1.0f};                                                                 \
+        const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
+        const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
+        gemm<TYPE, false, BN, 6>(left, right, depths, result, wide);                                                   \
     }
 #define ENTRIES(TYPE)                                                                                                  \
     ENTRY(TYPE, forward, true, 256)                                                                                    \
     ENTRY(TYPE, forward, true, 128)                                                                                    \
     ENTRY(TYPE, input_grad, false, 256)                                                                                \
-    ENTRY(TYPE, input_grad, false, 128)
+    ENTRY(TYPE, input_grad, false, 128)                                                                                \
+    JOINED(TYPE, 256)                                                                                                  \
+    JOINED(TYPE, 128)
 
 ENTRIES(bf16)
 ENTRIES(f16)

@@ -1,6 +1,6 @@
 //! Large products on Hopper: which of them, and the launch of gemm_hopper_sm90a.cu.
 
-use super::{Terms, Weight};
+use super::{InputGrad, Terms, Weight};
 use crate::{
     cuda::{entry, hopper},
     quantize::{QuantTensor, dequantize},
@@ -12,6 +12,7 @@ use nibble_runtime::{
 use std::borrow::Cow;
 
 const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 4, 4, 4, 4, 4, 4, 4];
+const JOINED: &[usize] = &[128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4];
 
 pub(crate) static GEMM_HOPPER: Module = Module {
     name: "gemm_hopper_sm90a",
@@ -21,10 +22,14 @@ pub(crate) static GEMM_HOPPER: Module = Module {
         Entry { name: "gemm_hopper_forward_128_bf16", floats: false, params: PARAMS },
         Entry { name: "gemm_hopper_input_grad_256_bf16", floats: false, params: PARAMS },
         Entry { name: "gemm_hopper_input_grad_128_bf16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grads_256_bf16", floats: false, params: JOINED },
+        Entry { name: "gemm_hopper_input_grads_128_bf16", floats: false, params: JOINED },
         Entry { name: "gemm_hopper_forward_256_f16", floats: false, params: PARAMS },
         Entry { name: "gemm_hopper_forward_128_f16", floats: false, params: PARAMS },
         Entry { name: "gemm_hopper_input_grad_256_f16", floats: false, params: PARAMS },
         Entry { name: "gemm_hopper_input_grad_128_f16", floats: false, params: PARAMS },
+        Entry { name: "gemm_hopper_input_grads_256_f16", floats: false, params: JOINED },
+        Entry { name: "gemm_hopper_input_grads_128_f16", floats: false, params: JOINED },
     ],
 };
 
@@ -117,6 +122,86 @@ fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
     Ok(Some(columns))
 }
 
+/// The weight as the kernel takes it; `None` where there is no memory for that.
+fn dense(weight: &Weight, dtype: DType) -> Result<Option<Cow<'_, Tensor>>> {
+    match weight {
+        Weight::Dense(tensor) => Ok(Some(Cow::Borrowed(tensor))),
+        Weight::Quantized(quantized) => match dequantize(&QuantTensor { dtype, ..quantized.clone() }, Tag::Workspace) {
+            Ok(tensor) => Ok(Some(Cow::Owned(tensor))),
+            Err(Error::OutOfMemory(_)) => Ok(None),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Most products that [`sum`] takes.
+pub(super) const MOST_SUMMED: usize = 3;
+
+/// Columns of the tiles with which this kind of GPU makes the sum of input gradients `[m, n]` of 16-bit rows in one launch, of
+/// linears with these outputs and ranks. All quantized weights are dequantized for that: what this takes beyond the largest is
+/// at most what the result takes.
+pub(super) fn sums_on(chip: Chip, quantized: bool, m: usize, n: usize, parts: &[[usize; 2]]) -> Option<u32> {
+    let number = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
+    let columns =
+        |&[k, rank]: &[usize; 2]| columns_on(chip, quantized, [number(m), number(n), number(k), number(rank)]);
+    let first = columns(parts.first()?)?;
+    let (all, largest) = parts.iter().fold((0, 0), |(all, largest), &[k, _]| (all + k, k.max(largest)));
+    let small = !quantized || all - largest <= m;
+    let count = (2..=MOST_SUMMED).contains(&parts.len());
+    (count && small && parts.iter().all(|part| columns(part).is_some())).then_some(first)
+}
+
+/// Computes the sum of the products into `out` if this is a Hopper GPU and the kernel takes them; returns whether it did.
+/// Shapes have been checked.
+pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
+    let (gpu, (m, n)) = (Gpu::of(out.device())?, out.dims2("linear input gradient")?);
+    let Some(InputGrad { grad: first, .. }) = parts.first() else { return Ok(false) };
+    let dtype = first.dtype();
+    let mut depths = Vec::new();
+    let mut fits = dtype != DType::F32 && (out.dtype() == dtype || out.dtype() == DType::F32);
+    for InputGrad { grad, weight, lora } in parts {
+        depths.push([grad.shape()[1], lora.map_or(0, |(u, _)| u.shape()[1])]);
+        let weight = match weight {
+            Weight::Dense(tensor) => Some(tensor),
+            Weight::Quantized(_) => None,
+        };
+        for tensor in [*grad].into_iter().chain(weight).chain(lora.iter().flat_map(|&(u, a)| [u, a])) {
+            fits = fits
+                && tensor.dtype() == dtype
+                && tensor.device() == out.device()
+                && tensor.device_pointer()? % 16 == 0;
+        }
+    }
+    let quantized = parts.iter().any(|part| matches!(part.weight, Weight::Quantized(_)));
+    let columns = sums_on(gpu.chip(), quantized, m, n, &depths);
+    let Some(columns) = columns.filter(|_| fits && gpu.shared_per_block() >= SHARED) else { return Ok(false) };
+    let mut weights = Vec::new();
+    for part in parts {
+        let Some(weight) = dense(part.weight, dtype)? else { return Ok(false) };
+        weights.push(weight);
+    }
+    // Pairs that there are not have no depth, and their maps are not looked at.
+    let mut pairs: Vec<(&Tensor, &Tensor, usize)> = Vec::new();
+    for (InputGrad { grad, lora, .. }, weight) in parts.iter().zip(&weights) {
+        pairs.push((grad, weight, grad.shape()[1]));
+        pairs.extend(lora.map(|(u, a)| (u, a, u.shape()[1])).filter(|(.., rank)| *rank > 0));
+    }
+    let flops = pairs.iter().map(|(.., depth)| *depth as f64).sum::<f64>() * 2.0 * m as f64 * n as f64;
+    pairs.resize(2 * MOST_SUMMED, (pairs[0].0, pairs[0].1, 0));
+    let moved: usize = parts.iter().zip(&weights).map(|(part, w)| part.grad.size_bytes() + w.size_bytes()).sum();
+    let mut args = Args::new().flops(flops);
+    for (a, b, _) in &pairs {
+        args = args.tensor_map(a, TILE_ROWS, DEPTH).tensor_map(b, DEPTH, DEPTH);
+    }
+    let wide = out.dtype() == DType::F32;
+    let args = args.moves(moved).output(out).u32(m as u32).u32(n as u32);
+    let args = pairs.iter().fold(args, |args, (.., depth)| args.u32(*depth as u32)).u32(wide.into());
+    let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
+    let blocks = tiles(m as u32, n as u32, columns).min(gpu.sm_count().into()) as u32;
+    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
+    Ok(true)
+}
+
 /// Computes the product into `out` if this is a Hopper GPU and the kernel takes it; returns whether it did. Types and
 /// devices have been checked. A quantized weight is dequantized as a whole first; where there is no memory for that, the
 /// product is left to the kernels that decode as they go.
@@ -127,14 +212,7 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
     }
     let &Product { forward, a, weight, scale, terms, m, n, k } = product;
     let dtype = a.dtype();
-    let b = match weight {
-        Weight::Dense(tensor) => Cow::Borrowed(tensor),
-        Weight::Quantized(quantized) => match dequantize(&QuantTensor { dtype, ..quantized.clone() }, Tag::Workspace) {
-            Ok(tensor) => Cow::Owned(tensor),
-            Err(Error::OutOfMemory(_)) => return Ok(false),
-            Err(error) => return Err(error),
-        },
-    };
+    let Some(b) = dense(weight, dtype)? else { return Ok(false) };
     let lora = terms.lora.filter(|(left, _)| left.shape()[1] > 0);
     let rank = lora.map_or(0, |(left, _)| left.shape()[1] as u32);
     // Without a second pair its maps are not looked at.

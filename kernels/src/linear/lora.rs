@@ -15,12 +15,16 @@
 //! `A` and `B` may have any float type; on a GPU those of the type of `x` are fast, so cast them first. Source: Hu et al.,
 //! "LoRA", arXiv 2106.09685.
 
-use super::{Terms, Weight, forward_into, input_grad, skinny};
+use super::{
+    Terms, Weight, forward_into, input_grad,
+    narrow::{self, Kind},
+    skinny,
+};
 use crate::{
     dropout::{self, Mask},
     elementwise,
 };
-use nibble_runtime::{Device, Error, Result, Tag, Tensor};
+use nibble_runtime::{Device, Error, Result, Tag, Tensor, cuda::Chip};
 
 /// Checks that dimension `of_left` of one matrix is as long as dimension `of_right` of the other.
 fn fit(op: &'static str, left: &Tensor, right: &Tensor, [of_left, of_right]: [usize; 2]) -> Result<()> {
@@ -58,6 +62,52 @@ pub fn down(x: &Tensor, a: &Tensor, scale: f32, mask: Option<Mask>, tag: Tag) ->
     }
 }
 
+/// [`down`] of several adapters `(A, scale)` on one input, where nothing is dropped. Hopper reads the input once for all.
+///
+/// # Errors
+/// Widths of `x` and an A differ.
+pub fn down_all(x: &Tensor, adapters: &[(&Tensor, f32)], tag: Tag) -> Result<Vec<Tensor>> {
+    adapters.iter().try_for_each(|(a, _)| fit("LoRA down", x, a, [1, 1]))?;
+    match narrow::products(Kind::Rows, x, adapters, tag)? {
+        Some(outs) => Ok(outs),
+        None => adapters.iter().map(|&(a, scale)| down(x, a, scale, None, tag)).collect(),
+    }
+}
+
+/// [`weight_grad`] of several gradients `g` with one `x`, where nothing is dropped. Hopper reads `x` once for all.
+///
+/// # Errors
+/// A `g` and `x` differ in rows.
+pub fn weight_grads(grads: &[&Tensor], x: &Tensor) -> Result<Vec<Tensor>> {
+    grads.iter().try_for_each(|g| fit("weight gradient", g, x, [0, 0]))?;
+    let narrow: Vec<_> = grads.iter().map(|&g| (g, 1.0)).collect();
+    match narrow::products(Kind::Grads { transposed: true }, x, &narrow, Tag::Gradients)? {
+        Some(outs) => Ok(outs),
+        None => grads.iter().map(|g| weight_grad(g, x, 1.0, None)).collect(),
+    }
+}
+
+/// Bytes of workspace on this kind of GPU of [`down_all`] of 16-bit rows `[tokens, k]` with adapters of these ranks.
+pub fn down_workspace(chip: Chip, tokens: usize, k: usize, ranks: &[usize]) -> usize {
+    narrow::workspace(chip, Kind::Rows, tokens, [tokens, k], ranks).unwrap_or(0)
+}
+
+/// The same of [`grad_down_and_up`], from rows of `n`.
+pub fn grad_down_and_up_workspace(chip: Chip, tokens: usize, n: usize, rank: usize) -> usize {
+    let one_by_one = || {
+        let down = narrow::workspace(chip, Kind::Columns, tokens, [tokens, n], &[rank]).unwrap_or(0);
+        down.max(super::weight_grad_workspace(chip, tokens, n, rank, false))
+    };
+    narrow::both_workspace(chip, tokens, n, rank).unwrap_or_else(one_by_one)
+}
+
+/// The same of [`weight_grads`].
+pub fn weight_grads_workspace(chip: Chip, tokens: usize, k: usize, ranks: &[usize]) -> usize {
+    let one_by_one = || ranks.iter().map(|&rank| super::weight_grad_workspace(chip, tokens, rank, k, false)).max();
+    let together = narrow::workspace(chip, Kind::Grads { transposed: true }, tokens, [k, tokens], ranks);
+    together.or_else(one_by_one).unwrap_or(0)
+}
+
 /// `scale · g · B` `[T, r]` in the type of `g`, counted under `tag`.
 ///
 /// # Errors
@@ -67,6 +117,21 @@ pub fn grad_down(grad: &Tensor, b: &Tensor, scale: f32, tag: Tag) -> Result<Tens
     match grad.device() {
         Device::Cpu => Ok(input_grad(grad, &Weight::Dense(b.clone()), scale)?.retag(tag)),
         Device::Cuda(_) => skinny::lora_grad_down(grad, b, scale, tag),
+    }
+}
+
+/// `u = scale · g · B` `[T, r]`, in the type of `g` and counted under `tag`, and `gᵀ · t`, the gradient of B; for few ranks Hopper
+/// reads `g` once for both.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn grad_down_and_up(grad: &Tensor, t: &Tensor, b: &Tensor, scale: f32, tag: Tag) -> Result<(Tensor, Tensor)> {
+    fit("LoRA gradient", grad, b, [1, 0])?;
+    fit("LoRA gradient", grad, t, [0, 0])?;
+    fit("LoRA gradient", t, b, [1, 1])?;
+    match narrow::both(grad, t, b, scale, tag)? {
+        Some(both) => Ok(both),
+        None => Ok((grad_down(grad, b, scale, tag)?, weight_grad(grad, t, 1.0, None)?)),
     }
 }
 

@@ -26,6 +26,7 @@ mod cuda_tests;
 mod hopper;
 pub mod lora;
 pub(crate) mod matrix;
+mod narrow;
 mod skinny;
 #[cfg(test)]
 mod skinny_tests;
@@ -34,6 +35,7 @@ pub(crate) use codes::Codes;
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
 pub(crate) use hopper::GEMM_HOPPER;
+pub(crate) use narrow::NARROW_HOPPER;
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
@@ -251,6 +253,42 @@ pub fn input_grad_lora(
     Ok(out.retag(tag))
 }
 
+/// A product of [`input_grads_lora`].
+#[derive(Clone, Copy, Debug)]
+pub struct InputGrad<'a> {
+    /// `g` `[T, N]`.
+    pub grad: &'a Tensor,
+    /// `W` `[N, K]`.
+    pub weight: &'a Weight,
+    /// `(u, A)`: `[T, r]` and `[r, K]`.
+    pub lora: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+/// The sum of `g · W + u · A` over the linears on one input, as `dtype` and counted under `tag`. Hopper adds them up before it
+/// rounds; elsewhere each is rounded.
+///
+/// # Errors
+/// There are none, or shapes do not fit.
+pub fn input_grads_lora(parts: &[InputGrad], dtype: DType, tag: Tag) -> Result<Tensor> {
+    let op = "linear input gradient";
+    let Some((first, rest)) = parts.split_first() else { return Err(Error::invalid(op, "of no linear")) };
+    let (t, k) = (first.grad.dims2(op)?.0, first.weight.dims()?.1);
+    let mut out = Tensor::empty(&[t, k], dtype, first.grad.device(), tag)?;
+    for InputGrad { grad, weight, lora } in parts {
+        let (n, columns) = weight.dims()?;
+        check(op, grad, n, &out, columns)?;
+        Terms { lora: *lora, ..Terms::default() }.check(op, &out, false)?;
+    }
+    if matches!(out.device(), Device::Cuda(_)) && hopper::sum(parts, &mut out)? {
+        return Ok(out);
+    }
+    input_grad_into(first.grad, first.weight, 1.0, Terms { lora: first.lora, ..Terms::default() }, &mut out)?;
+    for InputGrad { grad, weight, lora } in rest {
+        input_grad_lora_add(grad, weight, *lora, &mut out)?;
+    }
+    Ok(out.retag(tag))
+}
+
 /// `out += g · W + u · A`, with `lora` as [`input_grad_lora`] takes it.
 ///
 /// # Errors
@@ -269,6 +307,15 @@ pub fn input_grad_lora_add(
 pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
     let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
     if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
+}
+
+/// Bytes of workspace of [`input_grads_lora`] for 16-bit rows and 4-bit weights on this kind of GPU, into `[m, n]`, of linears
+/// with these outputs and ranks (or 0): the weights at once, or one after another.
+pub fn input_grads_bytes(chip: Chip, m: usize, n: usize, parts: &[[usize; 2]]) -> usize {
+    match hopper::sums_on(chip, true, m, n, parts) {
+        Some(_) => parts.iter().map(|[k, _]| n * k * DType::BF16.size()).sum(),
+        None => parts.iter().map(|&[k, rank]| dequantized_bytes(chip, m, n, k, rank)).max().unwrap_or(0),
+    }
 }
 
 /// Bytes of workspace, at most, of a product on the CPU with this inner dimension into rows of `columns`, if anything is

@@ -5,7 +5,11 @@
 //! (odd widths, mixed types, views that begin in between) goes to `simt.cu`, which takes everything and is slower. Slices
 //! of a sum are as many as the shape and the GPU say, so that results are the same from run to run.
 
-use super::{Terms, Weight, codes::Codes};
+use super::{
+    Terms, Weight,
+    codes::Codes,
+    narrow::{self, Kind},
+};
 use crate::{
     cuda::{entry, size},
     dropout::{self, Mask},
@@ -292,6 +296,12 @@ fn down(x: &Tensor, w: &Tensor, columns: bool, scale: f32, mask: Option<Mask>, t
     let op = "LoRA down";
     let (gpu, (t, k)) = (Gpu::of(x.device())?, x.dims2(op)?);
     let r = w.shape()[usize::from(columns)];
+    let kind = if columns { Kind::Columns } else { Kind::Rows };
+    if mask.is_none()
+        && let Some(out) = narrow::product(kind, x, (w, scale), tag)?
+    {
+        return Ok(out);
+    }
     let mut out = Tensor::empty(&[t, r], x.dtype(), x.device(), tag)?;
     if t == 0 || r == 0 {
         return Ok(out);
@@ -388,6 +398,11 @@ fn cut(chip: Chip, tokens: u32, rows: u32, cols: u32, dropped: bool) -> Option<C
 pub fn weight_grad_workspace(chip: Chip, tokens: usize, n: usize, k: usize, dropped: bool) -> usize {
     let [t, rows, cols] = [tokens, n, k].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
     let partial = |count: u32| count as usize * n * k * size_of::<f32>();
+    let (few, many) = (n.min(k), n.max(k));
+    let narrow = narrow::workspace(chip, Kind::Grads { transposed: n <= k }, tokens, [many, tokens], &[few]);
+    if let (Some(bytes), false) = (narrow, dropped) {
+        return bytes;
+    }
     match cut(chip, t, rows, cols, dropped) {
         Some(Cut::Thin(_, count)) => partial(count),
         Some(Cut::Tiles(_, count)) => {
@@ -404,6 +419,16 @@ pub(super) fn weight_grad(grad: &Tensor, x: &Tensor, scale: f32, mask: Option<Ma
     let empty = |shape: &[usize], tag| Tensor::empty(shape, DType::F32, grad.device(), tag);
     if t == 0 || n == 0 || k == 0 {
         return Tensor::zeros(&[n, k], DType::F32, grad.device(), Tag::Gradients);
+    }
+    if mask.is_none() {
+        // Of A the rank is the rows of the gradient, of B the columns.
+        let (large, small, kind) = match n <= k {
+            true => (x, grad, Kind::Grads { transposed: true }),
+            false => (grad, x, Kind::Grads { transposed: false }),
+        };
+        if let Some(out) = narrow::product(kind, large, (small, scale), Tag::Gradients)? {
+            return Ok(out);
+        }
     }
     let [tokens, rows, cols] = [size(op, t)?, size(op, n)?, size(op, k)?];
     let pairs = sixteen_bits(grad, &[x])?;

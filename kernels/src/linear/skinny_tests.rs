@@ -1,7 +1,7 @@
 //! Products in f32, with a LoRA rank, of weight gradients and of a few tokens: on the GPU against the CPU, on the same
 //! operands.
 
-use super::{lora, *};
+use super::{lora, narrow::tests::ALWAYS, *};
 use crate::{
     dropout::{self, Mask},
     quantize::{QuantType, ScaleRounding, quantize},
@@ -144,6 +144,18 @@ proptest! {
     }
 
     #[test]
+    fn gpu_shared_lora_products_match_the_cpu(
+        (t, n, k) in (1usize..700, sizes(), sizes()),
+        ranks in prop::collection::vec(prop_oneof![3 => (1usize..9).prop_map(|r| 8 * r), 1 => (1usize..26).prop_map(|r| 8 * r)], 1..5),
+        dtype in halves(),
+        seed: u64,
+    ) {
+        if let Some(device) = gpu() {
+            agree(device, |dtype| if dtype == DType::F32 { 1e-4 } else { 1e-2 }, shared_lora_products((t, n, k), ranks, dtype, seed));
+        }
+    }
+
+    #[test]
     fn gpu_weight_gradients_match_the_cpu(
         (t, n, k) in (1usize..400, sizes(), sizes()),
         [left, right] in [floats(), floats()],
@@ -168,6 +180,39 @@ proptest! {
             // Codes are not rounded to a type on the way.
             agree(device, |_| 1e-2, products((t, n, k), coded.unwrap_or(Kind::Dense(rows)), [rows, out], seed));
         }
+    }
+}
+
+/// The products of adapters on one input, with any ranks, by the kernels that Hopper has for many rows.
+fn shared_lora_products(
+    (t, n, k): (usize, usize, usize),
+    ranks: Vec<usize>,
+    dtype: DType,
+    seed: u64,
+) -> impl Fn(Device) -> Vec<Tensor> {
+    move |device| {
+        let of = |shape: [usize; 2], salt| random_as(&shape, dtype, seed ^ salt).to_device(device, TAG).unwrap();
+        let (x, g) = (of([t, k], 1), of([t, n], 2));
+        let each = |f: &dyn Fn(usize, u64) -> Tensor| -> Vec<Tensor> {
+            ranks.iter().zip(10..).map(|(&r, salt)| f(r, salt)).collect()
+        };
+        let (downs, us, ups) = (
+            each(&|r, salt| of([r, k], salt)),
+            each(&|r, salt| of([t, r], 2 * salt)),
+            each(&|r, salt| of([n, r], 3 * salt)),
+        );
+        let scaled: Vec<(&Tensor, f32)> = downs.iter().zip([0.5, -2.0, 1.0, 3.0]).collect();
+        ALWAYS.set(true);
+        let mut results = lora::down_all(&x, &scaled, TAG).unwrap();
+        results.extend(lora::weight_grads(&us.iter().collect::<Vec<_>>(), &x).unwrap());
+        results.extend(ups.iter().map(|b| lora::grad_down(&g, b, -2.0, TAG).unwrap()));
+        results.extend(us.iter().map(|t| lora::weight_grad(&g, t, 0.5, None).unwrap()));
+        for (b, t) in ups.iter().zip(&us) {
+            let (u, of_b) = lora::grad_down_and_up(&g, t, b, -2.0, TAG).unwrap();
+            results.extend([u, of_b]);
+        }
+        ALWAYS.set(false);
+        results
     }
 }
 

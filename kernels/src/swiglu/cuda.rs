@@ -1,5 +1,6 @@
 //! Launch of SwiGLU and its gradient.
 
+use super::Backward;
 use crate::cuda::{check_dtype, entry, size};
 use nibble_runtime::{
     Result, Tag, Tensor,
@@ -29,13 +30,14 @@ pub(super) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-pub(super) fn backward(gate: Tensor, up: Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
-    check_dtype("swiglu backward", gate.dtype(), &[&up, grad])?;
+pub(super) fn backward(gate: Tensor, up: Tensor, grad: Tensor) -> Result<Backward> {
+    check_dtype("swiglu backward", gate.dtype(), &[&up, &grad])?;
     let name = entry("swiglu_backward", gate.dtype())?;
     let own = |x: Tensor| if x.is_unique() { Ok(x) } else { x.copy(Tag::Workspace) };
-    let (mut gate, mut up) = (own(gate)?, own(up)?);
-    let (grid, n) = (size("swiglu backward", gate.size_bytes().div_ceil(BLOCK))?, gate.numel() as u64);
-    let args = Args::new().output(&mut gate).output(&mut up).input(grad).u64(n);
-    Gpu::of(grad.device())?.launch(&MODULE, &name, [grid, 1, 1], [256, 1, 1], 0, args)?;
-    Ok((gate, up))
+    let (mut gate, mut up, mut output) = (own(gate)?, own(up)?, own(grad)?);
+    let (bytes, n) = (gate.size_bytes(), gate.numel() as u64);
+    let args = Args::new().output(&mut gate).output(&mut up).output(&mut output).moves(6 * bytes).u64(n);
+    let grid = [size("swiglu backward", bytes.div_ceil(BLOCK))?, 1, 1];
+    Gpu::of(gate.device())?.launch(&MODULE, &name, grid, [256, 1, 1], 0, args)?;
+    Ok(Backward { output, gate, up })
 }

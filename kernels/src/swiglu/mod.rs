@@ -46,12 +46,25 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     out.into_dtype(gate.dtype(), Tag::Workspace)
 }
 
-/// Gradients of `gate` and `up`. On a GPU they take the place of `gate` and `up` where nothing else refers to those.
-pub fn backward(gate: Tensor, up: Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
-    check("swiglu backward", &[&gate, &up, grad])?;
+/// What [`backward`] makes.
+#[derive(Debug)]
+pub struct Backward {
+    /// `silu(gate) · up` once more.
+    pub output: Tensor,
+    /// Gradient of `gate`.
+    pub gate: Tensor,
+    /// Gradient of `up`.
+    pub up: Tensor,
+}
+
+/// Gradients of `gate` and `up` from that of the output, and the output. On a GPU they take the places of `gate`, `up` and
+/// `grad` where nothing else refers to those.
+pub fn backward(gate: Tensor, up: Tensor, grad: Tensor) -> Result<Backward> {
+    check("swiglu backward", &[&gate, &up, &grad])?;
     if gate.device() != Device::Cpu {
         return cuda::backward(gate, up, grad);
     }
+    let output = forward(&gate, &up)?;
     let mut dgate = Tensor::empty(gate.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
     let mut dup = Tensor::empty(gate.shape(), DType::F32, Device::Cpu, Tag::Workspace)?;
     let (gates, ups, grads) = (gate.to_f32()?, up.to_f32()?, grad.to_f32()?);
@@ -70,7 +83,8 @@ pub fn backward(gate: Tensor, up: Tensor, grad: &Tensor) -> Result<(Tensor, Tens
             },
         );
     });
-    Ok((dgate.into_dtype(gate.dtype(), Tag::Workspace)?, dup.into_dtype(gate.dtype(), Tag::Workspace)?))
+    let dtype = gate.dtype();
+    Ok(Backward { output, gate: dgate.into_dtype(dtype, Tag::Workspace)?, up: dup.into_dtype(dtype, Tag::Workspace)? })
 }
 
 #[cfg(test)]
@@ -88,7 +102,8 @@ mod tests {
             let (gate, up, grad) = (random(&[1, n], seed), random(&[1, n], seed + 10), random(&[1, n], seed + 20));
             let (gates, ups, grads) = (wide(&gate), wide(&up), wide(&grad));
             close(&forward(&gate, &up).unwrap(), &reference(&gates, &ups), 1e-6);
-            let (dgate, dup) = backward(gate, up, &grad).unwrap();
+            let Backward { output, gate: dgate, up: dup } = backward(gate, up, grad).unwrap();
+            close(&output, &reference(&gates, &ups), 1e-6);
             let head = n.min(50); // every element depends on its own inputs alone
             let loss = |g: &[f64], u: &[f64]| reference(g, u).iter().zip(&grads).map(|(y, d)| y * d).sum::<f64>();
             let of_gate = numeric_gradient(&gates[..head], |g| loss(g, &ups[..head]));
@@ -103,7 +118,7 @@ mod tests {
         let gate = Tensor::from_slice(&[-1e4f32, -90.0, 90.0, 1e4], &[1, 4], Tag::Workspace).unwrap();
         let one = Tensor::from_slice(&[1f32; 4], &[1, 4], Tag::Workspace).unwrap();
         assert_eq!(forward(&gate, &one).unwrap().as_slice::<f32>().unwrap()[2..], [90.0, 1e4]);
-        let (dgate, dup) = backward(gate, one.clone(), &one).unwrap();
+        let Backward { gate: dgate, up: dup, .. } = backward(gate, one.clone(), one).unwrap();
         let values: Vec<f32> = [wide(&dgate), wide(&dup)].concat().iter().map(|&x| x as f32).collect();
         assert!(values.iter().all(|x| x.is_finite()));
         assert!(values[0].abs() < 1e-6 && (values[3] - 1.0).abs() < 1e-6);

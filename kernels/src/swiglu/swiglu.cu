@@ -1,6 +1,6 @@
 // SwiGLU and its gradients (formulas in mod.rs).
 //
-// Bound by memory: forward reads two arrays and writes one, backward reads three and writes two. The sigmoid of 16-bit
+// Bound by memory: forward reads two arrays and writes one, backward reads three and writes three. The sigmoid of 16-bit
 // types uses the hardware's exponential and reciprocal (1e-5 relative at worst): exact division would make the
 // instruction count rival the traffic. f32 uses the accurate ones.
 #include "runs.cuh"
@@ -45,15 +45,16 @@ __device__ __forceinline__ void forward(
     }
 }
 
-// Turns a gate and its up into their gradients.
-template <typename T> __device__ __forceinline__ void differentiate(float& gate, float& up, float grad) {
-    float sigma = sigmoid<T>(gate), of_up = grad * gate * sigma;
+// Turns a gate and its up into their gradients, and the output's gradient into the output.
+template <typename T> __device__ __forceinline__ void differentiate(float& gate, float& up, float& grad) {
+    float sigma = sigmoid<T>(gate), silu = gate * sigma, output = silu * up, of_up = grad * silu;
     gate = grad * up * sigma * (1.0f + gate * (1.0f - sigma));
     up = of_up;
+    grad = output;
 }
 
-// In place: gate [n] and up [n] become their gradients.
-template <typename T> __device__ __forceinline__ void backward(T* gate, T* up, const T* grad, u64 n) {
+// In place: gate [n] and up [n] become their gradients, grad [n] the output.
+template <typename T> __device__ __forceinline__ void backward(T* gate, T* up, T* grad, u64 n) {
     constexpr int N = RUN<T>, BLOCK = THREADS * N;
     u64 begin = (u64)blockIdx.x * BLOCK;
     if (begin + BLOCK <= n && aligned(gate, up, grad)) {
@@ -66,12 +67,14 @@ template <typename T> __device__ __forceinline__ void backward(T* gate, T* up, c
         for (int j = 0; j < N; j++) differentiate<T>(gates[j], ups[j], grads[j]);
         store(gate + i, gates);
         store(up + i, ups);
+        store(grad + i, grads);
     } else {
         for (u64 i = begin + threadIdx.x; i < min(begin + BLOCK, n); i += THREADS) {
-            float g = wide(gate[i]), u = wide(up[i]);
-            differentiate<T>(g, u, wide(grad[i]));
+            float g = wide(gate[i]), u = wide(up[i]), d = wide(grad[i]);
+            differentiate<T>(g, u, d);
             gate[i] = narrow<T>(g);
             up[i] = narrow<T>(u);
+            grad[i] = narrow<T>(d);
         }
     }
 }
@@ -83,7 +86,7 @@ template <typename T> __device__ __forceinline__ void backward(T* gate, T* up, c
         forward(gate, up, out, n); \
     } \
     extern "C" __global__ __launch_bounds__(THREADS) void swiglu_backward_##NAME( \
-        T* gate, T* up, const T* grad, u64 n) { \
+        T* gate, T* up, T* grad, u64 n) { \
         backward(gate, up, grad, n); \
     }
 FOR_FLOATS(SWIGLU)

@@ -136,7 +136,8 @@ impl Function for Gated {
         Ok((swiglu::forward(&inputs[0], &inputs[1])?, ()))
     }
     fn backward(&self, inputs: &[Tensor], (): (), grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let (dgate, dup) = swiglu::backward(inputs[0].clone(), inputs[1].clone(), &grad)?;
+        let swiglu::Backward { gate: dgate, up: dup, .. } =
+            swiglu::backward(inputs[0].clone(), inputs[1].clone(), grad)?;
         Ok(vec![Some(dgate), Some(dup)])
     }
 }

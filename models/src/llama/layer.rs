@@ -13,7 +13,7 @@
 use super::{
     Pass,
     keep::{Attended, Extent, Gated, Keeping, Kept, Saved},
-    linear::{Linear, Param, ParamGrads, put},
+    linear::{Back, Linear, Param, ParamGrads, input_grad, low_ranks, parameter_grads, put},
 };
 use nibble_kernels::{
     attention::{self, Segment},
@@ -95,6 +95,7 @@ impl Layer {
         cache: Option<&mut LayerCache>,
         extent: Extent,
     ) -> Result<(Tensor, Kept)> {
+        let _casts = pass.cast_adapters(self.linears(), x.dtype())?;
         let mut t = LowRank::default();
         let attended = self.attend(x, pass, cache, &mut t)?;
         let parts = if extent == Extent::All { Vec::new() } else { self.parts(x, pass)? };
@@ -110,6 +111,7 @@ impl Layer {
         let [t_q, t_k, t_v, t_o, ..] = t;
         let turn = |x: Tensor| rotary::apply(x, &pass.positions, &pass.rope, Direction::Forward);
         let (n1, rstd) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
+        low_ranks(&n1, pass, &mut [(&self.q, &mut *t_q), (&self.k, &mut *t_k), (&self.v, &mut *t_v)])?;
         let q = product(&self.q, &n1, pass, None, t_q)?;
         let k = product(&self.k, &n1, pass, None, t_k)?;
         let v = product(&self.v, &n1, pass, None, t_v)?;
@@ -133,6 +135,7 @@ impl Layer {
     fn gate_up(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<Gated> {
         let [.., t_gate, t_up, _] = t;
         let (n2, rstd) = rms_norm::forward(h, &self.post_norm.value, self.eps)?;
+        low_ranks(&n2, pass, &mut [(&self.gate, &mut *t_gate), (&self.up, &mut *t_up)])?;
         let gate = product(&self.gate, &n2, pass, None, t_gate)?;
         let up = product(&self.up, &n2, pass, None, t_up)?;
         Ok(Gated { rstd, gate, up })
@@ -193,6 +196,7 @@ impl Layer {
     /// Gradients of the input (if wanted) and of the parameters, from that of the output.
     fn backward(&self, kept: Kept, dy: Tensor, pass: &Pass, want_input: bool) -> Result<(Option<Tensor>, ParamGrads)> {
         let Kept { x, mut t, attended, gated } = kept;
+        let _casts = pass.cast_adapters(self.linears(), x.dtype())?;
         let attended = attended.map_or_else(|| self.attend(&x, pass, None, &mut t), Ok)?;
         let mut grads = ParamGrads::new();
         let dy = if dy.is_unique() { dy } else { dy.copy(Tag::Workspace)? };
@@ -222,18 +226,16 @@ impl Layer {
         let [.., t_gate, t_up, t_down] = t;
 
         // y = h + a·W_down
-        let mut da = None;
-        let a = swiglu::forward(&gate, &up)?;
-        self.down.backward(&a, t_down.as_ref(), &dy, pass, Some(&mut da), grads)?;
+        let back = self.down.back(t_down.as_ref(), &dy, pass, grads)?;
+        let da = input_grad(&[(&self.down, &back)], pass)?;
+        let swiglu::Backward { output: a, gate: dgate, up: dup } = swiglu::backward(gate, up, da)?;
+        parameter_grads(&a, &[(&self.down, t_down.as_ref(), back)], pass, grads)?;
         drop(a);
-        let (dgate, dup) = swiglu::backward(gate, up, made(&da)?)?;
-        drop(da);
 
         // gate, up = n₂·W
         let n2 = rms_norm::apply(h, &self.post_norm.value, &rstd)?;
-        let mut dn2 = None;
-        self.gate.backward(&n2, t_gate.as_ref(), &dgate, pass, Some(&mut dn2), grads)?;
-        self.up.backward(&n2, t_up.as_ref(), &dup, pass, Some(&mut dn2), grads)?;
+        let outputs = [(&self.gate, t_gate, &dgate), (&self.up, t_up, &dup)];
+        let dn2 = backward_together(&n2, outputs, pass, true, grads)?;
         drop((n2, dgate, dup));
         norm_backward(&self.post_norm, h, &rstd, made(&dn2)?, &mut dy, grads)?;
         Ok(dy)
@@ -282,8 +284,7 @@ impl Layer {
         drop(h);
 
         // h = x + o·W_o
-        let mut d_o = None;
-        self.o.backward(&o, t_o.as_ref(), &dh, pass, Some(&mut d_o), grads)?;
+        let d_o = backward_together(&o, [(&self.o, t_o, &dh)], pass, true, grads)?;
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout)?;
         drop((d_o, q, k, v, o));
@@ -293,16 +294,32 @@ impl Layer {
         // q, k, v = n₁·W
         let n1 = rms_norm::apply(x, &self.input_norm.value, &rstd)?;
         let wanted = want_input || self.input_norm.id.is_some();
-        let mut dn1 = None;
-        for (linear, t, grad) in [(&self.q, t_q, &dq), (&self.k, t_k, &dk), (&self.v, t_v, &dv)] {
-            linear.backward(&n1, t.as_ref(), grad, pass, wanted.then_some(&mut dn1), grads)?;
-        }
+        let outputs = [(&self.q, t_q, &dq), (&self.k, t_k, &dk), (&self.v, t_v, &dv)];
+        let dn1 = backward_together(&n1, outputs, pass, wanted, grads)?;
         if !wanted {
             return Ok(None);
         }
         norm_backward(&self.input_norm, x, &rstd, made(&dn1)?, &mut dh, grads)?;
         Ok(Some(dh))
     }
+}
+
+/// Back over linears on one input `x`, each with its adapter's `t` and the gradient of its output: the gradient of `x`, if it is
+/// wanted.
+fn backward_together<const N: usize>(
+    x: &Tensor,
+    outputs: [(&Linear, &Option<Tensor>, &Tensor); N],
+    pass: &Pass,
+    want_input: bool,
+    grads: &mut ParamGrads,
+) -> Result<Option<Tensor>> {
+    let mut parts = Vec::with_capacity(N);
+    for (linear, t, grad) in outputs {
+        parts.push((linear, t.as_ref(), linear.back(t.as_ref(), grad, pass, grads)?));
+    }
+    parameter_grads(x, &parts, pass, grads)?;
+    let backs: Vec<(&Linear, &Back)> = parts.iter().map(|(linear, _, back)| (*linear, back)).collect();
+    want_input.then(|| input_grad(&backs, pass)).transpose()
 }
 
 /// The product of a linear layer, from the adapter's `t` if it is there.
@@ -314,7 +331,7 @@ fn product(
     t: &mut Option<Tensor>,
 ) -> Result<Tensor> {
     if t.is_some() {
-        return linear.output(x, t.as_ref(), residual);
+        return linear.output(x, pass, t.as_ref(), residual);
     }
     let y;
     (y, *t) = linear.forward(x, pass, residual)?;

@@ -4,6 +4,10 @@
 //! Backward, from the gradient `g` of `y`, with `u = s·g·B`:
 //! `dB = gᵀ·t`, `dA = uᵀ·m(x)`, `dx = g·W + m(u·A)`, and `dW = gᵀ·x` where the weight trains.
 //!
+//! Linears on one input make `t`, `dA` and `dx` together: the input is read once, and `dx` is a sum within one product where
+//! that is possible. Backward goes in three steps, because the input of `down` is made between them: from the gradients of the
+//! outputs ([`Linear::back`]), to that of the input ([`input_grad`]), and what needs the input ([`parameter_grads`]).
+//!
 //! With DoRA the output is scaled column by column, `y·diag(gains)` ([`nibble_kernels::dora`]), and the gradient on its
 //! way back too; the magnitude's gradient needs the output from before that, which is made again. Dropout is on the
 //! adapter's input alone: peft drops that of the share of `x·Wᵀ` which the gains add, too, for one more product.
@@ -11,8 +15,10 @@
 use super::Pass;
 use nibble_kernels::{
     cast::into_dtype,
-    dora, elementwise,
-    linear::{Weight, forward_lora, input_grad_add, input_grad_lora, input_grad_lora_add, lora, weight_grad},
+    dora,
+    dropout::Mask,
+    elementwise,
+    linear::{InputGrad, Weight, forward_lora, input_grad_add, input_grads_lora, lora, weight_grad},
     mixed,
     quantize::dequantize,
 };
@@ -103,6 +109,92 @@ fn cast(param: &Param, dtype: DType) -> Result<Tensor> {
     into_dtype(param.value.clone(), dtype, Tag::Workspace)
 }
 
+/// What the gradients by a linear's input and by the adapter's `A` are made from.
+pub(crate) struct Back<'a> {
+    /// The gradient of the output.
+    grad: &'a Tensor,
+    /// The same of the output before DoRA's gains.
+    scaled: Option<Tensor>,
+    /// `u` `[T, r]`.
+    u: Option<Tensor>,
+    mask: Option<Mask>,
+}
+
+impl Back<'_> {
+    fn grad(&self) -> &Tensor {
+        self.scaled.as_ref().unwrap_or(self.grad)
+    }
+}
+
+/// Makes the adapters' `t` of linears on one input, where they have one that is not there yet: together where nothing is
+/// dropped.
+pub(crate) fn low_ranks(x: &Tensor, pass: &Pass, linears: &mut [(&Linear, &mut Option<Tensor>)]) -> Result<()> {
+    let mut parts = Vec::new();
+    for (linear, t) in linears {
+        match &linear.lora {
+            Some(lora) if t.is_none() && pass.mixture.is_none() && pass.mask(lora.dropout, 0).is_none() => {
+                parts.push((t, linear.adapter(pass, lora, x.dtype())?.0, lora.scale));
+            }
+            _ => {}
+        }
+    }
+    let adapters: Vec<_> = parts.iter().map(|(_, a, scale)| (a, *scale)).collect();
+    if !adapters.is_empty() {
+        let made = lora::down_all(x, &adapters, Tag::Activations)?;
+        parts.into_iter().zip(made).for_each(|((t, ..), made)| **t = Some(made));
+    }
+    Ok(())
+}
+
+/// The gradient of the input of these linears.
+pub(crate) fn input_grad(linears: &[(&Linear, &Back)], pass: &Pass) -> Result<Tensor> {
+    let mut operands = Vec::new();
+    for (linear, back) in linears {
+        let dtype = back.grad.dtype();
+        let a = linear.lora.as_ref().map(|lora| linear.adapter(pass, lora, dtype)).transpose()?.map(|(a, _)| a);
+        operands.push((linear.weight(dtype)?, back.u.as_ref().zip(a)));
+    }
+    let mut parts = Vec::new();
+    for ((_, back), (weight, low_rank)) in linears.iter().zip(&operands) {
+        // With dropout the branch is not part of the product.
+        let lora = low_rank.as_ref().filter(|_| back.mask.is_none()).map(|(u, a)| (*u, a));
+        parts.push(InputGrad { grad: back.grad(), weight, lora });
+    }
+    let dtype = parts.first().map_or(DType::F32, |part| part.grad.dtype());
+    let mut dx = input_grads_lora(&parts, dtype, Tag::Workspace)?;
+    for ((_, back), (_, low_rank)) in linears.iter().zip(&operands) {
+        if let (Some(mask), Some((u, a))) = (back.mask, low_rank) {
+            lora::dropped_add(u, a, mask, &mut dx)?;
+        }
+    }
+    Ok(dx)
+}
+
+/// Adds the gradients by what multiplies the input `x` of these linears to `grads`: of A, of weights that train, and DoRA's
+/// magnitudes. Each has the adapter's `t`.
+pub(crate) fn parameter_grads(
+    x: &Tensor,
+    linears: &[(&Linear, Option<&Tensor>, Back)],
+    pass: &Pass,
+    grads: &mut ParamGrads,
+) -> Result<()> {
+    let mut shared = Vec::new();
+    for (linear, t, back) in linears {
+        linear.weight_grads(x, *t, back, pass, grads)?;
+        let id = linear.lora.as_ref().and_then(|lora| lora.a.id);
+        match (id, &back.u, back.mask) {
+            (Some(id), Some(u), None) => shared.push((id, u)),
+            (Some(id), Some(u), mask) => put(grads, id, lora::weight_grad(u, x, 1.0, mask)?)?,
+            _ => {}
+        }
+    }
+    if shared.is_empty() {
+        return Ok(());
+    }
+    let us: Vec<&Tensor> = shared.iter().map(|(_, u)| *u).collect();
+    shared.iter().zip(lora::weight_grads(&us, x)?).try_for_each(|((id, _), grad)| put(grads, *id, grad))
+}
+
 impl Linear {
     /// The weight and the adapter's parameters, as far as they train.
     pub fn visit<'a>(&'a self, f: &mut impl FnMut(ParamId, String, &'a Tensor)) {
@@ -151,13 +243,19 @@ impl Linear {
             return Ok((y, None));
         }
         let t = self.low_rank(x, pass)?;
-        Ok((self.output(x, t.as_ref(), residual)?, t))
+        Ok((self.output(x, pass, t.as_ref(), residual)?, t))
     }
 
     /// The output of [`Linear::forward`] from the adapter's `t` that this made.
-    pub(crate) fn output(&self, x: &Tensor, t: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn output(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        t: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let dtype = x.dtype();
-        let b = self.lora.as_ref().map(|lora| cast(&lora.b, dtype)).transpose()?;
+        let b = self.lora.as_ref().map(|lora| self.adapter(pass, lora, dtype)).transpose()?.map(|(_, b)| b);
         let low_rank = t.zip(b.as_ref());
         match self.gains()? {
             None => forward_lora(x, &self.weight(dtype)?, low_rank, residual, dtype, Tag::Activations),
@@ -205,65 +303,67 @@ impl Linear {
     pub(crate) fn low_rank(&self, x: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
         let Some(lora) = &self.lora else { return Ok(None) };
         let mask = pass.mask(lora.dropout, self.index);
-        Ok(Some(lora::down(x, &cast(&lora.a, x.dtype())?, lora.scale, mask, Tag::Activations)?))
+        let (a, _) = self.adapter(pass, lora, x.dtype())?;
+        Ok(Some(lora::down(x, &a, lora.scale, mask, Tag::Activations)?))
     }
 
-    /// Adds the parameters' gradients to `grads`, and adds that of the input to `dx`, making it if it is not there yet.
-    /// Skips the input's gradient where `dx` is `None`.
-    pub(crate) fn backward(
+    /// A and B in the type of the computation.
+    fn adapter(&self, pass: &Pass, lora: &Lora, dtype: DType) -> Result<(Tensor, Tensor)> {
+        match pass.casts.of(self.index) {
+            Some(made) => Ok(made),
+            None => Ok((cast(&lora.a, dtype)?, cast(&lora.b, dtype)?)),
+        }
+    }
+
+    /// From the gradient of the output: that of B goes to `grads`, and what others are made from is returned.
+    pub(crate) fn back<'a>(
+        &self,
+        t: Option<&Tensor>,
+        grad: &'a Tensor,
+        pass: &Pass,
+        grads: &mut ParamGrads,
+    ) -> Result<Back<'a>> {
+        let scaled = match self.gains()? {
+            Some((_, gains)) => Some(dora::scale(grad, gains, Tag::Workspace)?),
+            None => None,
+        };
+        let mut back = Back { grad, scaled, u: None, mask: None };
+        if let (Some(lora), Some(t)) = (&self.lora, t) {
+            let (_, b) = self.adapter(pass, lora, grad.dtype())?;
+            let u = match lora.b.id {
+                None => lora::grad_down(back.grad(), &b, lora.scale, Tag::Workspace)?,
+                Some(id) => {
+                    let (u, of_b) = lora::grad_down_and_up(back.grad(), t, &b, lora.scale, Tag::Workspace)?;
+                    put(grads, id, of_b)?;
+                    u
+                }
+            };
+            (back.u, back.mask) = (Some(u), pass.mask(lora.dropout, self.index));
+        }
+        Ok(back)
+    }
+
+    /// Adds the gradients of a weight that trains and of DoRA's magnitude.
+    fn weight_grads(
         &self,
         x: &Tensor,
         t: Option<&Tensor>,
-        grad: &Tensor,
+        back: &Back,
         pass: &Pass,
-        dx: Option<&mut Option<Tensor>>,
         grads: &mut ParamGrads,
     ) -> Result<()> {
-        let dtype = x.dtype();
         if let Some(id) = self.id {
-            put(grads, id, weight_grad(grad, x, 1.0)?)?;
+            put(grads, id, weight_grad(back.grad, x, 1.0)?)?;
         }
-        let (full_b, scaled);
-        let grad = match (&self.lora, self.gains()?) {
-            (Some(Lora { b, magnitude: Some(magnitude), .. }), Some((inverse_norms, gains))) => {
-                full_b = cast(b, dtype)?;
-                if let Some(id) = magnitude.param.id {
-                    let low_rank = t.map(|t| (t, &full_b));
-                    let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
-                    put(grads, id, dora::magnitude_grad(&z, grad, inverse_norms)?)?;
-                }
-                scaled = dora::scale(grad, gains, Tag::Workspace)?;
-                &scaled
-            }
-            _ => grad,
-        };
-        let mut branch = None;
-        if let (Some(lora), Some(t)) = (&self.lora, t) {
-            let mask = pass.mask(lora.dropout, self.index);
-            let u = lora::grad_down(grad, &cast(&lora.b, dtype)?, lora.scale, Tag::Workspace)?;
-            if let Some(id) = lora.b.id {
-                put(grads, id, lora::weight_grad(grad, t, 1.0, None)?)?;
-            }
-            if let Some(id) = lora.a.id {
-                put(grads, id, lora::weight_grad(&u, x, 1.0, mask)?)?;
-            }
-            branch = Some((u, cast(&lora.a, dtype)?, mask));
+        if let (Some(lora @ Lora { magnitude: Some(Magnitude { param, .. }), .. }), Some((inverse_norms, _))) =
+            (&self.lora, self.gains()?)
+            && let Some(id) = param.id
+        {
+            let (dtype, (_, b)) = (x.dtype(), self.adapter(pass, lora, x.dtype())?);
+            let low_rank = t.map(|t| (t, &b));
+            let z = forward_lora(x, &self.weight(dtype)?, low_rank, None, dtype, Tag::Workspace)?;
+            put(grads, id, dora::magnitude_grad(&z, back.grad, inverse_norms)?)?;
         }
-        let Some(slot) = dx else { return Ok(()) };
-        let weight = self.weight(dtype)?;
-        // Without dropout the branch is part of the product.
-        let inside = branch.as_ref().filter(|(_, _, mask)| mask.is_none()).map(|(u, a, _)| (u, a));
-        let mut dx = match slot.take() {
-            None => input_grad_lora(grad, &weight, inside, dtype, Tag::Workspace)?,
-            Some(mut dx) => {
-                input_grad_lora_add(grad, &weight, inside, &mut dx)?;
-                dx
-            }
-        };
-        if let Some((u, a, Some(mask))) = &branch {
-            lora::dropped_add(u, a, *mask, &mut dx)?;
-        }
-        *slot = Some(dx);
         Ok(())
     }
 

@@ -1,14 +1,18 @@
 //! What all layers share in one forward pass over a packed batch.
 
-use super::Mixture;
+use super::{Linear, Mixture};
 use crate::LlamaConfig;
 use nibble_kernels::{
     attention::{Heads, Layout, Segment},
+    cast::into_dtypes,
     dropout::Mask,
     rotary::{RopeScaling, RotaryTable},
 };
-use nibble_runtime::{Device, Result, Tag, Tensor};
-use std::sync::{Arc, Mutex, PoisonError};
+use nibble_runtime::{DType, Device, Result, Tag, Tensor};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 /// Layout of a batch, rotary angles and dropout of one pass.
 #[derive(Clone, Debug)]
@@ -28,6 +32,45 @@ pub struct Pass {
     pub feed_forward_rows: usize,
     /// Adapters for rows of several, instead of those on the layers, and the owner of each row, i32 `[T]`.
     pub(crate) mixture: Option<(Arc<Mixture>, Tensor)>,
+    /// The adapters of the layer that is at work.
+    pub(crate) casts: Casts,
+}
+
+/// A and B of a layer's adapters in the type of the computation, by [`Linear::index`]: made in one launch, and there for
+/// as long as the layer is at work.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Casts(Arc<Mutex<BTreeMap<u32, (Tensor, Tensor)>>>);
+
+/// [`Casts`] that are there until this is dropped.
+#[must_use]
+pub(crate) struct CastsHeld<'a>(&'a Casts);
+
+impl Casts {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, (Tensor, Tensor)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A and B of a linear, if they are there.
+    pub(crate) fn of(&self, linear: u32) -> Option<(Tensor, Tensor)> {
+        self.lock().get(&linear).cloned()
+    }
+
+    /// Makes those of a layer.
+    fn make(&self, linears: [&Linear; 7], dtype: DType) -> Result<()> {
+        let adapters = linears.iter().filter_map(|linear| linear.lora.as_ref().map(|lora| (linear.index, lora)));
+        let (numbers, values): (Vec<u32>, Vec<_>) =
+            adapters.map(|(number, lora)| (number, [&lora.a.value, &lora.b.value])).unzip();
+        let mut made = into_dtypes(&values.concat(), dtype, Tag::Workspace)?.into_iter();
+        let pairs = numbers.into_iter().zip(std::iter::from_fn(|| made.next().zip(made.next())));
+        self.lock().extend(pairs);
+        Ok(())
+    }
+}
+
+impl Drop for CastsHeld<'_> {
+    fn drop(&mut self) {
+        self.0.lock().clear();
+    }
 }
 
 /// What dropout masks of a pass depend on, besides probability and layer.
@@ -111,7 +154,16 @@ impl Pass {
         let positions = Tensor::from_slice(positions, &[positions.len()], Tag::Workspace)?;
         let heads = Heads { query: config.num_heads, kv: config.num_kv_heads, dim: config.head_dim };
         let layout = Layout::new(segments, positions.device())?;
-        Ok(Pass { positions, layout, rope, heads, dropout, feed_forward_rows: usize::MAX, mixture: None })
+        Ok(Pass {
+            positions,
+            layout,
+            rope,
+            heads,
+            dropout,
+            feed_forward_rows: usize::MAX,
+            mixture: None,
+            casts: Casts::default(),
+        })
     }
 
     /// With positions, angles and layout on `device`. Both were made together, so that each position is in the table.
@@ -126,6 +178,14 @@ impl Pass {
         };
         let mixture = self.mixture.map(on).transpose()?;
         Ok(Pass { positions, rope, layout, mixture, ..self })
+    }
+
+    /// Makes [`Casts`] of a layer's adapters, where the pass takes those.
+    pub(crate) fn cast_adapters(&self, linears: [&Linear; 7], dtype: DType) -> Result<CastsHeld<'_>> {
+        if self.mixture.is_none() {
+            self.casts.make(linears, dtype)?;
+        }
+        Ok(CastsHeld(&self.casts))
     }
 
     /// The dropout mask of linear layer `layer`, where there is one.

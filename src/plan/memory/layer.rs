@@ -3,10 +3,11 @@
 use super::{Held, Walk};
 use nibble_kernels::{
     attention::{self, Heads},
-    linear, rms_norm,
+    linear::{self, lora},
+    rms_norm,
 };
 use nibble_models::llama::Extent;
-use nibble_runtime::Tag;
+use nibble_runtime::{Tag, cuda::Chip};
 
 /// `keep::Kept`.
 pub(super) struct Kept {
@@ -41,6 +42,9 @@ impl Grads {
     }
 }
 
+/// `linear::Back`: `scaled` and `u`, as far as they are there.
+type Back = Vec<Held>;
+
 /// A linear: its layer, and which of the layer's it is.
 type Place = [usize; 2];
 
@@ -57,6 +61,7 @@ impl Walk<'_> {
     /// `Layer::forward` and `Keeping::keep`: the output, and what is kept.
     pub(super) fn layer_forward(&self, layer: usize, x: Held) -> (Held, Kept) {
         let extent = self.job.settings.activations.of(layer).extent;
+        let _casts = self.casts(layer);
         let mut t = LowRank::default();
         let attended = self.attend(layer, &mut t);
         let (y, gated) = match self.parts(extent) {
@@ -118,6 +123,7 @@ impl Walk<'_> {
     /// `Layer::attend`.
     fn attend(&self, layer: usize, t: &mut LowRank) -> Attended {
         let (n1, rstd) = (self.flow(self.job.config.hidden_size), self.each_row(1));
+        self.low_ranks(layer, &[Q, K, V], t);
         let [q, k, v] = [Q, K, V].map(|linear| self.output([layer, linear], &mut t[linear]));
         drop(n1);
         let (o, lse) = (self.activation(self.shapes[Q][0]), self.each_row(self.job.config.num_heads));
@@ -128,6 +134,7 @@ impl Walk<'_> {
     /// `Layer::gate_up`.
     fn gate_up(&self, layer: usize, t: &mut LowRank) -> Gated {
         let (_n2, rstd) = (self.flow(self.job.config.hidden_size), self.each_row(1));
+        self.low_ranks(layer, &[GATE, UP], t);
         Gated(rstd, [GATE, UP].map(|linear| self.output([layer, linear], &mut t[linear])))
     }
 
@@ -149,6 +156,7 @@ impl Walk<'_> {
     ) -> (Option<Held>, Vec<Held>) {
         let Kept { x: _x, mut t, attended, gated } = kept;
         let extent = if gated.is_some() { Extent::All } else { Extent::Inputs };
+        let _casts = self.casts(layer);
         let attended = attended.unwrap_or_else(|| self.attend(layer, &mut t));
         let mut grads = Grads::default();
         match self.parts(extent) {
@@ -175,19 +183,20 @@ impl Walk<'_> {
     /// `Layer::feed_forward_backward`.
     fn feed_forward_backward(&self, layer: usize, Gated(_rstd, gate_up): Gated, grads: &mut Grads) {
         let (d, f) = (self.job.config.hidden_size, self.job.config.intermediate_size);
-        let a = self.flow(f);
-        let da = self.linear_backward([layer, DOWN], None, true, grads);
-        drop(a);
+        let back = self.back([layer, DOWN], grads);
+        let mut a = self.input_grad(layer, &[DOWN]);
         // In place on a GPU, where the gradients go on counting as activations.
-        let (mut dgate_up, mut kept) = (Vec::from(gate_up), Vec::new());
+        let mut dgate_up = Vec::from(gate_up);
         if self.on_cpu() {
-            kept = std::mem::replace(&mut dgate_up, vec![self.flow(f), self.flow(f)]);
+            let made = [self.flow(f), self.flow(f), self.flow(f)];
+            let [output, dgate, dup] = made;
+            (a, dgate_up) = (output, vec![dgate, dup]);
         }
-        drop((da, kept));
+        self.parameter_grads(layer, &[DOWN], grads);
+        drop((a, back));
 
         let n2 = self.flow(d);
-        let dn2 = self.linear_backward([layer, GATE], None, true, grads);
-        let _dn2 = self.linear_backward([layer, UP], dn2, true, grads);
+        let _dn2 = self.backward_together(layer, &[GATE, UP], true, grads);
         drop((n2, dgate_up));
         grads.put(self.norm_weight_grad());
     }
@@ -197,7 +206,7 @@ impl Walk<'_> {
         let (c, [q, kv]) = (&self.job.config, [self.shapes[Q][0], self.shapes[K][0]]);
         let Attended([_rstd, q_, k_, v_, o, _lse], h) = attended;
         drop(h);
-        let d_o = self.linear_backward([layer, O], None, true, grads);
+        let d_o = self.backward_together(layer, &[O], true, grads);
         let _dqkv = [self.flow(q), self.flow(kv), self.flow(kv)];
         if let Some(chip) = self.job.chip.filter(|_| self.w == 2) {
             let heads = Heads { query: c.num_heads, kv: c.num_kv_heads, dim: c.head_dim };
@@ -206,10 +215,7 @@ impl Walk<'_> {
         drop((d_o, [q_, k_, v_, o]));
 
         let _n1 = self.flow(c.hidden_size);
-        let mut dn1 = None;
-        for linear in [Q, K, V] {
-            dn1 = self.linear_backward([layer, linear], dn1, want, grads);
-        }
+        let _dn1 = self.backward_together(layer, &[Q, K, V], want, grads);
         grads.put(self.norm_weight_grad());
     }
 
@@ -252,7 +258,6 @@ impl Walk<'_> {
         if t.is_none() {
             *t = self.low_rank(at);
         }
-        let _b = t.as_ref().and_then(|_| self.cast(n * rank));
         self.gains(at);
         let _weight = self.weight(at);
         let z = (rank > 0 && self.trains.dora).then(|| self.flow(n));
@@ -280,10 +285,36 @@ impl Walk<'_> {
         (self.shapes[which], self.trains.ranks[layer][which])
     }
 
+    /// `Pass::cast_adapters`.
+    fn casts(&self, layer: usize) -> Vec<Held> {
+        let linears = (0..7).map(|which| self.linear([layer, which]));
+        linears.flat_map(|([n, k], rank)| [self.cast(rank * k), self.cast(n * rank)]).flatten().collect()
+    }
+
+    /// `linear::low_ranks`.
+    fn low_ranks(&self, layer: usize, linears: &[usize], t: &mut LowRank) {
+        if self.trains.dropout {
+            return;
+        }
+        let missing = linears.iter().copied().filter(|&which| t[which].is_none());
+        let missing: Vec<usize> = missing.filter(|&which| self.trains.ranks[layer][which] > 0).collect();
+        let ranks: Vec<usize> = missing.iter().map(|&which| self.trains.ranks[layer][which]).collect();
+        for &which in &missing {
+            t[which] = Some(self.activation(self.trains.ranks[layer][which]));
+        }
+        let k = self.shapes[linears[0]][1];
+        drop(self.on_gpu(|chip| lora::down_workspace(chip, self.t.get(), k, &ranks)));
+    }
+
+    /// Workspace of an operation on 16-bit rows on a GPU.
+    fn on_gpu(&self, bytes: impl FnOnce(Chip) -> usize) -> Option<Held> {
+        let chip = self.job.chip.filter(|_| self.w == 2)?;
+        Some(self.workspace(bytes(chip)))
+    }
+
     fn low_rank(&self, at: Place) -> Option<Held> {
         let ([_, k], rank) = self.linear(at);
         (rank > 0).then(|| {
-            let _a = self.cast(rank * k);
             let _dropped = (self.trains.dropout && !self.fused()).then(|| self.flow(k));
             self.activation(rank)
         })
@@ -300,41 +331,71 @@ impl Walk<'_> {
         self.hold(Tag::Gradients, 4 * n * k)
     }
 
-    /// `Linear::backward`: the input's gradient if it is wanted, which adds to `dx`.
-    fn linear_backward(&self, at: Place, dx: Option<Held>, want: bool, grads: &mut Grads) -> Option<Held> {
-        let ([n, k], rank) = self.linear(at);
-        if self.trains.all {
-            grads.put(Some(self.weight_grad(self.t.get(), n, k, false)));
-        }
-        let (mut _b, mut _scaled) = (None, None);
-        if rank > 0 && self.trains.dora {
-            _b = self.cast(n * rank);
-            let z = self.flow(n);
-            drop(self.product(n, k, rank));
-            let partial = (!self.on_cpu()).then(|| self.workspace(rms_norm::weight_grad_workspace(self.t.get(), n)));
-            grads.put(Some(self.hold(Tag::Gradients, 4 * n)));
-            drop((z, partial));
-            _scaled = Some(self.flow(n));
-        }
-        let mut _branch = None;
-        if rank > 0 {
-            let b = self.cast(n * rank);
+    /// `layer::backward_together`: the input's gradient if it is wanted.
+    fn backward_together(&self, layer: usize, linears: &[usize], want: bool, grads: &mut Grads) -> Option<Held> {
+        let _backs: Vec<Back> = linears.iter().map(|&which| self.back([layer, which], grads)).collect();
+        self.parameter_grads(layer, linears, grads);
+        want.then(|| self.input_grad(layer, linears))
+    }
+
+    /// `Linear::back`.
+    fn back(&self, at: Place, grads: &mut Grads) -> Back {
+        let ([n, _], rank) = self.linear(at);
+        let scaled = (rank > 0 && self.trains.dora).then(|| self.flow(n));
+        let u = (rank > 0).then(|| {
             let u = self.flow(rank);
-            drop(b);
-            grads.put(Some(self.weight_grad(self.t.get(), n, rank, false)));
-            grads.put(Some(self.weight_grad(self.t.get(), rank, k, self.trains.dropout)));
-            _branch = Some((u, self.cast(rank * k)));
+            let of_b = self.hold(Tag::Gradients, 4 * n * rank);
+            drop(self.on_gpu(|chip| lora::grad_down_and_up_workspace(chip, self.t.get(), n, rank)));
+            grads.put(Some(of_b));
+            u
+        });
+        scaled.into_iter().chain(u).collect()
+    }
+
+    /// `linear::parameter_grads`.
+    fn parameter_grads(&self, layer: usize, linears: &[usize], grads: &mut Grads) {
+        let t = self.t.get();
+        let mut shared = Vec::new();
+        let k = self.shapes[linears[0]][1];
+        for &which in linears {
+            let ([n, _], rank) = self.linear([layer, which]);
+            if self.trains.all {
+                grads.put(Some(self.weight_grad(t, n, k, false)));
+            }
+            if rank > 0 && self.trains.dora {
+                let z = self.flow(n);
+                drop(self.product(n, k, rank));
+                let partial = (!self.on_cpu()).then(|| self.workspace(rms_norm::weight_grad_workspace(t, n)));
+                grads.put(Some(self.hold(Tag::Gradients, 4 * n)));
+                drop((z, partial));
+            }
+            match (rank, self.trains.dropout) {
+                (0, _) => {}
+                (_, true) => grads.put(Some(self.weight_grad(t, rank, k, true))),
+                (_, false) => shared.push(rank),
+            }
         }
-        if !want {
-            return None;
+        let made: Vec<Held> = shared.iter().map(|rank| self.hold(Tag::Gradients, 4 * rank * k)).collect();
+        drop(self.on_gpu(|chip| lora::weight_grads_workspace(chip, t, k, &shared)));
+        made.into_iter().for_each(|grad| grads.put(Some(grad)));
+    }
+
+    /// `linear::input_grad`.
+    fn input_grad(&self, layer: usize, linears: &[usize]) -> Held {
+        let (t, k, dropout) = (self.t.get(), self.shapes[linears[0]][1], self.trains.dropout);
+        let _weights: Vec<Option<Held>> = linears.iter().map(|&which| self.weight([layer, which])).collect();
+        let dx = self.flow(k);
+        let parts: Vec<[usize; 2]> = linears
+            .iter()
+            .map(|&which| [self.shapes[which][0], if dropout { 0 } else { self.trains.ranks[layer][which] }])
+            .collect();
+        match self.job.quantized {
+            Some(_) if !self.on_cpu() => drop(self.on_gpu(|chip| linear::input_grads_bytes(chip, t, k, &parts))),
+            _ => parts.iter().for_each(|&[n, rank]| drop(self.product(k, n, rank))),
         }
-        let weight = self.weight(at);
-        let dx = dx.unwrap_or_else(|| self.flow(k));
-        drop(self.product(k, n, if self.trains.dropout { 0 } else { rank }));
-        if rank > 0 && self.trains.dropout && !self.fused() {
+        if dropout && !self.fused() && linears.iter().any(|&which| self.trains.ranks[layer][which] > 0) {
             drop([self.flow(k), self.flow(k)]);
         }
-        drop(weight);
-        Some(dx)
+        dx
     }
 }

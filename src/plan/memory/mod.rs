@@ -281,6 +281,8 @@ impl Walk<'_> {
         let _labels = (!self.on_cpu()).then(|| [self.workspace(4 * t), self.workspace(4 * t)]);
         let dhidden = self.flow(d);
         let mut dhead = (trains && self.on_cpu()).then(whole_head);
+        let is_f32 = trains || (self.job.stored == DType::F32 && !self.job.tables_in_8_bits());
+        let _narrow_head = (is_f32 && self.fused()).then(|| self.workspace(vocab * d * w));
         let step = self.job.head_rows();
         // Chunks are alike, but that a gradient of the head is there from the second on.
         for rows in [step.min(t), step.min(t.saturating_sub(step))].into_iter().filter(|&rows| rows > 0) {
@@ -330,7 +332,5 @@ impl Walk<'_> {
         }
         let _grad = self.workspace(rows * d * w);
         drop(self.head_product(d, vocab));
-        // A head that trains is f32, and its product with 16-bit rows is summed in f32 first.
-        let _sums = (self.trains.head && self.fused()).then(|| self.workspace(4 * rows * d));
     }
 }
