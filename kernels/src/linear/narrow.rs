@@ -333,6 +333,9 @@ pub(super) mod tests {
                 }
             }
         }
+        let plans = [14336, 4096, 1024].map(|n| both_plan(H100, 8192, n));
+        assert!(plans.iter().all(|[blocks, _, slices]| blocks * slices >= 96), "{plans:?}");
+        assert_eq!(BOTH_SHARED.min(WHOLE), BOTH_SHARED);
         assert_eq!(together(&[16, 16, 16, 16]), 3);
         assert_eq!((together(&[64, 128, 8]), together(&[128, 128])), (2, 1));
     }
