@@ -330,14 +330,10 @@ impl Linear {
         let mut back = Back { grad, scaled, u: None, mask: None };
         if let (Some(lora), Some(t)) = (&self.lora, t) {
             let (_, b) = self.adapter(pass, lora, grad.dtype())?;
-            let u = match lora.b.id {
-                None => lora::grad_down(back.grad(), &b, lora.scale, Tag::Workspace)?,
-                Some(id) => {
-                    let (u, of_b) = lora::grad_down_and_up(back.grad(), t, &b, lora.scale, Tag::Workspace)?;
-                    put(grads, id, of_b)?;
-                    u
-                }
-            };
+            let u = lora::grad_down(back.grad(), &b, lora.scale, Tag::Workspace)?;
+            if let Some(id) = lora.b.id {
+                put(grads, id, lora::weight_grad(back.grad(), t, 1.0, None)?)?;
+            }
             (back.u, back.mask) = (Some(u), pass.mask(lora.dropout, self.index));
         }
         Ok(back)
