@@ -2,7 +2,7 @@
 
 use nibble_runtime::{
     DType, Error, Result, Tensor,
-    cuda::{Chip, Module},
+    cuda::{Chip, Entry, Module},
 };
 use std::{
     fmt,
@@ -94,6 +94,11 @@ pub fn target() -> Target {
 /// Whether this kind of GPU is Hopper, and its own kernels are wanted.
 pub(crate) fn hopper(chip: Chip) -> bool {
     chip.capability == (9, 0) && target() == Target::Native
+}
+
+/// A kernel that is one by this name, with the sizes of its parameters.
+pub(crate) const fn one(name: &'static str, params: &'static [usize]) -> Entry {
+    Entry { name, floats: false, params }
 }
 
 /// The name of a kernel for `dtype`: `swiglu_forward_bf16`.

@@ -2,7 +2,7 @@
 //! (16 bits, tensor cores) and in `attention_simple.cu` (f32, and odd sizes of heads); Hopper's own are launched by `hopper`.
 
 use super::{Heads, Layout, Saved, Segment, hopper};
-use crate::cuda::{check_dtype, entry, size};
+use crate::cuda::{check_dtype, entry, one, size};
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -32,10 +32,6 @@ const BACKWARD_KEYS: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4];
 const BACKWARD_QUERIES: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4];
 const SIMPLE_KEYS: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
 const SIMPLE_QUERIES: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
-
-const fn one(name: &'static str, params: &'static [usize]) -> Entry {
-    Entry { name, floats: false, params }
-}
 
 const ENTRIES: &[Entry] = &[
     one("attention_forward_f16", FORWARD),

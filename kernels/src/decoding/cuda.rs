@@ -4,7 +4,7 @@ use super::{Factors, MOST_ROWS, Part};
 use crate::{
     attention::Heads,
     cast::cuda::code,
-    cuda::{entry, hopper, size},
+    cuda::{entry, hopper, one, size},
     linear::Codes,
     quantize::{QuantTensor, QuantType},
     rotary::RotaryTable,
@@ -15,10 +15,6 @@ use nibble_runtime::{
 };
 
 const OP: &str = "decoding step";
-
-const fn one(name: &'static str, params: &'static [usize]) -> Entry {
-    Entry { name, floats: false, params }
-}
 
 const PRODUCT: &[usize] = &[320];
 const LOW_RANK: &[usize] = &[80];

@@ -11,7 +11,7 @@ use super::{
     narrow::{self, Kind},
 };
 use crate::{
-    cuda::{entry, size},
+    cuda::{entry, one, size},
     dropout::{self, Mask},
     elementwise,
     quantize::QuantTensor,
@@ -30,10 +30,6 @@ const LORA_GRAD_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4];
 const DROPPED_ADD_PARAMS: &[usize] = &[8, 8, 8, 4, 4, 4, 8, 4, 4, 4, 4];
 const DENSE_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4];
 const CODES_PARAMS: &[usize] = &[8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8];
-
-const fn one(name: &'static str, params: &'static [usize]) -> Entry {
-    Entry { name, floats: false, params }
-}
 
 pub(crate) static SIMT: Module = Module {
     name: "simt",
