@@ -67,6 +67,8 @@ impl Paged {
             self.squares = Some(Squares::new(self.state.pieces(), grad.device())?);
         }
         let flat = grad.reshape(&[grad.numel()])?;
+        // A view of a page keeps it where it is: none is left behind by a run that fails.
+        let mut at_hand = Vec::new();
         for &run in &entry.runs {
             let piece = entry.first_piece + run.start / PIECE;
             let part = flat.rows(run.start, run.count)?;
@@ -83,10 +85,11 @@ impl Paged {
             if resident {
                 self.unread.insert((run.page, piece), run);
             } else {
-                self.at_hand.push((piece, sum));
+                at_hand.push((piece, sum));
             }
         }
-        // A view of a page keeps it where it is, and the next micro-batch may come for it.
+        self.at_hand.append(&mut at_hand);
+        // The next micro-batch may come for the pages.
         if self.at_hand.len() >= AT_HAND || !first {
             self.put_squares()?;
         }
@@ -96,12 +99,12 @@ impl Paged {
 
     /// Puts the squares of what is at hand: many at a time, since each time is a launch.
     fn put_squares(&mut self) -> Result<()> {
-        let parts: Vec<_> = self.at_hand.iter().map(|(piece, values)| (*piece, values)).collect();
-        if let Some(squares) = self.squares.as_mut().filter(|_| !parts.is_empty()) {
-            squares.put(&parts)?;
+        let at_hand = std::mem::take(&mut self.at_hand);
+        let parts: Vec<_> = at_hand.iter().map(|(piece, values)| (*piece, values)).collect();
+        match self.squares.as_mut().filter(|_| !parts.is_empty()) {
+            Some(squares) => squares.put(&parts),
+            None => Ok(()),
         }
-        self.at_hand.clear();
-        Ok(())
     }
 
     /// The squares of all sums.
