@@ -28,10 +28,10 @@ __device__ __forceinline__ void keys_backward(
     constexpr u32 STAGE = 2 * WALK * R::BYTES, NUMBERS = 2 * WALK * 4, EXCHANGE = WALK * 32 * 2;
     static_assert(KEYS * R::BYTES <= STAGE, "K and V fit the stages");
     const u32 stages = shared_address(dynamic_shared), numbers = stages + 2 * STAGE;
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pair = warp % 2;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own_pair = warp % 2;
     // Which of a pair this is alternates, as a processor's four schedulers each serve one warp of a block.
     const bool sums_dv = (warp / 2 + blockIdx.x / 2) % 2 == 0;
-    const u32 exchange = numbers + 2 * NUMBERS + pair * EXCHANGE + lane * 16;
+    const u32 exchange = numbers + 2 * NUMBERS + own_pair * EXCHANGE + lane * 16;
 
     const u32 kv_heads = heads / group, width = heads * d, kv_width = kv_heads * d;
     const u32 kv = blockIdx.x % kv_heads, half = blockIdx.x / kv_heads % 2;
@@ -42,11 +42,11 @@ __device__ __forceinline__ void keys_backward(
 
     R::template load<KEYS, THREADS>(stages, k + first_key, kv_width, keys, d);
     R::template load<KEYS, THREADS>(stages + STAGE, v + first_key, kv_width, keys, d);
-    copy_commit();
-    copy_wait<0>();
+    commit_copies();
+    wait_copies(0);
     __syncthreads();
     u32 fixed[2][D / 16][4]; // K or V
-    load_fragments<D>(fixed, stages + (sums_dv ? 0 : STAGE) + pair * 32 * R::BYTES + R::lane_a(lane));
+    load_fragments<D>(fixed, stages + (sums_dv ? 0 : STAGE) + own_pair * 32 * R::BYTES + R::lane_a(lane));
     __syncthreads();
 
     const int count = (rows + WALK - 1) / WALK;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void keys_backward(
         }
     };
     load_rows();
-    copy_commit();
+    commit_copies();
 
     const u32 b_lane = stages + (sums_dv ? 0 : STAGE / 2) + R::lane_b(lane);
     const u32 a_lane = stages + (sums_dv ? STAGE / 2 : 0) + R::lane_a(lane);
@@ -82,14 +82,14 @@ __device__ __forceinline__ void keys_backward(
     // Every warp meets two barriers a tile: before it, and between P's making and its use. The second could be the
     // pair's alone; the block's is one that race checkers follow.
     for (int left = count * (int)group; left > 0; left--) {
-        copy_wait<0>();
+        wait_copies(0);
         __syncthreads();
         const u32 stage = next_stage ^ 1;
         if (left > 1) load_rows();
-        copy_commit();
+        commit_copies();
         const int first_now = first;
         first = first + WALK < count * WALK ? first + WALK : 0;
-        const int first_pair_key = pair * 32;
+        const int first_pair_key = own_pair * 32;
         if (first_now + WALK <= first_pair_key) { // all of its rows come before these keys
             __syncthreads();                      // the other pair's barrier below
             continue;
@@ -149,10 +149,10 @@ __device__ __forceinline__ void keys_backward(
                     u32 pairs[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
                     for (int c = 0; c < 4; c++) { // elements 2(c % 2) and the next of accumulator 2i + c / 2
-                        float2 probability = unpack<T>(pairs[c]);
+                        float2 probability = both<T>(pairs[c]);
                         const float* dp = &s[m][2 * i + c / 2][c % 2 * 2];
                         float low = probability.x * (dp[0] - x[c / 2].x), high = probability.y * (dp[1] - x[c / 2].y);
-                        p[m][i][c] = pack<T>(low, high);
+                        p[m][i][c] = pair<T>(low, high);
                     }
                 }
             }
@@ -164,8 +164,8 @@ __device__ __forceinline__ void keys_backward(
     float factor = sums_dv ? 1.0f : scale;
     float factors[2][2] = {{factor, factor}, {factor, factor}};
     u32 own = stages + warp * 32 * R::BYTES;
-    T* to = (sums_dv ? dv : dk) + first_key + (u64)(pair * 32) * kv_width;
-    R::template store<T, 2>(acc, factors, own, to, kv_width, keys - (int)pair * 32, d);
+    T* to = (sums_dv ? dv : dk) + first_key + (u64)(own_pair * 32) * kv_width;
+    R::template store<T, 2>(acc, factors, own, to, kv_width, keys - (int)own_pair * 32, d);
 }
 
 // tiles as in the forward kernel. One block a tile and head; heads vary fastest.
@@ -197,7 +197,7 @@ __device__ __forceinline__ void queries_backward(
     R::template load<QUERIES, THREADS>(q_tile, q + first_element(), heads * d, tile.y, d);
     R::template load<QUERIES, THREADS>(grad_tile, grad + first_element(), heads * d, tile.y, d);
     load_keys(0, left);
-    copy_commit();
+    commit_copies();
 
     const u32 q_lane = q_tile + row0 * R::BYTES + R::lane_a(lane), grad_lane = q_lane + QUERIES * R::BYTES;
     const u32 k_lane = stages + R::lane_b(lane), v_lane = k_lane + STAGE / 2, sum_lane = stages + R::lane_a(lane);
@@ -216,10 +216,10 @@ __device__ __forceinline__ void queries_backward(
     }
 
     for (; left > 0; left -= WALK, seen -= WALK, stage = STAGE - stage) {
-        copy_wait<0>();
+        wait_copies(0);
         __syncthreads();
         if (left > WALK) load_keys(STAGE - stage, left - WALK);
-        copy_commit();
+        commit_copies();
         if (seen <= 0) continue;
 
         float s[2][N][4], ds[2][N][4];

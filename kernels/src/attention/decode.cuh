@@ -38,7 +38,7 @@ __device__ __forceinline__ void decode_chunk(
         copy_async16(q_tile + R::at(row, piece), copy ? from : q, copy);
     }
     load_keys(0);
-    copy_commit();
+    commit_copies();
 
     const u32 q_lane = q_tile + R::lane_a(lane);
     const u32 k_lane = stages + warp * 16 * R::BYTES + R::lane_b(lane);
@@ -49,10 +49,10 @@ __device__ __forceinline__ void decode_chunk(
     clear(acc);
     const int count = (chunk.w + KEYS - 1) / KEYS;
     for (int j = 0; j < count; j++) {
-        copy_wait<0>();
+        wait_copies(0);
         __syncthreads();
         if (j + 1 < count) load_keys(j + 1);
-        copy_commit();
+        commit_copies();
         const u32 stage = j % 2 * STAGE;
         float s[1][2][4];
         product<T, D>(s, q_lane, k_lane + stage);

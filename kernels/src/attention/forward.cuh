@@ -41,7 +41,7 @@ __device__ __forceinline__ void forward(
     auto first_element = [&] { return ((u64)tile.x * heads + blockIdx.x % heads) * d; };
     R::template load<QUERIES, THREADS>(q_tile, q + first_element(), heads * d, tile.y, d);
     load_keys(0, left);
-    copy_commit();
+    commit_copies();
 
     const u32 q_lane = q_tile + row0 * R::BYTES + R::lane_a(lane);
     const u32 k_lane = stages + R::lane_b(lane), v_lane = stages + STAGE / 2 + R::lane_a(lane);
@@ -54,10 +54,10 @@ __device__ __forceinline__ void forward(
     }
 
     for (; left > 0; left -= KEYS, seen -= KEYS, stage = STAGE - stage) {
-        copy_wait<0>();
+        wait_copies(0);
         __syncthreads();
         if (left > KEYS) load_keys(STAGE - stage, left - KEYS);
-        copy_commit();
+        commit_copies();
         if (seen <= 0) continue;
 
         float s[2][KEYS / 8][4];

@@ -1,6 +1,7 @@
-// What attention on Hopper needs besides the instructions of linear/hopper.cuh: products of a warpgroup with either
-// operand transposed or the left one in registers, barriers of some of a block's warps, and tiles in shared memory.
+// What attention on Hopper needs besides the instructions of linear/hopper.cuh: products of a warpgroup whose left operand
+// is in registers, barriers of some of a block's warps, and tiles in shared memory.
 #pragma once
+#include "attention/ptx.cuh"
 #include "linear/hopper.cuh"
 
 // A tile is boxes of 64 elements (128 bytes) of each row, one box after the other: chunk c of 16 bytes of row i of a box lies
@@ -26,33 +27,8 @@ template <int ROWS> using ByColumns = Operand<ROWS, true>;
 // The same in every lane, which the compiler does not see by itself.
 __device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(~0u, x, 0); }
 
-#define SUMS_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SUMS_OF_32 SUMS_OF_8(0), SUMS_OF_8(8), SUMS_OF_8(16), SUMS_OF_8(24)
-
-// d [64, N] = a [64, 16] · b [16, N] + (keep ? d : 0). Both in shared memory; A_COLUMNS, B_COLUMNS: described by columns.
-#define SHARED_PRODUCT(N, TYPE, SUMS, SUMS_LIST, A, B, KEEP, A_T, B_T)                                                 \
-    asm volatile("{\n"                                                                                                 \
-                 ".reg .pred keep;\n"                                                                                  \
-                 "setp.ne.b32 keep, %" KEEP ", 0;\n"                                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" SUMS "}, %" A ", %" B            \
-                 ", keep, 1, 1, %" A_T ", %" B_T ";\n"                                                                 \
-                 "}"                                                                                                   \
-                 : SUMS_LIST                                                                                           \
-                 : "l"(a), "l"(b), "r"(keep), "n"(int(A_COLUMNS)), "n"(int(B_COLUMNS)))
-template <typename T, bool A_COLUMNS, bool B_COLUMNS>
-__device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) SHARED_PRODUCT("128", "bf16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68");
-    else SHARED_PRODUCT("128", "f16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68");
-}
-template <typename T, bool A_COLUMNS, bool B_COLUMNS>
-__device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) SHARED_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32, "32", "33", "34", "35", "36");
-    else SHARED_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32, "32", "33", "34", "35", "36");
-}
-
-// The same with a in registers, as `mma.sync` takes it, and b by columns. The registers are read until the product is done.
+// As multiply_shared, with a in registers, as `mma.sync` takes it, and b by columns. The registers are read until the
+// product is done.
 #define REGISTER_PRODUCT(N, TYPE, SUMS, SUMS_LIST, A0, A1, A2, A3, B, KEEP)                                            \
     asm volatile("{\n"                                                                                                 \
                  ".reg .pred keep;\n"                                                                                  \
@@ -67,8 +43,8 @@ template <typename T> __device__ __forceinline__ void multiply_held(float (&d)[6
     else REGISTER_PRODUCT("128", "f16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68", "69");
 }
 template <typename T> __device__ __forceinline__ void multiply_held(float (&d)[32], const u32 (&a)[4], u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) REGISTER_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32, "32", "33", "34", "35", "36", "37");
-    else REGISTER_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32, "32", "33", "34", "35", "36", "37");
+    if constexpr (IS_BF16<T>) REGISTER_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36", "37");
+    else REGISTER_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36", "37");
 }
 
 // Sums of a warpgroup [64, 2·N] as left operands, 16 columns each. The two layouts agree lane by lane.
@@ -80,28 +56,12 @@ template <typename T, int N> __device__ __forceinline__ void to_operands(u32 (&a
     }
 }
 
-// Two 16-bit elements as floats: the inverse of pair.
-template <typename T> __device__ __forceinline__ float2 both(u32 x);
-template <> __device__ __forceinline__ float2 both<bf16>(u32 x) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-template <> __device__ __forceinline__ float2 both<f16>(u32 x) {
-    return __half22float2(*reinterpret_cast<__half2*>(&x));
-}
-
 // Waits for all of the `THREADS` threads that share barrier `id`.
 template <int THREADS> __device__ __forceinline__ void meet(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 // What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// 2^x to 2 units in the last place; 0 for -infinity.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Four 8x8 matrices of 16-bit elements to shared memory: the inverse of load_matrices.
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -129,11 +89,7 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], float low, f
 #pragma unroll
     for (u32 i = 0; i < 16 * PIECES / WARP; i++) {
         const u32 at = i * WARP + lane, r = at / PIECES, piece = at % PIECES;
-        uint4 x;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(tile + r * D * 2 + (piece ^ r % 8) * 16)
-                     : "memory");
+        const uint4 x = load_shared_uint4(tile + r * D * 2 + (piece ^ r % 8) * 16);
         if ((int)r < valid) *reinterpret_cast<uint4*>(to + (u64)r * stride + piece * 8) = x;
     }
 }

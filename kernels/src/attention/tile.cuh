@@ -70,8 +70,8 @@ template <int D> struct Rows {
             for (int n = 0; n < D / 8; n++) {
                 const float(&c)[4] = acc[m][n];
                 u32 address = tile + at(lane / 4, n) + m * 16 * BYTES + lane % 4 * 4;
-                store_shared(address, pack<T>(c[0] * scale[m][0], c[1] * scale[m][0]));
-                store_shared(address + 8 * BYTES, pack<T>(c[2] * scale[m][1], c[3] * scale[m][1]));
+                store_shared(address, pair<T>(c[0] * scale[m][0], c[1] * scale[m][0]));
+                store_shared(address + 8 * BYTES, pair<T>(c[2] * scale[m][1], c[3] * scale[m][1]));
             }
         }
         __syncwarp();
@@ -116,8 +116,8 @@ __device__ __forceinline__ void product(float (&s)[M][N][4], u32 a, u32 b) {
             load_matrices(fb, Rows<D>::advance(b, step) + n * 8 * Rows<D>::BYTES);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma<T>(s[m][n], fa[m], fb[0], fb[1]);
-                mma<T>(s[m][n + 1], fa[m], fb[2], fb[3]);
+                multiply<T>(s[m][n], fa[m], fb[0], fb[1]);
+                multiply<T>(s[m][n + 1], fa[m], fb[2], fb[3]);
             }
         }
     }
@@ -139,8 +139,8 @@ __device__ __forceinline__ void product(float (&s)[M][N][4], const u32 (&a)[M][D
             load_matrices(fb, Rows<D>::advance(b, step) + n * 8 * Rows<D>::BYTES);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma<T>(s[m][n], a[m][step], fb[0], fb[1]);
-                mma<T>(s[m][n + 1], a[m][step], fb[2], fb[3]);
+                multiply<T>(s[m][n], a[m][step], fb[0], fb[1]);
+                multiply<T>(s[m][n + 1], a[m][step], fb[2], fb[3]);
             }
         }
     }
@@ -157,8 +157,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[M][D / 8][4], const u32 
             load_matrices_transposed(fb, Rows<D>::advance(b, n) + k * 16 * Rows<D>::BYTES);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma<T>(acc[m][2 * n], p[m][k], fb[0], fb[1]);
-                mma<T>(acc[m][2 * n + 1], p[m][k], fb[2], fb[3]);
+                multiply<T>(acc[m][2 * n], p[m][k], fb[0], fb[1]);
+                multiply<T>(acc[m][2 * n + 1], p[m][k], fb[2], fb[3]);
             }
         }
     }
@@ -171,8 +171,8 @@ __device__ __forceinline__ void to_fragments(u32 (&p)[M][N / 2][4], const float 
     for (int m = 0; m < M; m++) {
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            p[m][n / 2][n % 2 * 2] = pack<T>(s[m][n][0], s[m][n][1]);
-            p[m][n / 2][n % 2 * 2 + 1] = pack<T>(s[m][n][2], s[m][n][3]);
+            p[m][n / 2][n % 2 * 2] = pair<T>(s[m][n][0], s[m][n][1]);
+            p[m][n / 2][n % 2 * 2 + 1] = pair<T>(s[m][n][2], s[m][n][3]);
         }
     }
 }

@@ -193,7 +193,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             for (int part = 0; part < DEPTH / 16; part++) {
                 // 16 elements of a row, or 16 rows; in units of 16 bytes.
                 constexpr int A_PART = 16 * 2 / 16, B_PART = FORWARD ? A_PART : 16 * ROW / 16;
-                multiply_group<T, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, step + part);
+                multiply_shared<T, false, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, step + part);
             }
             products_commit();
             // The products of the step before are done; those of this one go on.

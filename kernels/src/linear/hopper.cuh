@@ -87,60 +87,53 @@ __device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
     return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | SWIZZLE_128 << 62;
 }
 
-// d = a [64, 16] * b [16, N] + (keep ? d : 0), N being 256 or 128. `a` is K-major, b too or (MN_MAJOR) not. Warp w of the
-// four has rows 16 w .. 16 w + 15; its lane l holds at d[4 j] row l / 4, columns 8 j + 2 (l % 4) and one more, at
-// d[4 j + 2] the same of row l / 4 + 8.
+// d [64, N] = a [64, 16] · b [16, N] + (keep ? d : 0), N being 256, 128 or 64. Both in shared memory, K-major or
+// (A_COLUMNS, B_COLUMNS) not. Warp w of the four has rows 16 w .. 16 w + 15; its lane l holds at d[4 j] row l / 4,
+// columns 8 j + 2 (l % 4) and one more, at d[4 j + 2] the same of row l / 4 + 8.
 
-#define SUMS_64 \
+#define SUMS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64 \
+    SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUMS_128 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    SUMS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SUMS_OF_8(i)                                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
-#define SUMS_OF_64(i)                                                                                                  \
-    SUMS_OF_8(i), SUMS_OF_8(i + 8), SUMS_OF_8(i + 16), SUMS_OF_8(i + 24), SUMS_OF_8(i + 32), SUMS_OF_8(i + 40),        \
-        SUMS_OF_8(i + 48), SUMS_OF_8(i + 56)
-
-#define PRODUCT_256(TYPE)                                                                                              \
-    asm volatile("{\n"                                                                                                 \
-                 ".reg .pred keep;\n"                                                                                  \
-                 "setp.ne.b32 keep, %130, 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" SUMS_128                            \
-                 "}, %128, %129, keep, 1, 1, 0, %131;\n"                                                               \
-                 "}"                                                                                                   \
-                 : SUMS_OF_64(0), SUMS_OF_64(64)                                                                       \
-                 : "l"(a), "l"(b), "r"(keep), "n"(int(MN_MAJOR)))
-#define PRODUCT_128(TYPE)                                                                                              \
-    asm volatile("{\n"                                                                                                 \
-                 ".reg .pred keep;\n"                                                                                  \
-                 "setp.ne.b32 keep, %66, 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" SUMS_64                             \
-                 "}, %64, %65, keep, 1, 1, 0, %67;\n"                                                                  \
-                 "}"                                                                                                   \
-                 : SUMS_OF_64(0)                                                                                       \
-                 : "l"(a), "l"(b), "r"(keep), "n"(int(MN_MAJOR)))
+#define SUMS_OF_32(i) SUMS_OF_8(i), SUMS_OF_8(i + 8), SUMS_OF_8(i + 16), SUMS_OF_8(i + 24)
+#define SUMS_OF_64(i) SUMS_OF_32(i), SUMS_OF_32(i + 32)
+#define SUMS_OF_128 SUMS_OF_64(0), SUMS_OF_64(64)
 
 template <typename T> constexpr bool IS_BF16 = false;
 template <> constexpr bool IS_BF16<bf16> = true;
 
-template <typename T, bool MN_MAJOR>
-__device__ __forceinline__ void multiply_group(float (&d)[128], u64 a, u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) PRODUCT_256("bf16");
-    else PRODUCT_256("f16");
+#define SHARED_PRODUCT(N, TYPE, SUMS, SUMS_LIST, A, B, KEEP, A_T, B_T)                                                 \
+    asm volatile("{\n"                                                                                                 \
+                 ".reg .pred keep;\n"                                                                                  \
+                 "setp.ne.b32 keep, %" KEEP ", 0;\n"                                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" SUMS "}, %" A ", %" B            \
+                 ", keep, 1, 1, %" A_T ", %" B_T ";\n"                                                                 \
+                 "}"                                                                                                   \
+                 : SUMS_LIST                                                                                           \
+                 : "l"(a), "l"(b), "r"(keep), "n"(int(A_COLUMNS)), "n"(int(B_COLUMNS)))
+template <typename T, bool A_COLUMNS, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_shared(float (&d)[128], u64 a, u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>)
+        SHARED_PRODUCT("256", "bf16", SUMS_128, SUMS_OF_128, "128", "129", "130", "131", "132");
+    else SHARED_PRODUCT("256", "f16", SUMS_128, SUMS_OF_128, "128", "129", "130", "131", "132");
 }
-template <typename T, bool MN_MAJOR>
-__device__ __forceinline__ void multiply_group(float (&d)[64], u64 a, u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) PRODUCT_128("bf16");
-    else PRODUCT_128("f16");
+template <typename T, bool A_COLUMNS, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>) SHARED_PRODUCT("128", "bf16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68");
+    else SHARED_PRODUCT("128", "f16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68");
+}
+template <typename T, bool A_COLUMNS, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>) SHARED_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36");
+    else SHARED_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36");
 }
