@@ -112,7 +112,8 @@ pub(crate) fn entry(name: &str, dtype: DType) -> Result<String> {
     }
 }
 
-/// A size or number of blocks as kernels take it.
+/// A size or number of blocks as kernels take it, and what they count in 32 bits. Elements of whole tensors they count in 64,
+/// so that no product of sizes has to be one, unless it says so.
 ///
 /// # Errors
 /// It is 2³¹ or more, which no grid is.
@@ -132,6 +133,14 @@ pub(crate) fn check_dtype(op: &'static str, dtype: DType, tensors: &[&Tensor]) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_those_that_kernels_count() {
+        assert_eq!(size("test", i32::MAX as usize).unwrap(), (1 << 31) - 1);
+        for above in [1 << 31, 1 << 32, (1 << 32) + 1, usize::MAX] {
+            assert!(size("test", above).unwrap_err().to_string().contains(&above.to_string()));
+        }
+    }
 
     #[test]
     fn targets_have_names() {

@@ -1,6 +1,7 @@
 //! Tables of many tensors, for kernels that work on all of them in one launch (`tensor_list.cuh`).
 
-use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Stream};
+use crate::cuda::size;
+use nibble_runtime::{DType, Device, Result, Tag, Tensor, cuda::Stream};
 
 /// A table under construction: entries of 64-bit and 32-bit words, each with the number of its first piece.
 pub(crate) struct TensorList {
@@ -29,8 +30,7 @@ impl TensorList {
             self.bytes.extend(word.to_le_bytes());
         }
         self.count += 1;
-        let pieces = u32::try_from(numel.div_ceil(self.piece)).ok().and_then(|pieces| self.pieces.checked_add(pieces));
-        self.pieces = pieces.ok_or_else(|| Error::invalid("tensor list", "too many elements for one launch"))?;
+        self.pieces = size("tensor list", self.pieces as usize + numel.div_ceil(self.piece))?;
         Ok(())
     }
 
@@ -48,5 +48,19 @@ impl TensorList {
     pub(crate) fn upload(&self, device: Device, stream: Option<Stream>) -> Result<Tensor> {
         let (bytes, shape) = (&self.bytes, [self.bytes.len()]);
         Tensor::from_bytes_for(stream, bytes, DType::U8, &shape, device, Tag::Workspace)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_those_of_one_launch() {
+        let mut list = TensorList::new(4096);
+        list.push(&[0], 4097, 0).unwrap();
+        list.push(&[0], 0, 0).unwrap();
+        assert_eq!((list.count(), list.pieces()), (1, 2));
+        assert!(list.push(&[0], 1 << 43, 0).is_err(), "2^31 pieces");
     }
 }

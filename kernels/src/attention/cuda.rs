@@ -216,6 +216,8 @@ pub(super) fn small(value: usize) -> Result<u32> {
 
 /// The numbers that follow the pointers of most kernels: heads, heads of a group, elements of a head, query rows.
 fn numbers(args: Args, heads: Heads, last: usize) -> Result<Args> {
+    // Within a tile elements are counted in 32 bits.
+    small(TILE * heads.query * heads.dim)?;
     Ok(args.u32(small(heads.query)?).u32(small(heads.query / heads.kv)?).u32(small(heads.dim)?).u32(small(last)?))
 }
 

@@ -220,6 +220,8 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
         }
         None => (args.input_opt(None).input_opt(None).input_opt(None).input_opt(None), 0, 0),
     };
+    // Angles are counted in 32 bits.
+    size(OP, length * half)?;
     let args = args.u32(size(OP, k)?).u32(rows as u32).u32(size(OP, columns)?).u32(size(OP, half)?);
     let args = args.u32(size(OP, length)?).u32(size(OP, into.tiles)?);
     let args = args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0);

@@ -6,7 +6,7 @@ use super::{
     hopper,
     skinny::{self, Direction},
 };
-use crate::cuda::entry;
+use crate::cuda::{entry, size};
 use nibble_runtime::{
     DType, Error, Result, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -111,13 +111,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
         return Err(Error::invalid(op, format!("operands on {} and {}", a.device(), other.device())));
     }
     let rank = lora.map_or(0, |[left, _]| left.shape()[1]);
-    let sizes = [m, n, k, rank].map(u32::try_from);
-    let [Ok(m), Ok(n), Ok(k), Ok(rank)] = sizes else {
-        return Err(Error::shape(op, format!("product of {m} x {n} x {k} is too large")));
-    };
-    if [m, n, k, rank].into_iter().any(|size| size > i32::MAX as u32) {
-        return Err(Error::shape(op, format!("product of {m} x {n} x {k} is too large")));
-    }
+    let [m, n, k, rank] = [size(op, m)?, size(op, n)?, size(op, k)?, size(op, rank)?];
     if m == 0 || n == 0 {
         return Ok(());
     }
@@ -177,12 +171,7 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
 
 /// Tiles of `rows` × `columns` in a matrix `[m, n]`.
 fn blocks(op: &'static str, m: u32, n: u32, rows: u32, columns: u32) -> Result<u32> {
-    let blocks = u64::from(m.div_ceil(rows)) * u64::from(n.div_ceil(columns));
-    let most = i32::MAX as u32;
-    u32::try_from(blocks)
-        .ok()
-        .filter(|&blocks| blocks <= most)
-        .ok_or_else(|| Error::shape(op, format!("a result of [{m}, {n}] has too many tiles")))
+    size(op, m.div_ceil(rows) as usize * n.div_ceil(columns) as usize)
 }
 
 const TILE_COLUMNS: u32 = 128;
@@ -288,6 +277,13 @@ pub(super) mod tests {
         assert_eq!(Plan::of(&TILES[0], 227 << 10, false).stages, 4);
         assert_eq!(Plan::of(&TILES[1], 227 << 10, false).stages, 3);
         assert_eq!(Plan::of(&TILES[1], 227 << 10, true).stages, 4);
+    }
+
+    #[test]
+    fn tiles_are_counted() {
+        assert_eq!(blocks("test", 1 << 20, 14336, 256, TILE_COLUMNS).unwrap(), 4096 * 112);
+        let most = i32::MAX as u32;
+        assert!(blocks("test", most, most, 256, TILE_COLUMNS).is_err());
     }
 
     #[test]

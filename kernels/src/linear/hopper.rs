@@ -2,7 +2,7 @@
 
 use super::{InputGrad, Terms, Weight};
 use crate::{
-    cuda::{entry, hopper},
+    cuda::{entry, hopper, size},
     quantize::{QuantTensor, dequantize},
 };
 use nibble_runtime::{
@@ -154,7 +154,8 @@ pub(super) fn sums_on(chip: Chip, quantized: bool, m: usize, n: usize, parts: &[
 /// Computes the sum of the products into `out` if this is a Hopper GPU and the kernel takes them; returns whether it did.
 /// Shapes have been checked.
 pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
-    let (gpu, (m, n)) = (Gpu::of(out.device())?, out.dims2("linear input gradient")?);
+    let op = "linear input gradient";
+    let (gpu, (m, n)) = (Gpu::of(out.device())?, out.dims2(op)?);
     let Some(InputGrad { grad: first, .. }) = parts.first() else { return Ok(false) };
     let dtype = first.dtype();
     let mut depths = Vec::new();
@@ -194,10 +195,14 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
         args = args.tensor_map(a, TILE_ROWS, DEPTH).tensor_map(b, DEPTH, DEPTH);
     }
     let wide = out.dtype() == DType::F32;
-    let args = args.moves(moved).output(out).u32(m as u32).u32(n as u32);
-    let args = pairs.iter().fold(args, |args, (.., depth)| args.u32(*depth as u32)).u32(wide.into());
+    let (m, n) = (size(op, m)?, size(op, n)?);
+    let mut args = args.moves(moved).output(out).u32(m).u32(n);
+    for (.., depth) in &pairs {
+        args = args.u32(size(op, *depth)?);
+    }
+    let args = args.u32(wide.into());
     let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
-    let blocks = tiles(m as u32, n as u32, columns).min(gpu.sm_count().into()) as u32;
+    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
     Ok(true)
 }

@@ -1,9 +1,12 @@
 //! CUDA kernels of 4-bit quantization.
 
 use super::{Absmax, Parts, QuantTensor, QuantType, SCALE_BLOCK, ScaleRounding, scales::MEAN_PIECE};
-use crate::{cuda::entry, dynamic8};
+use crate::{
+    cuda::{entry, size},
+    dynamic8,
+};
 use nibble_runtime::{
-    DType, Error, Result, Tag, Tensor,
+    DType, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 
@@ -34,8 +37,7 @@ const SCALE_THREADS: u32 = 256;
 const SCALE_BLOCKS: usize = 8;
 
 fn blocks(count: usize, each: usize) -> Result<[u32; 3]> {
-    let blocks = u32::try_from(count.div_ceil(each)).ok().filter(|&blocks| blocks <= i32::MAX as u32);
-    Ok([blocks.ok_or_else(|| Error::shape("quantize", format!("{count} elements are too many")))?, 1, 1])
+    Ok([size("quantize", count.div_ceil(each))?, 1, 1])
 }
 
 /// Quantizes `x` into `packed` (two codes a byte) and `absmax` (one a block).

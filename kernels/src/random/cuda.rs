@@ -1,6 +1,6 @@
 //! CUDA launch of random tensors.
 
-use crate::cuda::entry;
+use crate::cuda::{entry, size};
 use nibble_runtime::{
     DType, Device, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -24,9 +24,9 @@ pub(super) fn normal(
     tag: Tag,
 ) -> Result<Tensor> {
     let mut out = Tensor::empty(shape, dtype, device, tag)?;
-    let numel = out.numel() as u64;
-    let blocks = numel.div_ceil(512) as u32; // a thread makes two
-    let args = Args::new().output(&mut out).u64(numel).f32(std).u64(seed).u32(step).u32(purpose << 16 | layer);
+    let numel = out.numel();
+    let blocks = size("random", numel.div_ceil(512))?; // a thread makes two
+    let args = Args::new().output(&mut out).u64(numel as u64).f32(std).u64(seed).u32(step).u32(purpose << 16 | layer);
     Gpu::of(device)?.launch(&MODULE, &entry("random_normal", dtype)?, [blocks, 1, 1], [256, 1, 1], 0, args)?;
     Ok(out)
 }
