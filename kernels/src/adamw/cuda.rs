@@ -78,7 +78,7 @@ pub(super) fn step_on(
         .input(&signed)
         .input(&unsigned);
     let on = stream.unwrap_or(gpu.stream());
-    gpu.launch_on(on, &MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args)?;
+    gpu.launch(&MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args.on(on))?;
     if stream.is_some() {
         let done = Event::new(gpu, false)?;
         done.record(on)?;

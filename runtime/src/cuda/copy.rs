@@ -35,8 +35,8 @@ unsafe fn copy_small(gpu: &Gpu, stream: Stream, to: u64, from: u64, bytes: usize
         return Ok(false);
     }
     let blocks = (bytes / 4 + bytes % 4).div_ceil(THREADS) as u32;
-    let args = Args::new().u64(to).u64(from).u32(bytes as u32);
-    gpu.launch_on(stream, &COPY, "copy_bytes", [blocks, 1, 1], [THREADS as u32, 1, 1], 0, args)?;
+    let args = Args::new().on(stream).u64(to).u64(from).u32(bytes as u32);
+    gpu.launch(&COPY, "copy_bytes", [blocks, 1, 1], [THREADS as u32, 1, 1], 0, args)?;
     Ok(true)
 }
 

@@ -93,6 +93,8 @@ pub struct Work {
 pub struct Args {
     values: Vec<Value>,
     work: Work,
+    /// `None`: the compute stream.
+    stream: Option<Stream>,
     /// Whether the kernel waits itself for the one before it.
     early: bool,
     /// What was wrong with an argument.
@@ -120,6 +122,12 @@ impl Args {
 
     fn touches(mut self, tensor: &Tensor) -> Self {
         self.work.bytes += tensor.size_bytes() as f64;
+        self
+    }
+
+    /// The launch is given to this stream instead of the compute stream: whoever says so sees to the order.
+    pub fn on(mut self, stream: Stream) -> Self {
+        self.stream = Some(stream);
         self
     }
 
@@ -257,7 +265,7 @@ pub(super) fn waits() -> bool {
 const SHARED_BY_DEFAULT: usize = 48 << 10;
 
 impl Gpu {
-    /// Launches kernel `entry` of `module` on the compute stream and returns at once.
+    /// Launches kernel `entry` of `module` on the compute stream, or that of [`Args::on`], and returns at once.
     ///
     /// `grid` and `block` are in blocks and threads; `shared` is dynamic shared memory in bytes. A grid with no blocks is
     /// not launched. With `NIBBLE_CUDA_SYNC=1` every launch is waited for, so that a failure names its kernel.
@@ -267,21 +275,6 @@ impl Gpu {
     /// kernel that fails while it runs is reported by a later call.
     pub fn launch(
         &self,
-        module: &'static Module,
-        entry: &str,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared: usize,
-        args: Args,
-    ) -> Result<()> {
-        self.launch_on(self.stream(), module, entry, grid, block, shared, args)
-    }
-
-    /// As [`Gpu::launch`], on another stream: whoever gives one sees to the order.
-    #[expect(clippy::too_many_arguments, reason = "those of a launch, and the stream")]
-    pub fn launch_on(
-        &self,
-        stream: Stream,
         module: &'static Module,
         entry: &str,
         grid: [u32; 3],
@@ -308,6 +301,7 @@ impl Gpu {
             let most = function.shared;
             return Err(invalid(format!("needs {shared} bytes of shared memory a block; this GPU has {most}")));
         }
+        let stream = args.stream.unwrap_or(self.stream());
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
         let mut overlap = sys::CUlaunchAttribute {
