@@ -1,0 +1,6 @@
+// What a test includes before the kernels.
+#pragma once
+#include "copies.h"
+#include "cuda.h"
+#include "host.h"
+#include "products.h"

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Tests the tests: breaks a copy of the kernels in one way after another, and says whether scripts/emulate notices.
+
+mutate.py [NAME...]: all mutations, or those whose names contain one of these.
+"""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES, COPY = ROOT / 'kernels/src', ROOT / 'target/emulator/mutant'
+GEMM, HOPPER = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh'
+NARROW, QUANT = 'linear/narrow_hopper_sm90a.cu', 'linear/gemm.cuh'
+FORWARD, BACKWARD = 'attention/hopper_forward.cuh', 'attention/hopper_backward.cuh'
+
+# Name, test, file, what stands there, what stands there instead. An empty text changes nothing, and must pass.
+MUTATIONS = [
+    ('nothing', 'gemm', GEMM, '', ''),
+    ('no wait for the products of the step before', 'gemm', GEMM, 'products_wait<1>();', ''),
+    ('two steps of products under way', 'gemm', GEMM, 'products_wait<1>();', 'products_wait<2>();'),
+    ('no wait for the last products', 'gemm', GEMM, 'products_wait<0>();\n        pin', 'pin'),
+    ('no wait for a stage to be full', 'gemm', GEMM, 'barrier_wait(full + 8 * stage, phase);', ''),
+    ('no wait for a stage to be empty', 'gemm', GEMM, 'barrier_wait(empty + 8 * stage, phase ^ 1);', ''),
+    ('waits for the wrong parity', 'gemm', GEMM, 'stage, phase ^ 1);', 'stage, phase);'),
+    ('copies a stage too early', 'gemm', GEMM, 'barrier_wait(empty + 8 * stage, phase ^ 1);',
+     'barrier_wait(empty + 8 * ((stage + STAGES - 1) % STAGES), phase ^ (stage > 0));'),
+    ('no arrival after a step', 'gemm', GEMM, 'if (step > 0 && lane == 0) barrier_arrive(empty + 8 * last);', ''),
+    ('no arrival after the last step', 'gemm', GEMM, 'if (lane == 0) barrier_arrive(empty + 8 * last);\n        const', 'const'),
+    ('gives back the stage that is read', 'gemm', GEMM, 'barrier_arrive(empty + 8 * last);\n            last',
+     'barrier_arrive(empty + 8 * stage);\n            last'),
+    ('one arrival more is awaited', 'gemm', GEMM, 's, CONSUMERS * 4)', 's, CONSUMERS * 4 + 1)'),
+    ('one arrival less is awaited', 'gemm', GEMM, 's, CONSUMERS * 4)', 's, CONSUMERS * 4 - 1)'),
+    ('fewer bytes are announced', 'gemm', GEMM, 'barrier_expect(barrier, STAGE)', 'barrier_expect(barrier, STAGE - 1024)'),
+    ('no __syncthreads after the barriers are made', 'gemm', GEMM, '__syncthreads();', ''),
+    ('barriers overlap', 'gemm', GEMM, 'full + MAX_STAGES * 8', 'full + (STAGES - 1) * 8'),
+    ('the ring is where shared memory begins', 'gemm', GEMM, 'shared + (-shared_address(shared) & 1023)', 'shared'),
+    ('no products_begin', 'gemm', GEMM, 'products_begin();', ''),
+    ('sums are kept from tile to tile', 'gemm', GEMM, 'step + part);', '1);'),
+    ('another swizzle', 'gemm', HOPPER, 'SWIZZLE_128 = 1', 'SWIZZLE_128 = 2'),
+    ('parts of a are half as far apart', 'gemm', GEMM, 'A_PART = 16 * 2 / 16', 'A_PART = 8 * 2 / 16'),
+    ('parts of b by columns are half as far apart', 'gemm', GEMM, ': 16 * ROW / 16;', ': 8 * ROW / 16;'),
+    ('boxes of b are twice as far apart', 'gemm', GEMM, 'FORWARD ? 16 : BOX, 8 * ROW', 'FORWARD ? 16 : 2 * BOX, 8 * ROW'),
+    ('swizzle atoms are half as far apart', 'gemm', GEMM, 'FORWARD ? 16 : BOX, 8 * ROW', 'FORWARD ? 16 : BOX, 4 * ROW'),
+    ('row and column of a box swapped', 'gemm', GEMM, 'copy_box(to, a[pair], k0, m0, barrier)', 'copy_box(to, a[pair], m0, k0, barrier)'),
+    ('the second pair is left out', 'gemm', GEMM, 'depths[2] = {k, rank}', 'depths[2] = {k, 0}'),
+    ('the last summed pair has the depth of another', 'gemm', GEMM, 'depth4, depth5};', 'depth4, depth4};'),
+    ('a slab is written while it is read', 'gemm', GEMM, '__syncwarp(); // the last slab has been read', ''),
+    ('a slab is read before it is written', 'gemm', GEMM, '__syncwarp();\n        Pack<O> rounded', 'Pack<O> rounded'),
+    ('sums begin as they are', 'narrow', NARROW, 'sums[g][i] = 0.0f', ''),
+    ('slices overlap', 'narrow', NARROW, 'begin + sizes.slice,', 'begin + sizes.slice + 1,'),
+    ('a copy is not waited for', 'quant', QUANT, 'wait_copies(r0 ? 0 : stages - 1);', ''),
+    ('a tile is read by ldmatrix too early', 'quant', QUANT, '                wait_copies(stages - 2);', ''),
+    ('scores are read while they are made', 'attention', FORWARD, 'products_wait<1>();\n            pin(s);', 'pin(s);'),
+    ('values are not waited for', 'attention', FORWARD, 'barrier_wait(v_full + 8 * v_stage, v_phase);', ''),
+    ('Q is not given back', 'attention', FORWARD, 'if (block == 0) done_with(q_empty);', ''),
+    ('P is made anew while a product reads it', 'attention', FORWARD, 'products_wait<0>();\n            pin(acc);', 'pin(acc);'),
+    ('dS is not published', 'attention', BACKWARD, 'publish_shared();\n            products_wait<0>();', 'products_wait<0>();'),
+    ('dS is read before both halves are there', 'attention', BACKWARD, 'meet<256>(1);\n            make_dq(last);', 'make_dq(last);'),
+    ('a part of dQ is made anew while it is added', 'attention', BACKWARD, 'part_read();', ''),
+    ('dQ is copied where it should be added', 'attention', BACKWARD, 'work.turn == 0);', 'true);'),
+]
+
+
+def emulate(test, sources):
+    """Whether the test passes, and the first line that says why not."""
+    command = [ROOT / 'scripts/emulate', '--sources', sources, test]
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = (run.stdout + run.stderr).splitlines()
+    if 'emulate: does not compile' in lines:
+        sys.exit('\n'.join(lines))
+    reasons = [line for line in lines if re.match('WRONG|EMULATOR', line) or 'runtime error' in line or 'status 124' in line]
+    return run.returncode == 0, (reasons + [''])[0]
+
+
+def main():
+    missed = 0
+    for name, test, path, old, new in MUTATIONS:
+        if len(sys.argv) > 1 and not any(part in name for part in sys.argv[1:]):
+            continue
+        shutil.rmtree(COPY, ignore_errors=True)
+        shutil.copytree(SOURCES, COPY, ignore=shutil.ignore_patterns('*.rs'))
+        text = (COPY / path).read_text()
+        if old not in text:
+            sys.exit(f'{name}: {path} has no {old!r} any more')
+        (COPY / path).write_text(text.replace(old, new, 1))
+        passes, reason = emulate(test, COPY)
+        as_it_should = passes == (old == new)
+        missed += not as_it_should
+        print(f'{name}: {"passes" if passes else "found"}{"" if as_it_should else " (!)"}  {reason}', flush=True)
+    return missed > 0
+
+
+sys.exit(main())

@@ -1,0 +1,2 @@
+inline void wait_before() {}
+inline void let_next() {}
