@@ -36,7 +36,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Some(Command::Quantize(args)) => quantize_command(&args).map(|()| 0),
         Some(Command::Merge(args)) => export::merge_command(&args).map(|()| 0),
         Some(Command::ExportGguf(args)) => export::export_gguf_command(&args).map(|()| 0),
-        Some(Command::Plan(args)) => print(&plan::table(&args)?).map(|()| 0),
+        Some(Command::Plan(args)) => plan::plan_command(&args).map(|()| 0),
         Some(Command::BenchStep(args)) => bench_step::run(&args).map(|()| 0),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

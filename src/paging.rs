@@ -10,6 +10,7 @@ use nibble_runtime::{
     cuda::{Gpu, PinnedPages, UnifiedPages},
     pager::{HostPages, PageStore, Pager, Policy},
 };
+use serde::Serialize;
 use std::{fmt, str::FromStr, sync::Arc};
 
 /// Smaller states are not worth a table of pages: all of them would not make room for anything.
@@ -217,21 +218,61 @@ impl Paging {
         Ok(Some(Paging { state: Arc::new(state), device, reclaim }))
     }
 
-    /// What happened to the pages, as one line.
-    pub fn line(&self) -> String {
-        let (pager, c) = (self.state.pager(), self.state.pager().counters());
-        format!(
+    /// What happened to the pages so far.
+    pub fn figures(&self) -> PageFigures {
+        let (pager, counters) = (self.state.pager(), self.state.pager().counters());
+        PageFigures {
+            bytes: pager.pages() * pager.page_bytes(),
+            resident: pager.resident_bytes(),
+            resident_peak: counters.resident_peak as usize * pager.page_bytes(),
+            on_device: counters.hits,
+            in_place: counters.in_place,
+            streamed: counters.streamed,
+            brought: counters.brought,
+            evicted: counters.evicted,
+            given_back: counters.given_back,
+        }
+    }
+}
+
+/// What happened to the pages of a run; as text, one line.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PageFigures {
+    /// Bytes of all pages.
+    pub bytes: usize,
+    /// Of those on the device now,
+    pub resident: usize,
+    /// and of the most at once.
+    pub resident_peak: usize,
+    /// Uses of pages on the device,
+    pub on_device: u64,
+    /// across the bus,
+    pub in_place: u64,
+    /// and through a lane.
+    pub streamed: u64,
+    /// Pages brought to the device.
+    pub brought: u64,
+    /// Pages evicted,
+    pub evicted: u64,
+    /// and those of them that were because memory was short.
+    pub given_back: u64,
+}
+
+impl fmt::Display for PageFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
             "pages    {} resident ({} at most) of {}; used {} times on the device, {} in place, {} streamed; {} brought, {} \
              evicted ({} because memory was short)",
-            bytes(pager.resident_bytes()),
-            bytes(c.resident_peak as usize * pager.page_bytes()),
-            bytes(pager.pages() * pager.page_bytes()),
-            c.hits,
-            c.in_place,
-            c.streamed,
-            c.brought,
-            c.evicted,
-            c.given_back
+            bytes(self.resident),
+            bytes(self.resident_peak),
+            bytes(self.bytes),
+            self.on_device,
+            self.in_place,
+            self.streamed,
+            self.brought,
+            self.evicted,
+            self.given_back
         )
     }
 }

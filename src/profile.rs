@@ -41,7 +41,8 @@ pub fn begin(path: Option<&Path>, device: Device) -> Result<()> {
     }
 }
 
-/// Ends recording, prints the table and writes the trace. A trace that cannot be written is said to be missing.
+/// Ends recording, prints the table on standard error, beside what `--json` prints, and writes the trace. A trace that cannot
+/// be written is said to be missing.
 ///
 /// # Errors
 /// A kernel of the step failed.
@@ -49,7 +50,7 @@ pub fn finish(path: Option<&Path>, device: Device, dtype: DType) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
     let launches = Gpu::of(device)?.recorded_launches()?;
     let ceilings = Ceilings::measure(device, dtype).map_err(|error| eprintln!("no ceilings: {error:#}")).ok();
-    println!("{}", table(&launches, ceilings));
+    eprintln!("{}", table(&launches, ceilings));
     match atomic_write(path, |out| out.write_all(chrome(&launches).to_string().as_bytes())) {
         Ok(()) => eprintln!("trace of the step: {}", path.display()),
         Err(error) => eprintln!("the trace was not written: {error:#}"),

@@ -33,7 +33,10 @@ const REFERENCE: (&str, Chip, usize) = ("NVIDIA H100 80GB HBM3", Chip { capabili
 pub struct Room {
     /// `None` for the CPU.
     pub chip: Option<Chip>,
+    /// The GPU's, or cpu.
     pub name: String,
+    /// Whether it is a GPU that is not here.
+    pub imagined: bool,
     /// What a step may take.
     pub bytes: usize,
     /// Host memory that may be pinned.
@@ -51,16 +54,17 @@ impl Room {
     pub fn find(request: DeviceRequest, memory: Option<Bytes>, imagined: bool) -> Result<Room> {
         let given = memory.map(|Bytes(bytes)| bytes);
         let (device, _) = request.resolve()?;
+        let imagined = imagined && device == Device::Cpu && request == DeviceRequest::Auto;
         let (chip, name, free, besides) = match device {
             Device::Cuda(_) => {
                 let gpu = Gpu::of(device)?;
-                (Some(gpu.chip()), gpu.name().to_string(), gpu.free_memory()?, CONTEXT)
+                (Some(gpu.chip()), gpu.name(), gpu.free_memory()?, CONTEXT)
             }
-            Device::Cpu if imagined && request == DeviceRequest::Auto => {
+            Device::Cpu if imagined => {
                 let (name, chip, memory) = REFERENCE;
-                (Some(chip), format!("no GPU is here; for one like an {name}"), memory - CONTEXT, CONTEXT)
+                (Some(chip), name, memory - CONTEXT, CONTEXT)
             }
-            Device::Cpu => (None, "cpu".to_string(), memory::available().unwrap_or(usize::MAX), 0),
+            Device::Cpu => (None, "cpu", memory::available().unwrap_or(usize::MAX), 0),
         };
         let of = match given {
             Some(given) => format!("{} given", bytes(given)),
@@ -70,7 +74,7 @@ impl Room {
         let host =
             if matches!(device, Device::Cuda(_)) { memory::available().map(|bytes| bytes / 10 * 9) } else { None };
         let bytes = given.map_or(free, |given| given.saturating_sub(besides));
-        Ok(Room { chip, name, bytes, host: host.unwrap_or(usize::MAX), of })
+        Ok(Room { chip, name: name.into(), imagined, bytes, host: host.unwrap_or(usize::MAX), of })
     }
 
     /// Whether a peak fits, with a margin.

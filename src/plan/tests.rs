@@ -159,7 +159,7 @@ proptest! {
 /// An H100 with this much memory for a step.
 fn room(bytes: usize) -> Room {
     let name = "NVIDIA H100 80GB HBM3".into();
-    Room { chip: Some(H100), name, bytes, host: usize::MAX, of: String::new() }
+    Room { chip: Some(H100), name, imagined: true, bytes, host: usize::MAX, of: String::new() }
 }
 
 #[test]

@@ -9,8 +9,12 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use nibble_kernels::cuda::{Target, target};
 pub use nibble_runtime::memory::readable as bytes;
-use nibble_runtime::{Device, cuda::Gpu, memory};
-use serde::{Deserialize, Serialize};
+use nibble_runtime::{
+    Device,
+    cuda::Gpu,
+    memory::{self, Usage},
+};
+use serde::{Deserialize, Serialize, Serializer};
 use std::{
     fs::{File, TryLockError},
     io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom, Write},
@@ -236,6 +240,12 @@ pub fn device(device: Device, why_cpu: Option<&str>) -> Result<String> {
     }
     let why = why_cpu.map_or(String::new(), |reason| format!(" ({reason})"));
     Ok(format!("cpu{why}, {} threads", rayon::current_num_threads()))
+}
+
+/// Peak memory by tag and in all, in bytes, for JSON.
+pub fn peaks<S: Serializer>(usage: &Usage, serializer: S) -> Result<S::Ok, S::Error> {
+    let tags = memory::Tag::ALL.iter().zip(usage.peak).map(|(tag, peak)| (tag.to_string(), peak));
+    serializer.collect_map(tags.chain([("total".to_string(), usage.total_peak)]))
 }
 
 /// Peak memory by tag, largest first, as one line.

@@ -1,5 +1,6 @@
 //! The program itself: what each command promises, and how it answers mistakes.
 
+mod bench;
 mod data;
 mod export;
 mod faults;

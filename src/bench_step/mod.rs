@@ -1,16 +1,22 @@
 //! Times warm training steps: the same step as training's, on random tokens.
 
+mod outcome;
+
 use crate::{
     cli::BenchStepArgs,
+    commands::print,
     data::Batch,
     default_task,
     model::Model,
-    page_trace, plan, profile, report,
+    page_trace,
+    paging::Paging,
+    plan, profile, report,
     settings::{Settings, TrainArgs},
     step::{Step, Stepper},
     train::{attach, source},
 };
 use anyhow::{Result, bail, ensure};
+use nibble_kernels::cuda::target;
 use nibble_models::{
     Llama, LlamaConfig,
     batch::{Request, generate_batch},
@@ -23,7 +29,8 @@ use nibble_runtime::{
     memory,
     rng::{Philox, Stream},
 };
-use std::time::Instant;
+use outcome::{Decoding, Outcome, Rows, Steps};
+use std::{fmt::Display, time::Instant};
 
 /// Tokens of the prompt of a generation.
 const PROMPT: usize = 128;
@@ -45,13 +52,69 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     profile::check(settings.profile.as_deref(), model.llama.device())?;
     let adapter = attach(&mut model, &settings)?;
     let device = model.llama.device();
+    let gpu = Gpu::of(device).ok();
     device.synchronize()?;
     crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
     let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);
     let mut stepper = Stepper::new(&model.llama, &settings)?;
-    let mut seconds = Vec::new();
+    let steps = time_steps(args, &settings, &mut model.llama, &mut stepper, &batch)?;
+    let mut outcome = Outcome {
+        model: model.name,
+        device: gpu.map_or("cpu", Gpu::name).to_string(),
+        target: gpu.map(|_| target().to_string()),
+        steps,
+        peak: memory::usage_of(device),
+        host_peak: memory::process_peak(),
+        driver: None,
+        pages: stepper.paging().map(Paging::figures),
+        decoding: None,
+        rows: None,
+    };
+    say(args, &outcome.steps)?;
+    say(args, report::memory_line(device))?;
+    outcome.pages.map_or(Ok(()), |pages| say(args, pages))?;
+    if args.decode > 0 {
+        let decoding = decode(&model.llama, &batch, args.decode)?;
+        say(args, &decoding)?;
+        outcome.decoding = Some(decoding);
+    }
+    if let (true, Some(config)) = (args.rows > 0, adapter) {
+        let rows = mixed(&mut model.llama, config, args.rows, args.decode.max(1))?;
+        say(args, &rows)?;
+        outcome.rows = Some(rows);
+    }
+    if let Some(gpu) = gpu {
+        let driver = gpu.total_memory() - gpu.free_memory()?;
+        say(args, format_args!("driver: {} in use on the whole GPU", report::bytes(driver)))?;
+        outcome.driver = Some(driver);
+    }
+    if args.train.json {
+        print(&(serde_json::to_string(&outcome)? + "\n"))?;
+    }
+    Ok(())
+}
+
+/// Says a line for people: on standard output, or beside the JSON that goes there.
+fn say(args: &BenchStepArgs, line: impl Display) -> Result<()> {
+    if !args.train.json {
+        return print(&format!("{line}\n"));
+    }
+    crate::note!("{line}");
+    Ok(())
+}
+
+/// Makes the steps, those that are not timed among them, and says each.
+fn time_steps(
+    args: &BenchStepArgs,
+    settings: &Settings,
+    llama: &mut Llama,
+    stepper: &mut Stepper,
+    batch: &Batch,
+) -> Result<Steps> {
+    let device = llama.device();
+    let (mut seconds, mut last) = (Vec::new(), (f64::NAN, f64::NAN));
     let total = args.warm + args.timed;
     // The step with a profile comes after those that count: marks between kernels take time.
     let profiled = u32::from(settings.profile.is_some());
@@ -61,8 +124,7 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
         page_trace::begin(picture, stepper.paging());
         profile::begin(profile, device)?;
         let clock = Instant::now();
-        let Step { loss, grad_norm, fault } =
-            stepper.step(&mut model.llama, std::slice::from_ref(&batch), number, settings.lr)?;
+        let Step { loss, grad_norm, fault } = stepper.step(llama, std::slice::from_ref(batch), number, settings.lr)?;
         ensure!(fault.is_none(), "step {}: {}", number + 1, fault.unwrap_or_default());
         let elapsed = clock.elapsed().as_secs_f64();
         let warm = match number {
@@ -70,50 +132,49 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
             number if number == total => " (profiled)",
             _ => "",
         };
-        println!("step {:>3}  {elapsed:.4} s  loss {loss:.4}  gradient norm {grad_norm:.4}{warm}", number + 1);
+        let line =
+            format!("step {:>3}  {elapsed:.4} s  loss {loss:.4}  gradient norm {grad_norm:.4}{warm}", number + 1);
+        say(args, line)?;
         if (args.warm..total).contains(&number) {
             seconds.push(elapsed);
+            last = (loss, grad_norm);
         }
         page_trace::finish(picture, stepper.paging());
-        profile::finish(profile, device, model.llama.dtype)?;
+        profile::finish(profile, device, llama.dtype)?;
     }
-    if let Some(fault) = stepper.finish(&mut model.llama)? {
+    if let Some(fault) = stepper.finish(llama)? {
         bail!("step {total}: {fault}");
     }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let tokens = batch.ids.len() as f64;
-    let flops = flops(&model.llama.config, settings.batch_size, settings.seq_len);
-    let rows = settings.feed_forward_rows.map_or(String::new(), |rows| format!(", {rows} feed-forward rows at a time"));
-    println!("{} x {} tokens, kept: {}{rows}", settings.batch_size, settings.seq_len, settings.activations);
-    println!("median {median:.4} s  {:.0} tok/s  {:.1} model TFLOP/s", tokens / median, flops / median / 1e12);
-    println!("{}", report::memory_line(device));
-    if let Some(paging) = stepper.paging() {
-        println!("{}", paging.line());
-    }
-    if args.decode > 0 {
-        let prompt: Vec<u32> = batch.ids.iter().cycle().take(PROMPT).map(|&id| id.unsigned_abs()).collect();
-        let decode = |count| generate(&model.llama, &prompt, count, &[], Sampling::GREEDY, |_| true).map(drop);
-        decode(2)?;
+    let seconds = median(seconds);
+    Ok(Steps {
+        batch_size: settings.batch_size,
+        seq_len: settings.seq_len,
+        activations: settings.activations.clone(),
+        feed_forward_rows: settings.feed_forward_rows,
+        seconds,
+        tok_s: batch.ids.len() as f64 / seconds,
+        model_tflop_s: flops(&llama.config, settings.batch_size, settings.seq_len) / seconds / 1e12,
+        loss: last.0,
+        grad_norm: last.1,
+    })
+}
+
+/// Times the generation of `tokens` tokens after a prompt.
+fn decode(llama: &Llama, batch: &Batch, tokens: usize) -> Result<Decoding> {
+    let prompt: Vec<u32> = batch.ids.iter().cycle().take(PROMPT).map(|&id| id.unsigned_abs()).collect();
+    let run = |count| -> Result<f64> {
         let clock = Instant::now();
-        decode(1)?;
-        let first = clock.elapsed().as_secs_f64();
-        let clock = Instant::now();
-        decode(args.decode + 1)?;
-        let rest = clock.elapsed().as_secs_f64() - first;
-        println!("decoding: {:.1} tok/s after a prompt of {PROMPT} in {first:.4} s", args.decode as f64 / rest);
-    }
-    if let (true, Some(config)) = (args.rows > 0, adapter) {
-        mixed(&mut model.llama, config, args.rows, args.decode.max(1))?;
-    }
-    if let Ok(gpu) = Gpu::of(device) {
-        println!("driver: {} in use on the whole GPU", report::bytes(gpu.total_memory() - gpu.free_memory()?));
-    }
-    Ok(())
+        generate(llama, &prompt, count, &[], Sampling::GREEDY, |_| true)?;
+        Ok(clock.elapsed().as_secs_f64())
+    };
+    run(2)?;
+    let prompt_seconds = run(1)?;
+    let rest = run(tokens + 1)? - prompt_seconds;
+    Ok(Decoding { prompt: PROMPT, prompt_seconds, tokens, tok_s: tokens as f64 / rest })
 }
 
 /// Times batches of `rows` texts: all of one adapter, and each of its own. And switching from one to another.
-fn mixed(llama: &mut Llama, config: AdapterConfig, rows: usize, tokens: usize) -> Result<()> {
+fn mixed(llama: &mut Llama, config: AdapterConfig, rows: usize, tokens: usize) -> Result<Rows> {
     let adapter = llama.adapter(config)?;
     let names: Vec<String> = (0..rows).map(|i| i.to_string()).collect();
     for name in &names {
@@ -140,17 +201,14 @@ fn mixed(llama: &mut Llama, config: AdapterConfig, rows: usize, tokens: usize) -
             rates.push((rows * tokens) as f64 / rest);
         }
     }
-    let [one, each] = rates.map(|mut rates| {
-        rates.sort_by(f64::total_cmp);
-        rates[rates.len() / 2]
-    });
-    println!(
-        "{rows} rows: {one:.1} tok/s with one adapter, {each:.1} tok/s with {rows} ({:.2} of it); switching takes at most \
-         {:.4} ms",
-        each / one,
-        1e3 * switch.into_iter().fold(0.0, f64::max)
-    );
-    Ok(())
+    let [one_adapter_tok_s, own_adapters_tok_s] = rates.map(median);
+    let switch_seconds = switch.into_iter().fold(0.0, f64::max);
+    Ok(Rows { rows, tokens, one_adapter_tok_s, own_adapters_tok_s, switch_seconds })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Floating-point operations of a step: forward products and input gradients of every linear layer and the head, and
