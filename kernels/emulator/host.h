@@ -1,6 +1,5 @@
 // For tests: global memory with guard pages, random numbers, comparison with what is expected.
 #pragma once
-#include <chrono>
 #include <cstdio>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -88,7 +88,7 @@ impl Paged {
                 at_hand.push((piece, sum));
             }
         }
-        self.at_hand.append(&mut at_hand);
+        self.at_hand.extend(at_hand);
         // The next micro-batch may come for the pages.
         if self.at_hand.len() >= AT_HAND || !first {
             self.put_squares()?;
