@@ -168,8 +168,8 @@ fn assert_used(c: Counters, policy: Policy, budget: usize, pages: usize, memory:
     let what = format!("{policy}, {budget} of {pages} pages in {memory} memory: {c:?}");
     assert_eq!((c.refused, c.given_back), (0, 0), "{what}");
     assert_eq!(c.resident_peak, budget.min(pages) as u64, "{what}");
-    // Lanes may take all of a small budget.
-    assert_eq!(c.hits > 0, c.brought > 0, "{what}");
+    // Lanes may take all of a small budget, and what they hold may be used there again.
+    assert!(if c.hits > 0 { c.brought + c.streamed > 0 } else { c.brought == 0 }, "{what}");
     match policy {
         // One page after another goes through the room that there is.
         Policy::Lru => assert_eq!((c.brought > 0, c.evicted > 0), (budget > 0, (1..pages).contains(&budget)), "{what}"),

@@ -9,7 +9,10 @@ use nibble_kernels::{
     adamw::{self, AdamWConfig, Job},
     norm::Clip,
 };
-use nibble_runtime::{DType, Error, ParamId, Result, Tensor, pager::Policy};
+use nibble_runtime::{
+    DType, Error, ParamId, Result, Tensor,
+    pager::{Pager, Policy},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
@@ -89,16 +92,24 @@ fn stream(
     clip: &Clip,
 ) -> Result<Clip> {
     let pager = state.pager();
+    // First what the lanes hold since the last sweep, then the others in turn.
+    let with_lanes = chunks.into_iter().map(|pages| (pager.holder(&pages), pages));
+    let (mut chunks, others): (Vec<_>, Vec<_>) = with_lanes.partition(|(lane, _)| lane.is_some());
+    chunks.sort_unstable_by_key(|(lane, _)| *lane);
+    chunks.extend(others);
+    // The lanes' last chunks stay where they are.
+    let last = chunks.len().saturating_sub(lanes);
     // Nothing waits for the lanes: neither who reads the norm, nor a forward pass that starts with the first parameters.
-    let (mut beside, mut lane) = (clip.beside()?, 0);
-    for pages in chunks {
+    let mut beside = clip.beside()?;
+    for (i, (lane, pages)) in chunks.into_iter().enumerate() {
+        let lane = lane.unwrap_or(i % lanes);
         let held = Held::Staged(pager.stage(pages.clone(), lane)?);
         let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(lane))?;
         kept.into_iter().for_each(|tensor| pager.keep(tensor));
         if let Held::Staged(staged) = held {
-            pager.unstage(staged, state.clean(pages))?;
+            let leave = if i < last { Pager::unstage } else { Pager::hold };
+            leave(pager, staged, state.clean(pages))?;
         }
-        lane = (lane + 1) % lanes;
     }
     pager.leave_lanes();
     Ok(beside)

@@ -30,7 +30,7 @@ pub struct Rates {
     weight_grads: f64,
     /// The adapters' own products, beside the bytes that they read.
     adapters: f64,
-    /// Whether adapters on one input read it together, as Hopper's kernels do.
+    /// Whether adapters on one input read it together, as Hopper's kernels do, and u and dB of few ranks the gradient.
     together: bool,
     attention: [Attention; 2],
     /// Passes over memory.
@@ -48,7 +48,7 @@ pub struct Rates {
 /// From so many rows on a product with the head fills a GPU.
 const SMALL_HEAD_ROWS: usize = 512;
 /// Kernels of a linear with an adapter, forward, from `t` on, and backward.
-const KERNELS: [f64; 3] = [5.0, 2.0, 8.0];
+const KERNELS: [f64; 3] = [3.0, 2.0, 6.0];
 /// A layer's own, forward and backward.
 const OWN_KERNELS: [f64; 2] = [7.0, 12.0];
 
@@ -81,6 +81,9 @@ const H100: Rates = Rates {
 
 /// Adapters' products of the kernels that every GPU has, from whole steps of ranks 16 and 64.
 const ONE_BY_ONE: f64 = 90e12;
+
+/// The largest rank of which u and dB are made together.
+const FEW_RANKS: f64 = 32.0;
 
 /// Ceilings of data sheets: a word of the name, dense bf16 FLOP/s and bytes/s of memory. The first that fits counts.
 const SHEETS: [(&str, f64, f64); 11] = [
@@ -304,7 +307,8 @@ impl Rates {
                 seconds += 2.0 * work.t * n * k / self.weight_grads;
             }
             // The adapter's `u` and dB.
-            seconds += share * 2.0 * n * work.t * work.w / self.bytes;
+            let reads = if self.together && rank <= FEW_RANKS * share { 1.0 } else { 2.0 };
+            seconds += share * reads * n * work.t * work.w / self.bytes;
             seconds += 3.0 * work.t * rank * (n + k) / self.adapters;
             if work.dora {
                 seconds += 5.0 * share * n * work.t * work.w / self.bytes;

@@ -45,6 +45,9 @@ fn low_rank(bench: &Bench) -> Result<()> {
             })?;
         }
         bench.time("lora gradient down", &shape, bytes, flops, || lora::grad_down(&x, &b, 1.0, TAG).map(drop))?;
+        bench.time("lora gradient down and dB", &shape, bytes + u.size_bytes(), 2.0 * flops, || {
+            lora::grad_down_and_up(&x, &u, &b, 1.0, TAG).map(drop)
+        })?;
         bench.time("lora dB", &shape, bytes, flops, || lora::weight_grad(&x, &u, 1.0, None).map(drop))?;
         // Of q, k and v, whose input is one.
         let (adapters, us) = ([(&a, 1.0); 3], [&u; 3]);

@@ -52,6 +52,38 @@ template <typename T> static bool check(Kind kind, u32 rows, u32 inner, u32 rank
     return compare(name, out.data, rows, rank, inner + 8, expected);
 }
 
+// narrow_both: u = scale · g · B and dB = gᵀ · t.
+template <typename T> static bool check_both(u32 tokens, u32 columns, u32 rank, u32 slice) {
+    const auto g = Array<T>::random((u64)tokens * columns), b = Array<T>::random((u64)columns * rank);
+    const auto t = Array<T>::random((u64)tokens * rank);
+    const u32 blocks = (columns + 255) / 256, steps = (tokens + 63) / 64, slices = (steps + slice - 1) / slice;
+    Array<float> u_parts((u64)blocks * tokens * rank), b_parts((u64)slices * columns * rank), of_b((u64)columns * rank);
+    Array<T> u((u64)tokens * rank);
+    auto map = [](const Array<T>& matrix, u32 rows, u32 columns) {
+        return tensor_map<TensorMap>(matrix.data, rows, columns, 64, 64);
+    };
+    launch(KERNEL(narrow_both), dim3(blocks, slices), 4 * 128 + 32, (4 + 4 * 5) * 8192 + 9 * 8 + 1024, 1,
+           map(g, tokens, columns), map(b, columns, rank), map(t, tokens, rank), u_parts.data, b_parts.data, tokens, columns,
+           rank, slice);
+    const float scale = 0.5f;
+    auto sum = [](auto kernel, const Array<float>& parts, void* to, float scale, u32 total, u32 count) {
+        launch(kernel, (total / 4 + 255) / 256, 256, 0, 1, parts.data, to, scale, total, nullptr, 0, total, nullptr, 0, total,
+               count, total);
+    };
+    sum(KERNEL(narrow_sum), u_parts, u.data, scale, tokens * rank, blocks);
+    sum(narrow_sum_f32, b_parts, of_b.data, 1.0f, columns * rank, slices);
+    bool good = compare("u of both", u.data, tokens, rank, columns + 8, [&](u64 i, u64 j) {
+        Expected sum;
+        for (u64 k = 0; k < columns; k++) sum.add(scale * g.at(i * columns + k) * b.at(k * rank + j));
+        return sum;
+    });
+    return good & compare("dB of both", of_b.data, columns, rank, tokens + 8, [&](u64 i, u64 j) {
+        Expected sum;
+        for (u64 k = 0; k < tokens; k++) sum.add(g.at(k * columns + i) * t.at(k * rank + j));
+        return sum;
+    });
+}
+
 static u32 eights(u32 most) { return (1 + random_u32() % most) * 8; }
 
 int main() {
@@ -63,5 +95,8 @@ int main() {
         good &= check<f16>(kind, 136, 136, 104, 2, 100);
         good &= check<f16>(kind, eights(40), eights(80), eights(24), 2, 1 + random_u32() % 10);
     }
+    good &= check_both<bf16>(200, 328, 16, 100);
+    good &= check_both<f16>(520, 1032, 32, 3);
+    good &= check_both<bf16>(eights(40), eights(80), eights(4), 1 + random_u32() % 5);
     return !good;
 }

@@ -83,6 +83,12 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
     // Where a lane stores dS: key 16·warp + lane % 16 of the warpgroup's.
     const u32 ds_key = side * 64 + warp * 16 + lane % 16, ds_at = shared + DS_TILES + ds_key * BOX_ROW;
 
+    // Compilers before CUDA 13 let products whose sums begin undefined run one by one.
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) dk_sum[i] = dv_sum[i] = 0.0f;
+    pin(dk_sum);
+    pin(dv_sum);
+
     barrier_wait(shared + KEYS_FULL, 0);
     u32 count = 0;
     for (int tile = work.tiles() - 1; tile >= 0; tile--) {
@@ -134,7 +140,7 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
             products_commit();
 #pragma unroll
             for (int step = 0; step < ROWS / 16; step++) {
-                multiply_held<T>(dv_sum, p[step], grad_columns.part(step, at), step + count);
+                multiply_held<T, true>(dv_sum, p[step], grad_columns.part(step, at), step + count);
             }
             products_commit();
             if (count > 0) hand_over_dq(last, (count - 1) / 2 % 2, true);
@@ -163,7 +169,7 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
             products_begin();
 #pragma unroll
             for (int step = 0; step < ROWS / 16; step++) {
-                multiply_held<T>(dk_sum, ds[step], q_columns.part(step, at), step + count);
+                multiply_held<T, true>(dk_sum, ds[step], q_columns.part(step, at), step + count);
             }
             products_commit();
         }

@@ -5,9 +5,12 @@
 
 constexpr int THREADS = 256, RUNS = 2;
 
-template <typename T> __device__ __forceinline__ void cast(const void* x, u32 type, T* out, u64 n) {
-    constexpr int N = RUN<T>, BLOCK = RUNS * THREADS * N;
-    u64 begin = (u64)blockIdx.x * BLOCK;
+// Elements that a block makes.
+template <typename T> constexpr u32 BLOCK = RUNS * THREADS * RUN<T>;
+
+template <typename T> __device__ __forceinline__ void cast(const void* x, u32 type, T* out, u64 n, u32 block) {
+    constexpr int N = RUN<T>, BLOCK = ::BLOCK<T>;
+    u64 begin = (u64)block * BLOCK;
     if (begin + BLOCK <= n && aligned(x, out)) {
         float values[RUNS][N];
         u64 first = begin + threadIdx.x * N;
@@ -27,6 +30,29 @@ template <typename T> __device__ __forceinline__ void cast(const void* x, u32 ty
 // x [n] of `type`, out [n].
 #define CAST(NAME, T) \
     extern "C" __global__ __launch_bounds__(THREADS) void cast_##NAME(const void* x, u32 type, T* out, u64 n) { \
-        cast(x, type, out, n); \
+        cast(x, type, out, n, blockIdx.x); \
     }
 FOR_FLOATS(CAST)
+
+// The same of several arrays of one type, out_i [n_i] of x_i; those that there are not have no elements.
+#define ARRAY(I) const void *x##I, void *out##I, u32 n##I
+#define LOOK(I) \
+    if (!found) { \
+        const u32 blocks = (n##I + BLOCK<T> - 1) / BLOCK<T>; \
+        found = block < blocks; \
+        if (found) x = x##I, out = static_cast<T*>(out##I), n = n##I; \
+        else block -= blocks; \
+    }
+#define CAST_ALL(NAME, TYPE) \
+    extern "C" __global__ __launch_bounds__(THREADS) void cast_all_##NAME( \
+        u32 type, ARRAY(0), ARRAY(1), ARRAY(2), ARRAY(3), ARRAY(4), ARRAY(5), ARRAY(6), ARRAY(7), ARRAY(8), ARRAY(9), \
+        ARRAY(10), ARRAY(11), ARRAY(12), ARRAY(13)) { \
+        typedef TYPE T; \
+        const void* x = nullptr; \
+        T* out = nullptr; \
+        u32 n = 0, block = blockIdx.x; \
+        bool found = false; \
+        LOOK(0) LOOK(1) LOOK(2) LOOK(3) LOOK(4) LOOK(5) LOOK(6) LOOK(7) LOOK(8) LOOK(9) LOOK(10) LOOK(11) LOOK(12) LOOK(13) \
+        if (found) cast(x, type, out, n, block); \
+    }
+FOR_FLOATS(CAST_ALL)

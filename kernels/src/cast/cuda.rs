@@ -9,7 +9,25 @@ use nibble_runtime::{
 pub(crate) static MODULE: Module = Module {
     name: "cast",
     ptx: include_str!("../../ptx/cast.ptx"),
-    entries: &[Entry { name: "cast", floats: true, params: &[8, 4, 8, 8] }],
+    entries: &[
+        Entry { name: "cast", floats: true, params: &[8, 4, 8, 8] },
+        Entry { name: "cast_all", floats: true, params: &ARRAYS },
+    ],
+};
+
+/// Most arrays of `cast_all`: A and B of a layer's seven linears.
+const MOST: usize = 14;
+/// The type, then two pointers and the elements of each array.
+const ARRAYS: [usize; 1 + 3 * MOST] = {
+    let mut params = [8; 1 + 3 * MOST];
+    let mut i = 0;
+    while i <= 3 * MOST {
+        if i % 3 == 0 {
+            params[i] = 4;
+        }
+        i += 1;
+    }
+    params
 };
 
 /// Bytes of the result that a block makes: 256 threads, two runs of 16 bytes.
@@ -35,4 +53,25 @@ pub(super) fn cast(x: &Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
     let args = Args::new().input(x).u32(type_).output(&mut out).u64(n);
     Gpu::of(x.device())?.launch(&MODULE, &name, [grid, 1, 1], [256, 1, 1], 0, args)?;
     Ok(out)
+}
+
+/// Tensors of one type in another, each in storage of its own.
+pub(super) fn cast_all(tensors: &[&Tensor], dtype: DType, tag: Tag) -> Result<Vec<Tensor>> {
+    let mut outs = Vec::with_capacity(tensors.len());
+    for tensors in tensors.chunks(MOST) {
+        let (gpu, type_) = (Gpu::of(tensors[0].device())?, code(tensors[0].dtype())?);
+        let (mut args, mut blocks) = (Args::new().u32(type_), 0);
+        for i in 0..MOST {
+            let Some(x) = tensors.get(i) else {
+                args = args.input_opt(None).output_opt(None).u32(0);
+                continue;
+            };
+            let mut out = Tensor::empty(x.shape(), dtype, x.device(), tag)?;
+            blocks += out.size_bytes().div_ceil(BLOCK);
+            args = args.input(x).output(&mut out).u32(size("cast", x.numel())?);
+            outs.push(out);
+        }
+        gpu.launch(&MODULE, &entry("cast_all", dtype)?, [size("cast", blocks)?, 1, 1], [256, 1, 1], 0, args)?;
+    }
+    Ok(outs)
 }

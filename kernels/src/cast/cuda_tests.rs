@@ -24,6 +24,24 @@ proptest! {
     }
 }
 
+/// Many tensors at once, some of them empty, some at odd addresses: the same bits as one by one.
+#[test]
+fn gpu_casts_many_to_the_same_bits() {
+    let Some(gpu) = gpu() else { return };
+    let sizes = [5, 4096, 0, 12_345, 1, 8192, 100_000, 3, 4096, 4097, 0, 77, 16, 9000, 31, 50_001];
+    for (from, to) in [(DType::F32, DType::BF16), (DType::F32, DType::F16), (DType::BF16, DType::F32)] {
+        let host: Vec<Tensor> = sizes.iter().zip(1..).map(|(&n, seed)| random_as(&[n + 1], from, seed)).collect();
+        let moved = |x: &Tensor, first| x.to_device(gpu, Tag::Workspace).unwrap().rows(first, x.numel() - 1).unwrap();
+        let on_gpu: Vec<Tensor> = host.iter().zip(0..).map(|(x, i)| moved(x, i % 2)).collect();
+        let found = into_dtypes(&on_gpu.iter().collect::<Vec<_>>(), to, Tag::Workspace).unwrap();
+        assert_eq!(found.len(), sizes.len());
+        for (found, x) in found.iter().zip(&on_gpu) {
+            assert_eq!((found.dtype(), found.shape()), (to, x.shape()));
+            assert!(bits(found) == bits(&cast(x, to, Tag::Workspace).unwrap()));
+        }
+    }
+}
+
 /// Ties, overflow to infinity, subnormals and signed zeros.
 #[test]
 fn gpu_casts_edges_to_the_same_bits() {

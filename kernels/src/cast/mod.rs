@@ -22,10 +22,19 @@ pub fn into_dtype(x: Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
     if x.dtype() == dtype { Ok(x) } else { cast(&x, dtype, tag) }
 }
 
-/// [`into_dtype`] of each of `tensors`.
+/// [`into_dtype`] of tensors on one device; on a GPU those of one type are converted together.
 ///
 /// # Errors
 /// A type is not a float.
 pub fn into_dtypes(tensors: &[&Tensor], dtype: DType, tag: Tag) -> Result<Vec<Tensor>> {
-    tensors.iter().map(|x| into_dtype((*x).clone(), dtype, tag)).collect()
+    match tensors.first() {
+        Some(first)
+            if first.device() != Device::Cpu
+                && first.dtype() != dtype
+                && tensors.iter().all(|x| x.dtype() == first.dtype() && x.device() == first.device()) =>
+        {
+            cuda::cast_all(tensors, dtype, tag)
+        }
+        _ => tensors.iter().map(|x| into_dtype((*x).clone(), dtype, tag)).collect(),
+    }
 }

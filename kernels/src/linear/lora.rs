@@ -92,9 +92,13 @@ pub fn down_workspace(chip: Chip, tokens: usize, k: usize, ranks: &[usize]) -> u
     narrow::workspace(chip, Kind::Rows, tokens, [tokens, k], ranks).unwrap_or(0)
 }
 
-/// The same of [`grad_down`], from rows of `n`.
-pub fn grad_down_workspace(chip: Chip, tokens: usize, n: usize, rank: usize) -> usize {
-    narrow::workspace(chip, Kind::Columns, tokens, [tokens, n], &[rank]).unwrap_or(0)
+/// The same of [`grad_down_and_up`], from rows of `n`.
+pub fn grad_down_and_up_workspace(chip: Chip, tokens: usize, n: usize, rank: usize) -> usize {
+    let one_by_one = || {
+        let down = narrow::workspace(chip, Kind::Columns, tokens, [tokens, n], &[rank]).unwrap_or(0);
+        down.max(super::weight_grad_workspace(chip, tokens, n, rank, false))
+    };
+    narrow::both_workspace(chip, tokens, n, rank).unwrap_or_else(one_by_one)
 }
 
 /// The same of [`weight_grads`].
@@ -113,6 +117,21 @@ pub fn grad_down(grad: &Tensor, b: &Tensor, scale: f32, tag: Tag) -> Result<Tens
     match grad.device() {
         Device::Cpu => Ok(input_grad(grad, &Weight::Dense(b.clone()), scale)?.retag(tag)),
         Device::Cuda(_) => skinny::lora_grad_down(grad, b, scale, tag),
+    }
+}
+
+/// `u = scale · g · B` `[T, r]`, in the type of `g` and counted under `tag`, and `gᵀ · t`, the gradient of B; for few ranks Hopper
+/// reads `g` once for both.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn grad_down_and_up(grad: &Tensor, t: &Tensor, b: &Tensor, scale: f32, tag: Tag) -> Result<(Tensor, Tensor)> {
+    fit("LoRA gradient", grad, b, [1, 0])?;
+    fit("LoRA gradient", grad, t, [0, 0])?;
+    fit("LoRA gradient", t, b, [1, 1])?;
+    match narrow::both(grad, t, b, scale, tag)? {
+        Some(both) => Ok(both),
+        None => Ok((grad_down(grad, b, scale, tag)?, weight_grad(grad, t, 1.0, None)?)),
     }
 }
 

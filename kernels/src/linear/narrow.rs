@@ -8,6 +8,8 @@ use nibble_runtime::{
 
 /// Four maps; three times output, scale, column, rank and the ranks before; partial sums; six sizes.
 const PRODUCT: &[usize] = &[128, 128, 128, 128, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4];
+/// Three maps; parts of u and of dB; four sizes.
+const BOTH: &[usize] = &[128, 128, 128, 8, 8, 4, 4, 4, 4];
 /// Partial sums; three times output, scale and end; two sizes.
 const SUM: &[usize] = &[8, 8, 4, 4, 8, 4, 4, 8, 4, 4, 4, 4];
 
@@ -37,6 +39,8 @@ pub(crate) static NARROW_HOPPER: Module = Module {
         kernel("narrow_grads_1_f16"),
         kernel("narrow_grads_2_f16"),
         kernel("narrow_grads_3_f16"),
+        Entry { name: "narrow_both_bf16", floats: false, params: BOTH },
+        Entry { name: "narrow_both_f16", floats: false, params: BOTH },
         Entry { name: "narrow_sum", floats: true, params: SUM },
     ],
 };
@@ -248,6 +252,61 @@ fn add_up(gpu: &Gpu, partial: &Tensor, slices: usize, outs: &mut [(&mut Tensor, 
     gpu.launch(&NARROW_HOPPER, &entry("narrow_sum", dtype)?, grid, [256, 1, 1], 0, args)
 }
 
+/// Columns of `g` that a block of `narrow_both` has, and its threads.
+const BOTH_COLUMNS: usize = 4 * BOX;
+const BOTH_THREADS: u32 = 4 * 128 + 32;
+/// Its part of B; four stages of four boxes and one; barriers; to start at a multiple of 1024.
+const BOTH_SHARED: usize = (4 + 4 * 5) * BOX_BYTES + 9 * 8 + 1024;
+/// The largest rank for which writing and reading parts of u takes clearly less than reading the gradient a second time.
+const BOTH_RANK: usize = 32;
+
+/// Blocks along the columns of a gradient `[tokens, n]`, steps of 64 tokens a slice, and slices.
+fn both_plan(chip: Chip, tokens: usize, n: usize) -> [usize; 3] {
+    let (blocks, steps) = (n.div_ceil(BOTH_COLUMNS), tokens.div_ceil(BOX));
+    let slices = (chip.sms as usize / blocks.max(1)).clamp(1, (steps / 4).max(1));
+    let slice = steps.div_ceil(slices);
+    [blocks, slice, steps.div_ceil(slice)]
+}
+
+/// Bytes of workspace of [`both`]; `None` where it does not take the products.
+pub(super) fn both_workspace(chip: Chip, tokens: usize, n: usize, rank: usize) -> Option<usize> {
+    let taken = rank <= BOTH_RANK && takes(chip, Kind::Columns, tokens, [tokens, n], &[rank]);
+    taken.then(|| {
+        let [blocks, _, slices] = both_plan(chip, tokens, n);
+        (blocks * tokens + slices * n) * rank * size_of::<f32>()
+    })
+}
+
+/// `scale · g · B` `[T, r]` and `gᵀ · t` f32 `[N, r]` in one pass over `g`; `None` where other kernels make them.
+pub(super) fn both(grad: &Tensor, t: &Tensor, b: &Tensor, scale: f32, tag: Tag) -> Result<Option<(Tensor, Tensor)>> {
+    let op = "LoRA product";
+    let Device::Cuda(_) = grad.device() else { return Ok(None) };
+    let (gpu, (tokens, n), (_, rank)) = (Gpu::of(grad.device())?, grad.dims2(op)?, b.dims2(op)?);
+    let mut taken = grad.dtype() != DType::F32 && both_workspace(gpu.chip(), tokens, n, rank).is_some();
+    for tensor in [grad, t, b] {
+        taken = taken && tensor.dtype() == grad.dtype() && tensor.device_pointer()? % 16 == 0;
+    }
+    if !taken || gpu.shared_per_block() < BOTH_SHARED {
+        return Ok(None);
+    }
+    let [blocks, slice, slices] = both_plan(gpu.chip(), tokens, n);
+    let empty = |shape: &[usize], dtype, tag| Tensor::empty(shape, dtype, grad.device(), tag);
+    let mut u = empty(&[tokens, rank], grad.dtype(), tag)?;
+    let mut of_b = empty(&[n, rank], DType::F32, Tag::Gradients)?;
+    let mut u_parts = empty(&[blocks, tokens, rank], DType::F32, Tag::Workspace)?;
+    let mut b_parts = empty(&[slices, n, rank], DType::F32, Tag::Workspace)?;
+    let side = BOX as u32;
+    let args = Args::new().tensor_map(grad, side, side).tensor_map(b, side, side).tensor_map(t, side, side);
+    let args = args.output(&mut u_parts).output(&mut b_parts).flops(4.0 * (tokens * n) as f64 * rank as f64);
+    let args = args.u32(size(op, tokens)?).u32(size(op, n)?).u32(rank as u32).u32(slice as u32);
+    let grid = [size(op, blocks)?, slices as u32, 1];
+    let kernel = entry("narrow_both", grad.dtype())?;
+    gpu.launch(&NARROW_HOPPER, &kernel, grid, [BOTH_THREADS, 1, 1], BOTH_SHARED, args)?;
+    add_up(gpu, &u_parts, blocks, &mut [(&mut u, scale)])?;
+    add_up(gpu, &b_parts, slices, &mut [(&mut of_b, 1.0)])?;
+    Ok(Some((u, of_b)))
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -274,6 +333,9 @@ pub(super) mod tests {
                 }
             }
         }
+        let plans = [14336, 4096, 1024].map(|n| both_plan(H100, 8192, n));
+        assert!(plans.iter().all(|[blocks, _, slices]| blocks * slices >= 96), "{plans:?}");
+        assert_eq!(BOTH_SHARED.min(WHOLE), BOTH_SHARED);
         assert_eq!(together(&[16, 16, 16, 16]), 3);
         assert_eq!((together(&[64, 128, 8]), together(&[128, 128])), (2, 1));
     }

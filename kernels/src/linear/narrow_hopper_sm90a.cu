@@ -5,6 +5,7 @@
 //   narrow_columns    out_i [M, r_i] = x [M, K] · w_i, w_i [K, r_i]: u = s·g·B
 //   narrow_grads      out_i [M, r_i] or [r_i, M] = xᵀ · w_i, x [K, M], w_i [K, r_i]: dB = gᵀ·t, and dA = uᵀ·x of all
 //                     adapters on one input
+//   narrow_both       u and dB of one adapter in one pass over g
 //   narrow_sum        adds up the slices of the contraction K, where there are several
 //
 // Bound by the bytes of x, which is read once for all w_i. A block makes 64 · (its warpgroups) rows of the outputs from a
@@ -160,6 +161,121 @@ __device__ __forceinline__ void narrow_product(const TensorMap* x, const TensorM
     PRODUCT(rows, false, false, G, T) PRODUCT(columns, false, true, G, T) PRODUCT(grads, true, true, G, T)
 PRODUCTS(1, bf16) PRODUCTS(2, bf16) PRODUCTS(3, bf16)
 PRODUCTS(1, f16) PRODUCTS(2, f16) PRODUCTS(3, f16)
+
+// Both products with g [tokens, columns]: parts of u [tokens, rank] = g · b from 256 columns each, and of dB [columns, rank] =
+// gᵀ · t from a slice of the tokens; b [columns, rank], t [tokens, rank], rank <= 64. A block has 256 columns and a slice. The
+// ring has 64 tokens a stage: four boxes of g and one of t; the block's part of b stays. Each of the four warpgroups multiplies
+// its box of columns for dB, and for u, in turn, all four boxes of every fourth stage. u has a part for each block along the
+// columns: 4 rank / 256 bytes are written for each 2 of g, which is less than reading g once more if ranks are few.
+constexpr int BOTH_WARPGROUPS = 4, BOTH_STAGES = 4, BOTH_STAGE_BYTES = (BOTH_WARPGROUPS + 1) * BOX_BYTES;
+constexpr int BOTH_THREADS = BOTH_WARPGROUPS * 128 + WARP;
+
+template <typename T>
+__device__ __forceinline__ void both(const TensorMap* g, const TensorMap* b, const TensorMap* t, float* u, float* db, u32 tokens,
+                                     u32 columns, u32 rank, u32 slice) {
+    extern __shared__ u8 shared[];
+    const u32 b_tiles = shared_address(shared) + (-shared_address(shared) & 1023);
+    const u32 ring = b_tiles + BOTH_WARPGROUPS * BOX_BYTES, b_full = ring + BOTH_STAGES * BOTH_STAGE_BYTES;
+    const u32 full = b_full + 8, empty = full + 8 * BOTH_STAGES; // + 8 stage
+    const u32 warpgroup = uniform(threadIdx.x / 128), warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
+    if (threadIdx.x == 0) {
+        barrier_init(b_full, 1);
+        for (u32 s = 0; s < BOTH_STAGES; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, BOTH_WARPGROUPS * 4);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+
+    const u32 column0 = blockIdx.x * BOTH_WARPGROUPS * BOX;
+    const u32 begin = blockIdx.y * slice, end = min(begin + slice, (tokens + BOX - 1) / BOX);
+    u32 stage = 0, phase = 0;
+    auto advance = [&] {
+        if (++stage == BOTH_STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    };
+    if (warpgroup == BOTH_WARPGROUPS) { // one warp
+        if (lane != 0) return;
+        barrier_expect(b_full, BOTH_WARPGROUPS * BOX_BYTES);
+        for (int i = 0; i < BOTH_WARPGROUPS; i++) copy_box(b_tiles + i * BOX_BYTES, b, 0, column0 + i * BOX, b_full);
+        for (u32 step = begin; step < end; step++) {
+            const u32 to = ring + stage * BOTH_STAGE_BYTES, barrier = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
+            barrier_expect(barrier, BOTH_STAGE_BYTES);
+            for (int i = 0; i < BOTH_WARPGROUPS; i++) copy_box(to + i * BOX_BYTES, g, column0 + i * BOX, step * BOX, barrier);
+            copy_box(to + BOTH_WARPGROUPS * BOX_BYTES, t, 0, step * BOX, barrier);
+            advance();
+        }
+        return;
+    }
+
+    // The rows of a warp's sums that are of this lane, and their numbers of columns: to `to`, whose rows have `rank` floats.
+    auto store = [&](const float (&sums)[32], float* to, u32 first_row, u32 rows) {
+        const u32 row0 = first_row + warp * 16 + lane / 4;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const u32 column = 8 * j + 2 * (lane % 4);
+            if (column >= rank) break;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const u32 row = row0 + 8 * half;
+                if (row < rows)
+                    *reinterpret_cast<float2*>(to + (u64)row * rank + column) =
+                        make_float2(sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]);
+            }
+        }
+    };
+    u += (u64)blockIdx.x * tokens * rank;
+    db += (u64)blockIdx.y * columns * rank;
+    float of_b[32], of_u[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++) of_b[i] = of_u[i] = 0.0f;
+    pin(of_b);
+    barrier_wait(b_full, 0);
+    for (u32 step = begin; step < end; step++) {
+        const u32 at = ring + stage * BOTH_STAGE_BYTES;
+        barrier_wait(full + 8 * stage, phase);
+        const bool turn = step % BOTH_WARPGROUPS == warpgroup;
+        products_begin();
+        const ByColumns<BOX> own(at + warpgroup * BOX_BYTES), of_t(at + BOTH_WARPGROUPS * BOX_BYTES);
+#pragma unroll
+        for (int part = 0; part < BOX / 16; part++)
+            multiply_shared<T, true, true>(of_b, own.part(part), of_t.part(part), 1);
+        if (turn) {
+            pin(of_u);
+            products_begin();
+            const ByRows<BOX> left(at);
+            const ByColumns<BOX> right(b_tiles);
+#pragma unroll
+            for (int part = 0; part < BOTH_WARPGROUPS * BOX / 16; part++) {
+                const u32 box = part / 4 * BOX_BYTES;
+                multiply_shared<T, false, true>(of_u, left.part(part % 4, box), right.part(part % 4, box), part);
+            }
+        }
+        products_commit();
+        products_wait<0>();
+        pin(of_b);
+        if (lane == 0) barrier_arrive(empty + 8 * stage);
+        advance();
+        if (turn) {
+            pin(of_u);
+            store(of_u, u, step * BOX, tokens);
+        }
+    }
+    store(of_b, db, column0 + warpgroup * BOX, columns);
+}
+
+#define BOTH(T)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(BOTH_THREADS, 1) narrow_both_##T(                                     \
+        const __grid_constant__ TensorMap g, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap t, \
+        float* u, float* db, u32 tokens, u32 columns, u32 rank, u32 slice) {                                           \
+        both<T>(&g, &b, &t, u, db, tokens, columns, rank, slice);                                                      \
+    }
+BOTH(bf16)
+BOTH(f16)
 
 // An output that partial sums belong to.
 struct Output {

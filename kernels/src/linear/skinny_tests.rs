@@ -207,6 +207,10 @@ fn shared_lora_products(
         results.extend(lora::weight_grads(&us.iter().collect::<Vec<_>>(), &x).unwrap());
         results.extend(ups.iter().map(|b| lora::grad_down(&g, b, -2.0, TAG).unwrap()));
         results.extend(us.iter().map(|t| lora::weight_grad(&g, t, 0.5, None).unwrap()));
+        for (b, t) in ups.iter().zip(&us) {
+            let (u, of_b) = lora::grad_down_and_up(&g, t, b, -2.0, TAG).unwrap();
+            results.extend([u, of_b]);
+        }
         ALWAYS.set(false);
         results
     }

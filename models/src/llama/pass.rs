@@ -36,7 +36,8 @@ pub struct Pass {
     pub(crate) casts: Casts,
 }
 
-/// A and B of a layer's adapters in the type of the computation, by [`Linear::index`]: there for as long as the layer is at work.
+/// A and B of a layer's adapters in the type of the computation, by [`Linear::index`]: made in one launch, and there for
+/// as long as the layer is at work.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Casts(Arc<Mutex<BTreeMap<u32, (Tensor, Tensor)>>>);
 

@@ -85,7 +85,7 @@ impl Workload {
         let timer = Timer::start(self.gpu)?;
         self.optimizer.step(&mut updates, &self.grads, LR, &mut self.clip)?;
         // All of it: also what would go on beside the next forward pass.
-        self.state.iter().try_for_each(|state| state.pager().close_lanes())?;
+        self.state.iter().try_for_each(|state| state.pager().join_lanes())?;
         let device = timer.milliseconds()?;
         self.gpu.synchronize()?;
         Ok(Took { device, wall: begun.elapsed().as_secs_f64() * 1e3 })

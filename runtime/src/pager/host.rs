@@ -217,6 +217,12 @@ impl PageStore for HostPages {
         Ok(Ticket(self.next))
     }
 
+    fn copy(&mut self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.must("copy")?;
+        copy(from, to, bytes);
+        Ok(())
+    }
+
     fn lanes(&self) -> usize {
         LANES
     }

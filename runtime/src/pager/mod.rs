@@ -139,7 +139,7 @@ impl Pager {
         self.lock().resident() * self.page_bytes
     }
 
-    /// Whether a page is in device memory.
+    /// Whether a page is resident. One in a lane's memory is not.
     pub fn is_resident(&self, page: usize) -> bool {
         self.lock().is_resident(page)
     }
@@ -230,25 +230,32 @@ impl Pager {
         self.lock().leave_lanes();
     }
 
-    /// Ends streaming: everything given to the compute stream from now on comes after what the lanes do.
+    /// Lets everything given to the compute stream from now on come after what the lanes do.
     ///
     /// # Errors
     /// The device is lost.
-    pub fn close_lanes(&self) -> Result<()> {
-        self.lock().close_lanes()
+    pub fn join_lanes(&self) -> Result<()> {
+        self.lock().join_lanes()
     }
 
-    /// Copies pages, which are in host memory and leased by nobody, to a lane.
+    /// The lane that holds just these pages since the last sweep. A sweep that begins with them need not move them.
+    pub fn holder(&self, pages: &Range<usize>) -> Option<usize> {
+        self.lock().holder(pages)
+    }
+
+    /// Copies pages, which are not resident and leased by nobody, to a lane, unless it holds them. What else it holds is put
+    /// back.
     ///
     /// # Errors
-    /// There is no such lane, it holds pages, a page is resident or leased, or the device is lost.
+    /// There is no such lane, its pages are in use, a page is resident or leased, or the device is lost.
     pub fn stage(&self, pages: Range<usize>, lane: usize) -> Result<Staged> {
         let address = self.lock().stage(pages.clone(), lane)?;
         let lease = Arc::new(Lease::new(self.clone(), pages.clone(), address, self.device));
         Ok(Staged { pages, lane, address, page_bytes: self.page_bytes, device: self.device, lease })
     }
 
-    /// Copies staged pages back, from byte `clean` of each on, behind what was launched on the lane.
+    /// Copies staged pages back, behind what was launched on the lane, which has left the bytes before `clean` of each as
+    /// they were.
     ///
     /// # Errors
     /// The device is lost.
@@ -258,12 +265,22 @@ impl Pager {
         self.lock().unstage(pages, clean, lane)
     }
 
+    /// As [`Pager::unstage`], but the pages stay in the lane's memory until that, or one of them, is needed.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn hold(&self, staged: Staged, clean: usize) -> Result<()> {
+        let Staged { pages, lane, lease, .. } = staged;
+        drop(lease);
+        self.lock().hold(pages, clean, lane)
+    }
+
     /// The stream of a lane; `None` where work runs on the host.
     pub fn lane(&self, lane: usize) -> Option<crate::cuda::Stream> {
         self.lock().lane(lane)
     }
 
-    /// Keeps a tensor that the lanes use until they are closed: at the next sweep.
+    /// Keeps a tensor that the lanes use until they are joined: at the next sweep.
     pub fn keep(&self, tensor: Tensor) {
         self.lock().keep(tensor);
     }

@@ -77,6 +77,11 @@ pub trait PageStore: Send {
     fn store(&mut self, page: usize, offset: usize, source: u64, bytes: usize, after: Option<Ticket>)
     -> Result<Ticket>;
 
+    /// Copies `bytes` bytes from a device address to another, in the order of the compute stream.
+    fn copy(&mut self, _to: u64, _from: u64, _bytes: usize) -> Result<()> {
+        Err(Error::invalid("pager", "these pages cannot be streamed"))
+    }
+
     /// Lanes on which pages can be streamed through device memory, side by side; 0 if they cannot.
     fn lanes(&self) -> usize {
         0
@@ -92,12 +97,14 @@ pub trait PageStore: Send {
         Ok(())
     }
 
-    /// Copies pages from host memory to a lane's memory, in the order of the lane; returns their address there.
+    /// Copies pages from host memory to a lane's memory, behind what the compute stream and the lane have been given;
+    /// returns the address there. There may be none to copy.
     fn stage(&mut self, _pages: Range<usize>, _lane: usize) -> Result<u64> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 
-    /// Copies the bytes from `clean` on of each staged page back, in the order of the lane.
+    /// Copies the bytes from `clean` on of each staged page back, in the order of the lane. There may be none to copy: then
+    /// the ticket is that of what the lane has been given.
     fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _lane: usize) -> Result<Ticket> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }

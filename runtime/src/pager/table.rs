@@ -6,14 +6,19 @@
 //!    ▲ ▲                            │
 //!    │ └────────────────────────────┘ evict (a ticket)
 //!    └──▶ staged on a lane ──▶ home      stage, use, unstage (a ticket)
+//!          ▲     │
+//!          └─ held on it                 stage, use, hold until the next sweep
 //! ```
 //! A page that moves is already counted where it goes; its ticket is joined before it is used there.
+
+mod lanes;
 
 use super::{
     store::{PageStore, Refusal, Ticket},
     trace::{Trace, What},
 };
-use crate::{Error, Result, Tensor, cuda::Stream};
+use crate::{Error, Result, Tensor};
+use lanes::{Chunk, LANES};
 use std::{collections::VecDeque, fmt, ops::Range, str::FromStr};
 
 /// How pages that are not resident are used, and which are resident.
@@ -54,11 +59,11 @@ impl FromStr for Policy {
 /// What has happened since the pager was made, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Uses of pages that were resident.
+    /// Uses of pages that were in device memory: resident, or held by a lane.
     pub hits: u64,
     /// Uses across the bus.
     pub in_place: u64,
-    /// Pages streamed through a lane.
+    /// Pages copied to a lane, to be used there.
     pub streamed: u64,
     /// Pages brought to device memory.
     pub brought: u64,
@@ -76,7 +81,7 @@ pub struct Counters {
 struct Page {
     resident: bool,
     pinned: bool,
-    /// In a lane's memory.
+    /// In use in a lane's memory.
     staged: bool,
     /// The transfer that brought it where it is, until it has been joined.
     moving: Option<Ticket>,
@@ -84,12 +89,6 @@ struct Page {
     used: u64,
 }
 
-/// Chunks go to lanes in turn, so that one is copied in while another is used and a third copied out.
-const LANES: usize = 4;
-/// A lane takes at most this many bytes: copies of several MiB run at the full speed of the bus.
-const LANE_BYTES: usize = 16 << 20;
-/// Lanes take this part of the budget, so that most of it keeps pages.
-const LANE_SHARE: usize = 16;
 /// Sweeps without pressure before pages come back, at most: the wait doubles while pressure returns.
 const LONGEST_WAIT: u32 = 64;
 
@@ -105,6 +104,8 @@ pub(super) struct Table {
     resident: usize,
     /// Lanes, and pages of each, while they are open.
     lanes: Option<(usize, usize)>,
+    /// What is in each lane's memory.
+    chunks: [Option<Chunk>; LANES],
     /// Whether a sweep uses the lanes: they are then not given back.
     sweeping: bool,
     uses: u64,
@@ -132,6 +133,7 @@ impl Table {
             allowed: 0,
             resident: 0,
             lanes: None,
+            chunks: Default::default(),
             sweeping: false,
             uses: 0,
             calm: 0,
@@ -157,7 +159,12 @@ impl Table {
     }
 
     pub(super) fn resident(&self) -> usize {
-        self.resident + self.lanes.map_or(0, |(lanes, pages)| lanes * pages)
+        self.resident + self.lane_pages()
+    }
+
+    /// Pages that may be resident beside the lanes that are open.
+    fn room(&self) -> usize {
+        self.allowed.saturating_sub(self.lane_pages())
     }
 
     pub(super) fn is_resident(&self, page: usize) -> bool {
@@ -182,7 +189,8 @@ impl Table {
     pub(super) fn set_cap(&mut self, pages: usize) -> Result<()> {
         self.cap = pages.min(self.pages.len());
         self.allowed = self.cap;
-        self.shrink(self.allowed)
+        self.fit_lanes()?;
+        self.shrink(self.room())
     }
 
     /// Evicts pages that nobody uses, the last first, until at most `pages` are resident.
@@ -216,6 +224,7 @@ impl Table {
 
     /// Whether the page is in device memory now.
     fn bring(&mut self, page: usize) -> Result<bool> {
+        self.put_back_page(page)?;
         self.join(page)?;
         match self.store.bring(page) {
             Ok(ticket) => {
@@ -266,6 +275,7 @@ impl Table {
         if self.policy == Policy::Lru {
             return self.shrink(self.allowed);
         }
+        self.fit_lanes()?;
         let (lanes, lane_pages) = self.lane_plan().unwrap_or((0, 0));
         let room = self.allowed - lanes * lane_pages;
         self.shrink(room)?;
@@ -284,9 +294,13 @@ impl Table {
     /// See [`super::Pager::give_back`]. A lost device has nothing to give.
     pub(super) fn give_back(&mut self, pages: usize) -> usize {
         let before = self.resident();
+        let mut leaving = Vec::new();
         // Lanes first, which nobody needs until the next sweep.
-        if pages > 0 && !self.sweeping && self.close_lanes().is_err() {
-            return 0;
+        if pages > 0 && !self.sweeping {
+            match self.close_lanes() {
+                Ok(tickets) => leaving = tickets,
+                Err(_) => return 0,
+            }
         }
         let (evicted_before, closed) = (self.resident, before - self.resident());
         let target = evicted_before.saturating_sub(pages.saturating_sub(closed));
@@ -305,7 +319,7 @@ impl Table {
         let given = before - self.resident();
         if given > 0 {
             // The memory must be free when the allocator looks again.
-            if last.is_some_and(|ticket| self.store.finish(ticket).is_err()) {
+            if leaving.into_iter().chain(last).any(|ticket| self.store.finish(ticket).is_err()) {
                 return 0;
             }
             // Pressure right after pages came back: they wait longer next time. All of a step's requests are one.
@@ -345,6 +359,7 @@ impl Table {
                 self.bring(page)?;
             }
         }
+        self.put_back_page(page)?;
         self.join(page)?;
         let address = self.store.address(page)?;
         self.uses += 1;
@@ -359,7 +374,7 @@ impl Table {
     pub(super) fn unpin(&mut self, pages: Range<usize>) {
         self.pages[pages].iter_mut().for_each(|page| page.pinned = false);
         // A budget that was lowered meanwhile. A lost device is found by the next call.
-        let _ = self.shrink(self.allowed);
+        let _ = self.shrink(self.room());
     }
 
     /// See [`super::Pager::store`].
@@ -374,6 +389,10 @@ impl Table {
         }
         self.note(page..page + 1, What::Store);
         let address = source.address()?;
+        if let Some(to) = self.held_address(page, offset) {
+            self.join(page)?;
+            return self.store.copy(to, address, source.size_bytes());
+        }
         if self.pages[page].resident {
             self.join(page)?;
         }
@@ -408,94 +427,16 @@ impl Table {
 
     pub(super) fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         self.free_to_use(page..page + 1)?;
+        self.put_back_page(page)?;
         self.join(page)?;
         self.store.write(page, offset, bytes)
     }
 
     pub(super) fn read(&mut self, page: usize, offset: usize, bytes: &mut [u8]) -> Result<()> {
         self.free_to_use(page..page + 1)?;
+        self.put_back_page(page)?;
         self.join(page)?;
         self.store.read(page, offset, bytes)
-    }
-
-    /// Lanes, and pages of each, that the policy and the budget give.
-    fn lane_plan(&self) -> Option<(usize, usize)> {
-        let lanes = self.store.lanes().min(LANES);
-        if self.policy != Policy::Stream || lanes == 0 || self.allowed >= self.pages.len() {
-            return None;
-        }
-        let most = (LANE_BYTES / self.store.page_bytes()).max(1);
-        let pages = (self.allowed / (LANE_SHARE * lanes)).clamp(1, most);
-        (lanes * pages <= self.allowed).then_some((lanes, pages))
-    }
-
-    /// See [`super::Pager::open_lanes`].
-    pub(super) fn open_lanes(&mut self) -> Result<Option<(usize, usize)>> {
-        self.close_lanes()?;
-        let Some((lanes, pages)) = self.lane_plan() else { return Ok(None) };
-        self.shrink(self.allowed - lanes * pages)?;
-        if self.resident + lanes * pages > self.allowed {
-            return Ok(None);
-        }
-        match self.store.open_lanes(pages) {
-            Ok(()) => {
-                (self.lanes, self.sweeping) = (Some((lanes, pages)), true);
-                self.count_peak();
-                Ok(self.lanes)
-            }
-            Err(refusal) => self.refused(refusal).map(|_| None),
-        }
-    }
-
-    pub(super) fn leave_lanes(&mut self) {
-        self.sweeping = false;
-    }
-
-    pub(super) fn close_lanes(&mut self) -> Result<()> {
-        self.sweeping = false;
-        if self.lanes.take().is_some() {
-            self.store.close_lanes()?;
-            self.keeping.clear();
-        }
-        Ok(())
-    }
-
-    /// See [`super::Pager::stage`]; returns the address of the first page.
-    pub(super) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
-        self.free_to_use(pages.clone())?;
-        let fits = self.lanes.is_some_and(|(lanes, most)| lane < lanes && pages.len() <= most);
-        if !fits || pages.clone().any(|page| self.pages[page].resident) {
-            return Err(Error::invalid("pager", format!("pages {pages:?} cannot be streamed on lane {lane}")));
-        }
-        for page in pages.clone() {
-            self.join(page)?;
-        }
-        let address = self.store.stage(pages.clone(), lane)?;
-        self.pages[pages.clone()].iter_mut().for_each(|page| (page.pinned, page.staged) = (true, true));
-        self.counters.streamed += pages.len() as u64;
-        self.note(pages, What::Stage);
-        Ok(address)
-    }
-
-    pub(super) fn unstage(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<()> {
-        if let Some(page) = pages.clone().find(|&page| self.pages[page].pinned) {
-            return Err(Error::invalid("pager", format!("page {page} is still in use")));
-        }
-        let ticket = self.store.unstage(pages.clone(), clean, lane)?;
-        self.uses += 1;
-        for page in &mut self.pages[pages.clone()] {
-            (page.staged, page.moving, page.used) = (false, Some(ticket), self.uses);
-        }
-        self.note(pages, What::Unstage);
-        Ok(())
-    }
-
-    pub(super) fn lane(&self, lane: usize) -> Option<Stream> {
-        self.store.lane(lane)
-    }
-
-    pub(super) fn keep(&mut self, tensor: Tensor) {
-        self.keeping.push(tensor);
     }
 
     /// Panics unless the books are in order.
@@ -507,6 +448,12 @@ impl Table {
         let (resident, most) = (self.resident(), self.allowed.max(held));
         assert!(resident <= most || faulty, "{resident} pages are resident, {most} may be");
         assert!(self.allowed <= self.cap && self.cap <= self.pages.len());
+        for (i, pages) in self.chunks.iter().flatten().map(|chunk| chunk.pages.clone()).enumerate() {
+            assert!(self.lanes.is_some_and(|(_, most)| pages.len() <= most));
+            assert!(pages.clone().all(|page| !self.pages[page].resident));
+            let others = self.chunks.iter().flatten().skip(i + 1);
+            assert!(others.into_iter().all(|other| other.pages.start >= pages.end || other.pages.end <= pages.start));
+        }
         assert!(self.counters.given_back <= self.counters.evicted);
         assert_eq!(self.counters.brought - self.counters.evicted, self.resident as u64);
     }

@@ -94,21 +94,30 @@ impl Checked {
 
     fn sweep(&mut self, byte: u8) -> Result<()> {
         self.pager.settle()?;
-        let mut page = 0;
         let Some((lanes, most)) = self.pager.open_lanes()? else {
             return (0..self.model.len()).try_for_each(|page| self.use_all(&[page], byte, |_| Ok(())));
         };
-        let mut lane = 0;
+        let (mut chunks, mut page, mut turn) = (Vec::new(), 0, 0);
         while page < self.model.len() {
             let host = (page..self.model.len()).take_while(|&page| !self.pager.is_resident(page)).take(most).count();
-            if host == 0 {
-                self.use_all(&[page], byte, |_| Ok(()))?;
-                page += 1;
+            chunks.push((page..page + host.max(1), host > 0));
+            page += host.max(1);
+        }
+        if byte & 8 > 0 {
+            chunks.reverse();
+        }
+        for (chunk, stream) in chunks {
+            if !stream {
+                self.use_all(&[chunk.start], byte, |_| Ok(()))?;
                 continue;
             }
-            let staged = self.pager.stage(page..page + host, lane)?;
-            assert!(self.pager.lease(page).is_err(), "staged pages are in use");
-            for page in page..page + host {
+            // Mostly where it is held, if it is.
+            let holder = self.pager.holder(&chunk).filter(|_| !byte.is_multiple_of(5));
+            let lane = holder.unwrap_or(turn % lanes);
+            let staged = self.pager.stage(chunk.clone(), lane)?;
+            assert!(self.pager.stage(chunk.clone(), lane).is_err(), "a lane has one chunk");
+            assert!(self.pager.lease(chunk.start).is_err(), "staged pages are in use");
+            for page in chunk {
                 let view = staged.tensor(page, 0, DType::U8, &[self.page_bytes])?;
                 // The lane's copies, and then the compute stream's, on which this works.
                 self.wait();
@@ -116,10 +125,14 @@ impl Checked {
                 self.wait();
             }
             // The first half was not written.
-            self.pager.unstage(staged, if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 })?;
-            (page, lane) = (page + host, (lane + 1) % lanes);
+            let clean = if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 };
+            // Some stay where they are, until they are used again or the lane is.
+            let leave = if usize::from(byte / 2) % 3 == turn % 3 { Pager::unstage } else { Pager::hold };
+            leave(&self.pager, staged, clean)?;
+            turn += 1;
         }
-        self.pager.close_lanes()
+        self.pager.leave_lanes();
+        if byte.is_multiple_of(4) { self.pager.join_lanes() } else { Ok(()) }
     }
 
     fn act(&mut self, act: &Act) -> Result<()> {
@@ -288,6 +301,53 @@ fn lanes_that_are_in_use_are_not_given_back_for_pages() {
     pager.leave_lanes();
     assert_eq!(pager.give_back(PAGE), lanes * pages * PAGE);
     assert_eq!(pager.resident_bytes(), before - (2 + lanes * pages) * PAGE);
+}
+
+#[test]
+fn what_lanes_hold_is_used_there_and_put_back_for_whoever_else_wants_it() {
+    let pager = pager(9, 6, Policy::Stream);
+    let sweep = |order: [usize; 2]| {
+        pager.settle().unwrap();
+        assert_eq!(pager.open_lanes().unwrap(), Some((4, 1)));
+        for page in order {
+            let lane = pager.holder(&(page..page + 1)).unwrap_or(page % 4);
+            let staged = pager.stage(page..page + 1, lane).unwrap();
+            assert!(pager.holder(&(page..page + 1)).is_none(), "it is in use");
+            let mut view = staged.tensor(page, PAGE / 2, DType::U8, &[PAGE / 2]).unwrap();
+            let found = view.bytes().unwrap()[0];
+            view.copy_from(0, &Tensor::from_slice(&[found + 1; PAGE / 2], &[PAGE / 2], Tag::Workspace).unwrap())
+                .unwrap();
+            drop(view);
+            pager.hold(staged, PAGE / 2).unwrap();
+        }
+        pager.leave_lanes();
+    };
+    let read = |page, offset| {
+        let mut byte = [0];
+        pager.read(page, offset, &mut byte).unwrap();
+        byte[0]
+    };
+    sweep([2, 3]);
+    sweep([3, 2]);
+    let counters = pager.counters();
+    assert_eq!((counters.streamed, counters.hits), (2, 2), "copied in once");
+    assert_eq!(pager.resident_bytes(), 6 * PAGE);
+    // What is stored goes to the lane, and home with the rest though the next use leaves it as it is.
+    pager.store(2, 7, &Tensor::from_slice(&[5u8], &[1], Tag::Workspace).unwrap()).unwrap();
+    assert_eq!(pager.holder(&(2..3)), Some(2));
+    sweep([2, 3]);
+    assert_eq!((read(2, 7), read(2, PAGE - 1), pager.holder(&(2..3))), (5, 3, None));
+    // A lease, another budget and a shortage of memory take it from the lane.
+    assert_eq!(pager.holder(&(3..4)), Some(3));
+    drop(pager.lease(3).unwrap());
+    assert_eq!((pager.holder(&(3..4)), read(3, PAGE - 1)), (None, 3));
+    sweep([2, 3]);
+    pager.set_budget(3 * PAGE).unwrap();
+    assert_eq!((pager.holder(&(3..4)), read(3, PAGE - 1), pager.resident_bytes()), (None, 4, 2 * PAGE));
+    pager.set_budget(6 * PAGE).unwrap();
+    sweep([2, 3]);
+    assert_eq!(pager.give_back(1), 4 * PAGE);
+    assert_eq!((pager.holder(&(2..3)), read(2, PAGE - 1), read(2, 7)), (None, 5, 5));
 }
 
 #[test]

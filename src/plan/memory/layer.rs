@@ -344,8 +344,9 @@ impl Walk<'_> {
         let scaled = (rank > 0 && self.trains.dora).then(|| self.flow(n));
         let u = (rank > 0).then(|| {
             let u = self.flow(rank);
-            drop(self.on_gpu(|chip| lora::grad_down_workspace(chip, self.t.get(), n, rank)));
-            grads.put(Some(self.weight_grad(self.t.get(), n, rank, false)));
+            let of_b = self.hold(Tag::Gradients, 4 * n * rank);
+            drop(self.on_gpu(|chip| lora::grad_down_and_up_workspace(chip, self.t.get(), n, rank)));
+            grads.put(Some(of_b));
             u
         });
         scaled.into_iter().chain(u).collect()
