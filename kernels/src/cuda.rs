@@ -21,8 +21,6 @@ pub static MODULES: &[&Module] = &[
     &crate::attention::hopper::D128,
     &crate::attention::cuda::SIMPLE,
     &crate::cast::cuda::MODULE,
-    &crate::linear::CODES_BF16,
-    &crate::linear::CODES_F16,
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,

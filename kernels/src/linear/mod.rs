@@ -19,7 +19,6 @@
 //! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time.
 
 mod codes;
-mod codes_hopper;
 mod cpu;
 mod cuda;
 #[cfg(test)]
@@ -35,13 +34,12 @@ mod skinny_tests;
 pub(crate) use codes::Codes;
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
-pub(crate) use codes_hopper::{CODES_BF16, CODES_F16};
 pub(crate) use hopper::GEMM_HOPPER;
 pub(crate) use narrow::NARROW_HOPPER;
 
 pub(crate) use cuda::{GEMM_DENSE_BF16, GEMM_DENSE_F16, GEMM_GENERAL, GEMM_QUANT_BF16, GEMM_QUANT_F16};
 
-use crate::{quantize::QuantTensor, swiglu};
+use crate::quantize::QuantTensor;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Chip};
 
 /// A weight matrix `[N, K]`.
@@ -291,64 +289,6 @@ pub fn input_grads_lora(parts: &[InputGrad], dtype: DType, tag: Tag) -> Result<T
     Ok(out.retag(tag))
 }
 
-/// What [`gate_up`] makes, `[T, N]` each.
-#[derive(Debug)]
-pub struct GateUp {
-    /// `x · Wᵀ + t · Bᵀ` with the first weight.
-    pub gate: Tensor,
-    /// The same with the second one.
-    pub up: Tensor,
-    /// SwiGLU of them.
-    pub output: Tensor,
-}
-
-/// Two linears on one input and SwiGLU of their outputs, which are rounded to the type of `x` before: one launch on Hopper, if
-/// the weights are quantized alike. `lora` is `(t, B)` of each.
-///
-/// # Errors
-/// Shapes do not fit.
-pub fn gate_up(x: &Tensor, weights: [&Weight; 2], lora: [Option<(&Tensor, &Tensor)>; 2]) -> Result<GateUp> {
-    let (op, dtype) = ("linear forward", x.dtype());
-    let ((t, k), (n, columns)) = (x.dims2(op)?, weights[0].dims()?);
-    if columns == k && weights[1].dims()? == (n, k) && matches!(x.device(), Device::Cuda(_)) {
-        let empty = |tag| Tensor::empty(&[t, n], dtype, x.device(), tag);
-        let (mut gate, mut up, mut output) =
-            (empty(Tag::Activations)?, empty(Tag::Activations)?, empty(Tag::Workspace)?);
-        for lora in lora {
-            Terms { lora, ..Terms::default() }.check(op, &output, true)?;
-        }
-        if codes_hopper::gated(x, weights, lora, [&mut gate, &mut up, &mut output])? {
-            return Ok(GateUp { gate, up, output });
-        }
-    }
-    let [gate, up] = [0, 1].map(|i| forward_lora(x, weights[i], lora[i], None, dtype, Tag::Activations));
-    let (gate, up) = (gate?, up?);
-    let output = swiglu::forward(&gate, &up)?;
-    Ok(GateUp { gate, up, output })
-}
-
-/// Gradients of `gate` and `up` from that of SwiGLU's output, which is `part`'s `g · W + u · A`, and the output: one launch on
-/// Hopper, if the weight is quantized. On a GPU they take the places of `gate` and `up` where nothing else refers to those.
-///
-/// # Errors
-/// Shapes do not fit.
-pub fn swiglu_grads(part: InputGrad, gate: Tensor, up: Tensor) -> Result<swiglu::Backward> {
-    let (op, dtype) = ("linear input gradient", part.grad.dtype());
-    if matches!(gate.device(), Device::Cuda(_)) && [&gate, &up].iter().all(|x| x.dtype() == dtype && x.is_unique()) {
-        let mut output = Tensor::empty(gate.shape(), dtype, gate.device(), Tag::Workspace)?;
-        let (n, columns) = part.weight.dims()?;
-        check(op, part.grad, n, &output, columns)?;
-        Terms { lora: part.lora, ..Terms::default() }.check(op, &output, false)?;
-        let (mut gate, mut up) = (gate, up);
-        if gate.shape() == up.shape() && codes_hopper::swiglu_grads(&part, [&mut gate, &mut up, &mut output])? {
-            return Ok(swiglu::Backward { output, gate, up });
-        }
-        drop(output);
-        return swiglu::backward(gate, up, input_grads_lora(&[part], dtype, Tag::Workspace)?);
-    }
-    swiglu::backward(gate, up, input_grads_lora(&[part], dtype, Tag::Workspace)?)
-}
-
 /// `out += g · W + u · A`, with `lora` as [`input_grad_lora`] takes it.
 ///
 /// # Errors
@@ -366,9 +306,6 @@ pub fn input_grad_lora_add(
 /// low-rank branch of `rank` (or 0): the weight as a whole, or nothing.
 pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
     let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-    if codes_hopper::shares_on(chip, sizes).is_some() {
-        return 0;
-    }
     if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
 }
 

@@ -85,34 +85,3 @@ __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w)
 template <typename T> __device__ __forceinline__ void store_element(u32 address, T x) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(*reinterpret_cast<unsigned short*>(&x)) : "memory");
 }
-// Floats into shared memory.
-__device__ __forceinline__ void store_float(u32 address, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_float2(u32 address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
-// From shared memory: 16 bytes, two 16-bit elements, one (in the low half).
-__device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-__device__ __forceinline__ float4 load_float4(u32 address) {
-    const uint4 v = load_shared_uint4(address);
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-}
-__device__ __forceinline__ u32 load_pair(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
-__device__ __forceinline__ u32 load_element(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}

@@ -13,11 +13,10 @@
 use super::{
     Pass,
     keep::{Attended, Extent, Gated, Keeping, Kept, Saved},
-    linear::{Back, Linear, Param, ParamGrads, gate_up, input_grad, low_ranks, parameter_grads, put, swiglu_grads},
+    linear::{Back, Linear, Param, ParamGrads, input_grad, low_ranks, parameter_grads, put},
 };
 use nibble_kernels::{
     attention::{self, Segment},
-    linear::GateUp,
     rms_norm,
     rotary::{self, Direction},
     swiglu,
@@ -132,45 +131,20 @@ impl Layer {
         Ok(Attended { rstd, q, k, v, o, lse, h })
     }
 
-    /// `n₂` of rows of `h`, its norm, and the adapters' `t` of gate and up.
-    fn normed(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<(Tensor, Tensor)> {
-        let [.., t_gate, t_up, _] = t;
-        let (n2, rstd) = rms_norm::forward(h, &self.post_norm.value, self.eps)?;
-        low_ranks(&n2, pass, &mut [(&self.gate, t_gate), (&self.up, t_up)])?;
-        Ok((n2, rstd))
-    }
-
     /// `gate` and `up` of rows of `h`.
     fn gate_up(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<Gated> {
-        let (n2, rstd) = self.normed(h, pass, t)?;
         let [.., t_gate, t_up, _] = t;
+        let (n2, rstd) = rms_norm::forward(h, &self.post_norm.value, self.eps)?;
+        low_ranks(&n2, pass, &mut [(&self.gate, &mut *t_gate), (&self.up, &mut *t_up)])?;
         let gate = product(&self.gate, &n2, pass, None, t_gate)?;
         let up = product(&self.up, &n2, pass, None, t_up)?;
         Ok(Gated { rstd, gate, up })
     }
 
-    /// The same, and `a`: together where nothing comes between.
-    fn gated(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<(Gated, Tensor)> {
-        if pass.mixture.is_none() && self.gate.gains()?.is_none() && self.up.gains()?.is_none() {
-            let (n2, rstd) = self.normed(h, pass, t)?;
-            let [.., t_gate, t_up, _] = t;
-            for (linear, t) in [(&self.gate, &mut *t_gate), (&self.up, &mut *t_up)] {
-                if t.is_none() {
-                    *t = linear.low_rank(&n2, pass)?;
-                }
-            }
-            let GateUp { gate, up, output } =
-                gate_up([&self.gate, &self.up], &n2, pass, [t_gate.as_ref(), t_up.as_ref()])?;
-            return Ok((Gated { rstd, gate, up }, output));
-        }
-        let gated = self.gate_up(h, pass, t)?;
-        let a = swiglu::forward(&gated.gate, &gated.up)?;
-        Ok((gated, a))
-    }
-
     /// The second line.
     fn feed_forward(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<(Tensor, Gated)> {
-        let (gated, a) = self.gated(h, pass, t)?;
+        let gated = self.gate_up(h, pass, t)?;
+        let a = swiglu::forward(&gated.gate, &gated.up)?;
         let [.., t_down] = t;
         Ok((product(&self.down, &a, pass, Some(h), t_down)?, gated))
     }
@@ -253,7 +227,8 @@ impl Layer {
 
         // y = h + a·W_down
         let back = self.down.back(t_down.as_ref(), &dy, pass, grads)?;
-        let swiglu::Backward { output: a, gate: dgate, up: dup } = swiglu_grads(&self.down, &back, pass, gate, up)?;
+        let da = input_grad(&[(&self.down, &back)], pass)?;
+        let swiglu::Backward { output: a, gate: dgate, up: dup } = swiglu::backward(gate, up, da)?;
         parameter_grads(&a, &[(&self.down, t_down.as_ref(), back)], pass, grads)?;
         drop(a);
 

@@ -18,10 +18,9 @@ use nibble_kernels::{
     dora,
     dropout::Mask,
     elementwise,
-    linear::{self, GateUp, InputGrad, Weight, forward_lora, input_grad_add, input_grads_lora, lora, weight_grad},
+    linear::{InputGrad, Weight, forward_lora, input_grad_add, input_grads_lora, lora, weight_grad},
     mixed,
     quantize::dequantize,
-    swiglu,
 };
 use nibble_runtime::{DType, ParamId, Result, Tag, Tensor};
 use std::{collections::BTreeMap, sync::OnceLock};
@@ -169,41 +168,6 @@ pub(crate) fn input_grad(linears: &[(&Linear, &Back)], pass: &Pass) -> Result<Te
         }
     }
     Ok(dx)
-}
-
-/// Gate and up of linears on one input and SwiGLU of them, from the adapters' `t`, which are there. Not with DoRA.
-pub(crate) fn gate_up(
-    [gate, up]: [&Linear; 2],
-    x: &Tensor,
-    pass: &Pass,
-    [t_gate, t_up]: [Option<&Tensor>; 2],
-) -> Result<GateUp> {
-    let dtype = x.dtype();
-    let b = |linear: &Linear| {
-        let adapter = linear.lora.as_ref().map(|lora| linear.adapter(pass, lora, dtype)).transpose()?;
-        Ok::<_, nibble_runtime::Error>(adapter.map(|(_, b)| b))
-    };
-    let (b_gate, b_up) = (b(gate)?, b(up)?);
-    let weights = [&gate.weight(dtype)?, &up.weight(dtype)?];
-    linear::gate_up(x, weights, [t_gate.zip(b_gate.as_ref()), t_up.zip(b_up.as_ref())])
-}
-
-/// What becomes of gate and up when the gradient of SwiGLU's output is that of `down`'s input.
-pub(crate) fn swiglu_grads(
-    down: &Linear,
-    back: &Back,
-    pass: &Pass,
-    gate: Tensor,
-    up: Tensor,
-) -> Result<swiglu::Backward> {
-    if back.mask.is_some() {
-        // With dropout the branch is not part of the product.
-        return swiglu::backward(gate, up, input_grad(&[(down, back)], pass)?);
-    }
-    let dtype = back.grad.dtype();
-    let a = down.lora.as_ref().map(|lora| down.adapter(pass, lora, dtype)).transpose()?.map(|(a, _)| a);
-    let part = InputGrad { grad: back.grad(), weight: &down.weight(dtype)?, lora: back.u.as_ref().zip(a.as_ref()) };
-    linear::swiglu_grads(part, gate, up)
 }
 
 /// Adds the gradients by what multiplies the input `x` of these linears to `grads`: of A, of weights that train, and DoRA's

@@ -16,11 +16,6 @@ template <int N> void pin(float (&)[N]) {}
 template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_shared(float (&d)[S], u64 a, u64 b, u32 keep) {
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
-template <int N> void pin(u32 (&)[N][4]) {}
-template <typename T, bool MN_MAJOR, int S> void multiply_held(float (&d)[S], const u32 (&a)[4], u64 b, u32 keep) {
-    emulator::product_held<T, MN_MAJOR>(d, a, b, keep);
-}
-template <int THREADS> void meet(int id) { emulator::bar_sync(id, THREADS); }
 inline u32 cluster_size() { return emulator::cluster_size(); }
 inline u32 cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_meet() {
