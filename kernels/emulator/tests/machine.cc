@@ -20,7 +20,7 @@ constexpr u32 FULL = 4 * PART, MAIL = FULL + 8, LETTER = MAIL + 8, NUMBER = LETT
 // to its left neighbour by st.async. out: what each block has received; numbers: what it has read, and was sent.
 __global__ void cluster_kernel(const __grid_constant__ TensorMap x, u8* out, u32* numbers) {
     extern __shared__ __align__(1024) u8 shared[];
-    const u32 base = shared_address(shared), rank = emulator::cluster_rank(), size = emulator::cluster_size();
+    const u32 base = shared_address(shared), rank = cluster_rank(), size = cluster_size();
     if (threadIdx.x == 0) {
         emulator::barrier_init(base + FULL, 1), emulator::barrier_init(base + MAIL, 1);
         emulator::store(base + NUMBER, 100 + blockIdx.x);

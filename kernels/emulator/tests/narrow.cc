@@ -66,12 +66,9 @@ template <typename T> static bool check_both(u32 tokens, u32 columns, u32 rank, 
            map(g, tokens, columns), map(b, columns, rank), map(t, tokens, rank), u_parts.data, b_parts.data, tokens, columns,
            rank, slice);
     const float scale = 0.5f;
-    auto sum = [](auto kernel, const Array<float>& parts, void* to, float scale, u32 total, u32 count) {
-        launch(kernel, (total / 4 + 255) / 256, 256, 0, 1, parts.data, to, scale, total, nullptr, 0, total, nullptr, 0, total,
-               count, total);
-    };
-    sum(KERNEL(narrow_sum), u_parts, u.data, scale, tokens * rank, blocks);
-    sum(narrow_sum_f32, b_parts, of_b.data, 1.0f, columns * rank, slices);
+    const u32 u_total = tokens * rank, b_total = columns * rank;
+    launch(KERNEL(narrow_both_sum), dim3((std::max(u_total, b_total) / 4 + 255) / 256, 2), 256, 0, 1, u_parts.data, (void*)u.data, scale,
+           u_total, blocks, b_parts.data, of_b.data, b_total, slices);
     bool good = compare("u of both", u.data, tokens, rank, columns + 8, [&](u64 i, u64 j) {
         Expected sum;
         for (u64 k = 0; k < columns; k++) sum.add(scale * g.at(i * columns + k) * b.at(k * rank + j));

@@ -10,6 +10,7 @@ use nibble_runtime::{
 const PRODUCT: &[usize] = &[128, 128, 128, 128, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4];
 /// Three maps; parts of u and of dB; four sizes.
 const BOTH: &[usize] = &[128, 128, 128, 8, 8, 4, 4, 4, 4];
+const BOTH_SUM: &[usize] = &[8, 8, 4, 4, 4, 8, 8, 4, 4];
 /// Partial sums; three times output, scale and end; two sizes.
 const SUM: &[usize] = &[8, 8, 4, 4, 8, 4, 4, 8, 4, 4, 4, 4];
 
@@ -42,6 +43,8 @@ pub(crate) static NARROW_HOPPER: Module = Module {
         Entry { name: "narrow_both_bf16", floats: false, params: BOTH },
         Entry { name: "narrow_both_f16", floats: false, params: BOTH },
         Entry { name: "narrow_sum", floats: true, params: SUM },
+        Entry { name: "narrow_both_sum_bf16", floats: false, params: BOTH_SUM },
+        Entry { name: "narrow_both_sum_f16", floats: false, params: BOTH_SUM },
     ],
 };
 
@@ -302,8 +305,11 @@ pub(super) fn both(grad: &Tensor, t: &Tensor, b: &Tensor, scale: f32, tag: Tag) 
     let grid = [size(op, blocks)?, slices as u32, 1];
     let kernel = entry("narrow_both", grad.dtype())?;
     gpu.launch(&NARROW_HOPPER, &kernel, grid, [BOTH_THREADS, 1, 1], BOTH_SHARED, args)?;
-    add_up(gpu, &u_parts, blocks, &mut [(&mut u, scale)])?;
-    add_up(gpu, &b_parts, slices, &mut [(&mut of_b, 1.0)])?;
+    let (u_total, b_total) = (u.numel(), of_b.numel());
+    let args = Args::new().input(&u_parts).output(&mut u).f32(scale).u32(size(op, u_total)?).u32(size(op, blocks)?);
+    let args = args.input(&b_parts).output(&mut of_b).u32(size(op, b_total)?).u32(size(op, slices)?);
+    let grid = [size(op, u_total.max(b_total).div_ceil(1024))?, 2, 1];
+    gpu.launch(&NARROW_HOPPER, &entry("narrow_both_sum", grad.dtype())?, grid, [256, 1, 1], 0, args)?;
     Ok(Some((u, of_b)))
 }
 

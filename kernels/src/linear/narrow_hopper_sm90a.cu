@@ -7,6 +7,7 @@
 //                     adapters on one input
 //   narrow_both       u and dB of one adapter in one pass over g
 //   narrow_sum        adds up the slices of the contraction K, where there are several
+//   narrow_both_sum   the same of what narrow_both has made
 //
 // Bound by the bytes of x, which is read once for all w_i. A block makes 64 · (its warpgroups) rows of the outputs from a
 // slice of the contraction. One warp has the TMA copy boxes of 64 x 64 into a ring in shared memory: one of x for each
@@ -284,26 +285,32 @@ struct Output {
     u32 end; // of its elements in a slice, where those of the next begin
 };
 
-// out_i = scale_i · Σ partial [slices, total] over the slices, in their order. All ends are multiples of 4.
-template <typename O>
-__device__ __forceinline__ void narrow_sum(const float* partial, const Output (&outputs)[MOST_GROUPS], u32 slices, u32 total) {
-    const u32 at = 4 * (blockIdx.x * 256 + threadIdx.x);
-    if (at >= total) return;
+// Four elements from `at` on of Σ partial [slices, total] over the slices, in their order.
+__device__ __forceinline__ float4 sum_slices(const float* partial, u32 at, u32 slices, u32 total) {
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
     for (u32 slice = 0; slice < slices; slice++) {
         const float4 x = __ldcs(reinterpret_cast<const float4*>(partial + (u64)slice * total + at));
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
+    return sum;
+}
+template <typename O> __device__ __forceinline__ void store_four(O* to, float4 x, float scale) {
+    to[0] = narrow<O>(x.x * scale), to[1] = narrow<O>(x.y * scale);
+    to[2] = narrow<O>(x.z * scale), to[3] = narrow<O>(x.w * scale);
+}
+
+// out_i = scale_i · the sums of a part of `total`. All ends are multiples of 4.
+template <typename O>
+__device__ __forceinline__ void narrow_sum(const float* partial, const Output (&outputs)[MOST_GROUPS], u32 slices, u32 total) {
+    const u32 at = 4 * (blockIdx.x * 256 + threadIdx.x);
+    if (at >= total) return;
+    const float4 sum = sum_slices(partial, at, slices, total);
     u32 begin = 0;
 #pragma unroll
     for (int i = 0; i < MOST_GROUPS; i++) {
-        if (at >= begin && at < outputs[i].end) {
-            const float scale = outputs[i].scale;
-            O* to = static_cast<O*>(outputs[i].out) + (at - begin);
-            to[0] = narrow<O>(sum.x * scale), to[1] = narrow<O>(sum.y * scale);
-            to[2] = narrow<O>(sum.z * scale), to[3] = narrow<O>(sum.w * scale);
-        }
+        if (at >= begin && at < outputs[i].end)
+            store_four(static_cast<O*>(outputs[i].out) + (at - begin), sum, outputs[i].scale);
         begin = outputs[i].end;
     }
 }
@@ -315,3 +322,15 @@ __device__ __forceinline__ void narrow_sum(const float* partial, const Output (&
         narrow_sum<O>(partial, outputs, slices, total);                                                                \
     }
 SUM(f32, float) SUM(bf16, bf16) SUM(f16, f16)
+
+// u = scale · the sums of u_parts [blocks, u_total], by the blocks of row 0; db = those of db_parts [slices, db_total], by row 1.
+#define BOTH_SUM(T)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) narrow_both_sum_##T(                                             \
+        const float* u_parts, void* u, float scale, u32 u_total, u32 blocks, const float* db_parts, float* db, u32 db_total, \
+        u32 slices) {                                                                                                  \
+        const u32 at = 4 * (blockIdx.x * 256 + threadIdx.x);                                                           \
+        if (blockIdx.y == 0 && at < u_total) store_four((T*)u + at, sum_slices(u_parts, at, blocks, u_total), scale);     \
+        if (blockIdx.y == 1 && at < db_total) store_four(db + at, sum_slices(db_parts, at, slices, db_total), 1.0f);   \
+    }
+BOTH_SUM(bf16)
+BOTH_SUM(f16)

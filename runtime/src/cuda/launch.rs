@@ -97,8 +97,6 @@ pub struct Args {
     stream: Option<Stream>,
     /// Whether the kernel waits itself for the one before it.
     early: bool,
-    /// Blocks of a cluster, if not one.
-    cluster: Option<u32>,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -137,13 +135,6 @@ impl Args {
     /// all it writes (programmatic dependent launch: Hopper's `griddepcontrol`).
     pub fn early(mut self) -> Self {
         self.early = true;
-        self
-    }
-
-    /// So many blocks that follow one another are a cluster (Hopper), which reads each other's shared memory: at most 8, and
-    /// the grid is a multiple.
-    pub fn cluster(mut self, blocks: u32) -> Self {
-        self.cluster = (blocks > 1).then_some(blocks);
         self
     }
 
@@ -313,21 +304,11 @@ impl Gpu {
         let stream = args.stream.unwrap_or(self.stream());
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
-        let overlap = sys::CUlaunchAttribute {
+        let mut overlap = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let blocks = args.cluster.unwrap_or(1);
-        let cluster = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 },
-            },
-        };
-        let mut attributes: Vec<_> =
-            [args.early.then_some(overlap), args.cluster.map(|_| cluster)].into_iter().flatten().collect();
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -337,8 +318,8 @@ impl Gpu {
             blockDimZ: block[2],
             sharedMemBytes: shared as u32,
             hStream: stream.0,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
+            attrs: &mut overlap,
+            numAttrs: args.early.into(),
         };
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays

@@ -16,11 +16,3 @@ template <int N> void pin(float (&)[N]) {}
 template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_shared(float (&d)[S], u64 a, u64 b, u32 keep) {
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
-inline u32 cluster_size() { return emulator::cluster_size(); }
-inline u32 cluster_rank() { return emulator::cluster_rank(); }
-inline void cluster_meet() {
-    emulator::cluster_arrive();
-    emulator::cluster_wait();
-}
-inline u32 in_block(u32 address, u32 rank) { return emulator::map_rank(address, rank); }
-inline float4 load_float4_there(u32 there) { return emulator::load<float4>(there); }
