@@ -48,6 +48,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int colum
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+// The same of `bytes` bytes that follow one another, in multiples of 16.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -182,7 +188,7 @@ template <int THREADS> __device__ __forceinline__ void meet(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 
-// Clusters: how many blocks this block's has, and which one it is.
+// Clusters: how many blocks this block's has, which one it is, and which cluster of the grid's that is.
 __device__ __forceinline__ u32 cluster_size() {
     u32 size;
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -192,6 +198,11 @@ __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+__device__ __forceinline__ u32 cluster_number() {
+    u32 number;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+    return number;
 }
 // Waits for all threads of the cluster that are still there; what they wrote to shared memory is seen by all.
 __device__ __forceinline__ void cluster_meet() {
@@ -211,4 +222,13 @@ __device__ __forceinline__ float4 load_float4_there(u32 there) {
                  : "r"(there)
                  : "memory");
     return v;
+}
+// Starts to store 16 bytes there; they count at a barrier of the same block.
+__device__ __forceinline__ void store_async16(u32 there, float4 v, u32 barrier_there) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier_there)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_there(u32 barrier_there) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
 }

@@ -93,7 +93,7 @@ __device__ __forceinline__ void store_float2(u32 address, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-// From shared memory: 16 bytes, two 16-bit elements, one (in the low half).
+// From shared memory: 16 bytes, 8, two 16-bit elements, one (in the low half).
 __device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -105,6 +105,11 @@ __device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
 __device__ __forceinline__ float4 load_float4(u32 address) {
     const uint4 v = load_shared_uint4(address);
     return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+__device__ __forceinline__ uint2 load_shared_uint2(u32 address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
 }
 __device__ __forceinline__ u32 load_pair(u32 address) {
     u32 v;

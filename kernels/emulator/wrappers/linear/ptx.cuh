@@ -13,3 +13,4 @@ inline void store_float2(u32 address, float x, float y) { emulator::store(addres
 inline uint4 load_shared_uint4(u32 address) { return emulator::load<uint4>(address); }
 inline u32 load_pair(u32 address) { return emulator::load<u32>(address); }
 inline u32 load_element(u32 address) { return emulator::load<unsigned short>(address); }
+inline uint2 load_shared_uint2(u32 address) { return emulator::load<uint2>(address); }

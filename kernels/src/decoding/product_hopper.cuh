@@ -1,0 +1,329 @@
+// The products of product.cuh on Hopper, whose asynchronous copies keep more bytes of codes on their way than registers hold.
+//
+// A block has warps of three kinds:
+//
+// | warps | what they do |
+// |---|---|
+// | 8, or 16 for more than 8 tokens | decode and multiply. Each has a part of the inner index, the same of all tiles, and keeps x of it in registers as right operands: x is read once |
+// | a producer | keeps a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which it computes |
+// | a closer | adds up the sums of a tile and does what follows them |
+//
+// What a launch before has not written does not wait for it: tables, and the first tiles of the ring.
+//
+// Registers hold x of an inner index of 4096 a block. Where there is more, the blocks of a cluster share it, in quads of 4 times
+// 64 codes; they take turns as owners of tiles, whose closers add up the sums of all blocks, always in the same order.
+//
+// Rows of codes lie 32 bytes more than a multiple of 128 apart, so that 4 rows of 32 bytes are in all banks: a lane reads 16
+// codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
+//
+// Up to 8 tokens take half of a multiprocessor's registers and shared memory: the blocks of the next launch find room beside
+// these, and fill their rings.
+//
+// Wants: k a multiple of 256 and at most 4096 a block, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
+#pragma once
+#include "decoding/dependent.cuh"
+#include "decoding/tile.cuh"
+#include "linear/hopper.cuh"
+
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+
+constexpr u32 MOST_BLOCKS = 8, MOST_QUADS = 16; // of a cluster; of a block
+constexpr int TABLE_PITCH = 128;
+constexpr u32 CODES_PITCH = MOST_QUADS * 128 + 32, CODES_BYTES = 16 * CODES_PITCH;
+constexpr u32 STAGE = CODES_BYTES + MOST_QUADS * 4 * 16 * sizeof(float); // bytes: codes, then scales
+constexpr u32 FRAGMENT = WARP * 16;                                      // bytes: sums of 16 rows and 8 tokens
+template <int NT> constexpr u32 CONSUMERS = 8 * NT;
+template <int NT> constexpr u32 THREADS = (CONSUMERS<NT> + 2 * NT) * WARP;
+template <int NT> constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS<NT>; // of 64, of a warp
+template <int NT> constexpr u32 STAGES = 2 * NT;
+
+// What a block has of every tile of its cluster: a share of the inner index.
+struct Work {
+    u32 rank, blocks; // in and of the cluster
+    u32 from, quads;  // times 256 codes
+
+    __device__ __forceinline__ explicit Work(const Product& p) : rank(cluster_rank()), blocks(cluster_size()) {
+        const u32 all = p.k / 256, most = (all + blocks - 1) / blocks;
+        from = min(rank * most, all);
+        quads = min(most, all - from);
+    }
+};
+
+// The places of shared memory: the table, sums of warps, barriers, the ring; and, in a cluster, sums from other blocks.
+// Barriers: stages are full, or empty; sums of a tile are summed, or taken; those from other blocks have arrived; at a block that
+// gives some, those of an owner are free to be given.
+template <int NT> struct Places {
+    static constexpr u32 SUMS = 256 * TABLE_PITCH, BARRIERS = SUMS + CONSUMERS<NT> * NT * FRAGMENT;
+    static constexpr u32 RING = BARRIERS + 256, EXCHANGE = RING + STAGES<NT> * STAGE;
+    u32 table, sums, full, empty, summed, taken, arrived, free, ring, exchange;
+
+    __device__ __forceinline__ Places() {
+        table = shared_address(dynamic_shared);
+        sums = table + SUMS;
+        full = table + BARRIERS, empty = full + 8 * STAGES<NT>;
+        summed = empty + 8 * STAGES<NT>, taken = summed + 8;
+        arrived = taken + 8, free = arrived + 8;
+        ring = table + RING, exchange = table + EXCHANGE;
+    }
+    __device__ __forceinline__ void init_barriers() const {
+        for (u32 s = 0; s < STAGES<NT>; s++) {
+            barrier_init(full + 8 * s, 2);
+            barrier_init(empty + 8 * s, CONSUMERS<NT>);
+        }
+        barrier_init(summed, CONSUMERS<NT>);
+        barrier_init(taken, 1);
+        barrier_init(arrived, 1);
+        for (u32 owner = 0; owner < MOST_BLOCKS; owner++) barrier_init(free + 8 * owner, 1);
+        barriers_ready();
+    }
+};
+static_assert(8 * (2 * STAGES<2> + 3 + MOST_BLOCKS) <= 256, "barriers");
+
+// Has the codes of a tile brought. A whole warp, a lane a row; rows beyond the last are the last, and not stored.
+template <int NT, Kind KIND>
+__device__ __forceinline__ void bring(const Product& p, const Work& work, const Places<NT>& places, u32 tile, u32 stage) {
+    const u32 lane = threadIdx.x % WARP, bytes = work.quads * 128, full = places.full + 8 * stage;
+    if (lane == 0) barrier_expect(full, 16 * bytes);
+    __syncwarp();
+    if (lane >= 16) return;
+    const Tile at = locate<KIND>(p, tile);
+    const Part& part = p.parts[lane < 8 ? at.part[0] : at.part[1]];
+    const u32 row = min((lane < 8 ? at.row[0] : at.row[1]) + lane % 8, part.n - 1);
+    const u8* from = part.codes + (row * p.k + work.from * 256) / 2;
+    copy_bulk(places.ring + stage * STAGE + lane * CODES_PITCH, from, bytes, full);
+}
+
+// What scales of a tile are made of, on its way: of lane l, every other quad of the row that scales l % 16 are of.
+struct RawScales {
+    u32 part, absmax[MOST_QUADS / 2];
+    float nested[MOST_QUADS / 2];
+
+    __device__ __forceinline__ void fetch(const Product& p, const Work& work, const Tile& at) {
+        const u32 lane = threadIdx.x % WARP, h = lane % 2;
+        part = h ? at.part[1] : at.part[0];
+        const Part& of = p.parts[part];
+        const u32 row = min((h ? at.row[1] : at.row[0]) + lane % 16 / 2, of.n - 1);
+        const u32 block = row * (p.k / 64) + (work.from + lane / 16) * 4;
+#pragma unroll
+        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
+            if (2 * j + lane / 16 >= work.quads) continue;
+            absmax[j] = __ldg((const u32*)(of.absmax + block + 8 * j));
+            nested[j] = __ldg(of.nested + (block + 8 * j) / 256);
+        }
+    }
+    __device__ __forceinline__ void make(u32 to, u32 quads, const float (*maps)[256], const float* offsets) const {
+        const u32 lane = threadIdx.x % WARP;
+        to += (lane / 16 * 4 * 16 + lane % 16) * 4;
+#pragma unroll
+        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
+            if (2 * j + lane / 16 >= quads) continue;
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                // Two roundings, as the reference: no fused multiply-add.
+                const float v = __fmul_rn(maps[part][absmax[j] >> 8 * i & 255], nested[j]);
+                store_float(to + (8 * j + i) * 64, __fadd_rn(v, offsets[part]));
+            }
+        }
+    }
+};
+
+// The producer, after it has brought the first tiles.
+template <int NT, Kind KIND>
+__device__ __forceinline__ void produce(const Product& p, const Work& work, const Places<NT>& places,
+                                        const float (*maps)[256], const float* offsets) {
+    RawScales scales;
+    u32 tile = cluster_number();
+    if (tile < p.tiles) scales.fetch(p, work, locate<KIND>(p, tile));
+#pragma unroll 1
+    for (u32 turn = 0; tile < p.tiles; turn++) {
+        const u32 stage = turn % STAGES<NT>;
+        if (turn >= STAGES<NT>) {
+            barrier_wait(places.empty + 8 * stage, turn / STAGES<NT> % 2 ^ 1);
+            bring<NT, KIND>(p, work, places, tile, stage);
+        }
+        scales.make(places.ring + stage * STAGE + CODES_BYTES, work.quads, maps, offsets);
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) barrier_arrive(places.full + 8 * stage);
+        tile += p.clusters;
+        if (tile < p.tiles) scales.fetch(p, work, locate<KIND>(p, tile));
+    }
+    let_next();
+}
+
+// The two values of a byte of codes, which `which` has 128 for. `bank`: the table's address and 4 · lane.
+__device__ __forceinline__ u32 look_up(u32 codes, u32 which, u32 bank) {
+    u32 value;
+    asm("{.reg .u32 at; dp4a.u32.u32 at, %1, %2, %3; ld.shared.u32 %0, [at];}" : "=r"(value) : "r"(codes), "r"(which), "r"(bank));
+    return value;
+}
+
+// sum += the products of 64 codes a row with x, each row's times its scale, or times 0 if they are not `there`.
+template <typename T, int NT>
+__device__ __forceinline__ void multiply_group(u32 codes, u32 scales, bool there, const uint4 (&x)[NT][2], u32 bank,
+                                               float (&sum)[NT][4]) {
+    const uint2 upper = load_shared_uint2(codes), lower = load_shared_uint2(codes + 8 * CODES_PITCH);
+    float group[NT][4] = {};
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
+        const u32 top = s < 2 ? upper.x : upper.y, low = s < 2 ? lower.x : lower.y, byte = s % 2 ? 128u << 16 : 128u;
+        const u32 a[4] = {look_up(top, byte, bank), look_up(low, byte, bank), look_up(top, byte << 8, bank),
+                          look_up(low, byte << 8, bank)};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const uint4& v = x[n][s / 2];
+            multiply<T>(group[n], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
+        }
+    }
+    const uint2 scale = load_shared_uint2(scales);
+    const float top_scale = there ? __uint_as_float(scale.x) : 0.0f, low_scale = there ? __uint_as_float(scale.y) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        sum[n][0] = fmaf(top_scale, group[n][0], sum[n][0]);
+        sum[n][1] = fmaf(top_scale, group[n][1], sum[n][1]);
+        sum[n][2] = fmaf(low_scale, group[n][2], sum[n][2]);
+        sum[n][3] = fmaf(low_scale, group[n][3], sum[n][3]);
+    }
+}
+
+// A warp that decodes and multiplies.
+template <typename T, int NT>
+__device__ __forceinline__ void consume(const Product& p, const Work& work, const Places<NT>& places) {
+    constexpr u32 MOST = MOST_GROUPS<NT>;
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, i = lane % 4;
+    const u32 begin = warp * work.quads * 4 / CONSUMERS<NT>, count = (warp + 1) * work.quads * 4 / CONSUMERS<NT> - begin;
+    wait_before();
+    // Zeros beyond the last group and token.
+    uint4 x[MOST][NT][2];
+#pragma unroll
+    for (u32 u = 0; u < MOST; u++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const T* from = (const T*)p.x + (u64)(8 * n + g) * p.k + work.from * 256 + (begin + u) * 64 + 16 * i;
+            const bool there = u < count && 8 * n + g < p.tokens;
+            x[u][n][0] = load_now(from, there), x[u][n][1] = load_now(from + 8, there);
+        }
+    }
+    const u32 bank = places.table + 4 * lane, sums = places.sums + warp * NT * FRAGMENT + lane * 16;
+    const u32 first = places.ring + g * CODES_PITCH + begin * 32 + i * 8;
+    const u32 first_scale = places.ring + CODES_BYTES + begin * 64 + g * 8;
+#pragma unroll 1
+    for (u32 turn = 0, tile = cluster_number(); tile < p.tiles; turn++, tile += p.clusters) {
+        float sum[NT][4] = {};
+        const u32 stage = turn % STAGES<NT>, codes = first + stage * STAGE, scales = first_scale + stage * STAGE;
+        barrier_wait(places.full + 8 * stage, turn / STAGES<NT> % 2);
+        // Two at a time; the second may be beyond the last, where what lies there is multiplied by zeros.
+#pragma unroll
+        for (u32 u = 0; u < MOST; u += 2) {
+            if (u >= count) break;
+            multiply_group<T, NT>(codes + u * 32, scales + u * 64, true, x[u], bank, sum);
+            multiply_group<T, NT>(codes + (u + 1) * 32, scales + (u + 1) * 64, u + 1 < count, x[u + 1], bank, sum);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(places.empty + 8 * stage);
+        barrier_wait(places.taken, turn % 2 ^ 1);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            store16(sums + n * FRAGMENT, __float_as_uint(sum[n][0]), __float_as_uint(sum[n][1]), __float_as_uint(sum[n][2]),
+                    __float_as_uint(sum[n][3]));
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(places.summed);
+    }
+}
+
+__device__ __forceinline__ void add(float (&to)[4], const float4& v) { to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w; }
+
+__device__ __forceinline__ float4 pack(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+
+// Gives a block's sums of a tile to its owner; or adds up those of all blocks, if this is the owner. `use`: how many tiles the
+// owner has had before.
+template <int NT>
+__device__ __forceinline__ void gather(const Work& work, const Places<NT>& places, u32 owner, u32 use, float (&sum)[NT][4]) {
+    const u32 lane = threadIdx.x % WARP, mine = places.exchange + lane * 16;
+    if (work.rank != owner) {
+        barrier_wait(places.free + 8 * owner, use % 2 ^ 1);
+        const u32 arrived = in_block(places.arrived, owner);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            store_async16(in_block(mine + (work.rank * NT + n) * FRAGMENT, owner), pack(sum[n]), arrived);
+        return;
+    }
+    if (lane == 0) barrier_expect(places.arrived, (work.blocks - 1) * NT * FRAGMENT);
+    barrier_wait(places.arrived, use % 2);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float total[4] = {};
+        for (u32 rank = 0; rank < work.blocks; rank++)
+            add(total, rank == work.rank ? pack(sum[n]) : load_float4(mine + (rank * NT + n) * FRAGMENT));
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[n][i] = total[i];
+    }
+    __syncwarp();
+    if (lane < work.blocks && lane != work.rank) barrier_arrive_there(in_block(places.free + 8 * owner, lane));
+}
+
+// The closer.
+template <typename T, int NT, Kind KIND>
+__device__ __forceinline__ void close(const Product& p, const Work& work, const Places<NT>& places) {
+    const u32 lane = threadIdx.x % WARP;
+    wait_before();
+#pragma unroll 1
+    for (u32 turn = 0, tile = cluster_number(); tile < p.tiles; turn++, tile += p.clusters) {
+        const Tile at = locate<KIND>(p, tile);
+        const u32 owner = turn % work.blocks;
+        float sum[NT][4] = {};
+        if (owner == work.rank) add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 1, sum);
+        barrier_wait(places.summed, turn % 2);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (u32 warp = 0; warp < CONSUMERS<NT>; warp++)
+                add(sum[n], load_float4(places.sums + (warp * NT + n) * FRAGMENT + lane * 16));
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(places.taken);
+        if (work.blocks > 1) gather<NT>(work, places, owner, turn / work.blocks, sum);
+        if (owner != work.rank) continue;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const u32 token = 8 * n + lane % 4 * 2;
+            if (token < p.tokens) finish<T, KIND>(p, at, lane / 4, token, sum[n][0], sum[n][2]);
+            if (token + 1 < p.tokens) finish<T, KIND>(p, at, lane / 4, token + 1, sum[n][1], sum[n][3]);
+        }
+        __syncwarp();
+    }
+}
+
+// Grid: clusters of as many blocks as k needs.
+template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
+    constexpr u32 PRODUCER = CONSUMERS<NT>, PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
+    __shared__ float maps[PARTS][256], offsets[PARTS];
+    const u32 warp = threadIdx.x / WARP;
+    const Work work(p);
+    const Places<NT> places;
+    if (warp == PRODUCER) {
+        if (threadIdx.x % WARP == 0) places.init_barriers();
+        __syncwarp();
+        for (u32 stage = 0, tile = cluster_number(); stage < STAGES<NT> && tile < p.tiles; stage++, tile += p.clusters)
+            bring<NT, KIND>(p, work, places, tile, stage);
+    }
+    fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
+#pragma unroll
+    for (u32 part = 0; part < PARTS; part++) {
+        if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
+        if (threadIdx.x == 0) offsets[part] = *p.parts[part].offset;
+    }
+    __syncthreads();
+    if (work.blocks > 1) cluster_meet(); // barriers of all blocks are made
+    if (warp < PRODUCER) {
+        if constexpr (NT == 2) take_registers<104>();
+        consume<T, NT>(p, work, places);
+    } else {
+        if constexpr (NT == 2) give_registers<64>();
+        if (warp == PRODUCER) produce<NT, KIND>(p, work, places, maps, offsets);
+        else if (warp == PRODUCER + 1) close<T, NT, KIND>(p, work, places);
+    }
+    __syncwarp();
+    if (cluster_size() > 1) cluster_meet(); // a block's memory is there until all are done with it
+}
