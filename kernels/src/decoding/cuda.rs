@@ -11,7 +11,7 @@ use crate::{
 };
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Chip, Entry, Gpu, Module},
 };
 
 const OP: &str = "decoding step";
@@ -46,6 +46,26 @@ pub(crate) static LINEAR_HOPPER: Module = Module {
     entries: LINEAR_ENTRIES,
 };
 
+/// Hopper's own products.
+pub(crate) static RING_HOPPER: Module = Module {
+    name: "decoding_ring_sm90a",
+    ptx: include_str!("../../ptx/decoding_ring_sm90a.ptx"),
+    entries: &[
+        one("decoding_ring_plain_8_f16", PRODUCT),
+        one("decoding_ring_plain_16_f16", PRODUCT),
+        one("decoding_ring_turn_8_f16", PRODUCT),
+        one("decoding_ring_turn_16_f16", PRODUCT),
+        one("decoding_ring_gate_8_f16", PRODUCT),
+        one("decoding_ring_gate_16_f16", PRODUCT),
+        one("decoding_ring_plain_8_bf16", PRODUCT),
+        one("decoding_ring_plain_16_bf16", PRODUCT),
+        one("decoding_ring_turn_8_bf16", PRODUCT),
+        one("decoding_ring_turn_16_bf16", PRODUCT),
+        one("decoding_ring_gate_8_bf16", PRODUCT),
+        one("decoding_ring_gate_16_bf16", PRODUCT),
+    ],
+};
+
 fn linear(gpu: &Gpu) -> &'static Module {
     if hopper(gpu.chip()) { &LINEAR_HOPPER } else { &LINEAR }
 }
@@ -72,6 +92,40 @@ const KEYS: usize = 64;
 const ATTEND_ROWS: usize = 16;
 const ATTEND_THREADS: u32 = 128;
 const MOST_PARTS: usize = 32;
+
+/// How Hopper's own kernel takes a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ring {
+    /// Blocks of a cluster, which share the inner dimension.
+    blocks: u32,
+    clusters: u32,
+    threads: u32,
+    /// Bytes.
+    shared: usize,
+}
+
+impl Ring {
+    /// Of `rows` rows with weights in `tiles`; `None` where product.cuh's kernel takes it.
+    fn of(chip: Chip, rows: usize, k: usize, tiles: u32) -> Option<Ring> {
+        // A block holds x of an inner dimension of 4096.
+        let blocks = [1, 2, 4, 8].into_iter().find(|&blocks| k.div_ceil(256).div_ceil(blocks) <= 16)?;
+        if !hopper(chip) || !k.is_multiple_of(256) {
+            return None;
+        }
+        // Clusters lie within a part of the chip of 16 or 18 multiprocessors. As many as share out the tiles evenly.
+        let most = match blocks {
+            1 => chip.sms,
+            blocks => (chip.sms - chip.sms.min(4)) / blocks as u32,
+        };
+        let most = most.max(1);
+        let clusters = if blocks == 1 { tiles.min(most) } else { tiles.div_ceil(tiles.div_ceil(most)) };
+        let (columns, stages) = if rows <= 8 { (1, 2) } else { (2, 4) };
+        let warps = 8 * columns;
+        let exchange = if blocks > 1 { blocks * columns * 512 } else { 0 };
+        let shared = (256 * 128) + warps * columns * 512 + 256 + stages * (16 * (2048 + 32) + 4096) + exchange;
+        Some(Ring { blocks: blocks as u32, clusters, threads: 32 * (warps + 2 * columns) as u32, shared })
+    }
+}
 
 fn misfit(what: String) -> Error {
     Error::shape(OP, what)
@@ -220,16 +274,34 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
         }
         None => (args.input_opt(None).input_opt(None).input_opt(None).input_opt(None), 0, 0),
     };
+    let (tiles, padded) = (size(OP, into.tiles)?, if rows <= 8 { 8 } else { 16 });
     // Angles are counted in 32 bits.
     size(OP, length * half)?;
     let args = args.u32(size(OP, k)?).u32(rows as u32).u32(size(OP, columns)?).u32(size(OP, half)?);
-    let args = args.u32(size(OP, length)?).u32(size(OP, into.tiles)?);
-    let args = args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0);
-    let name = entry(&format!("decoding_{}_{}", into.kernel, if rows <= 8 { 8 } else { 16 }), dtype)?;
-    let grid = [size(OP, into.tiles)?.min(gpu.sm_count()), 1, 1];
-    let (module, args) = (linear(gpu), Args::new().structure(args));
+    let args = args.u32(size(OP, length)?).u32(tiles);
+    let ring = if words_of_scales(parts)? { Ring::of(gpu.chip(), rows, k, tiles) } else { None };
+    let args = args.u32(u32::from(quant_type == QuantType::Fp4)).u32(ring.map_or(0, |ring| ring.clusters));
+    let args = Args::new().structure(args);
+    if let Some(Ring { blocks, clusters, threads, shared }) = ring {
+        let name = entry(&format!("decoding_ring_{}_{padded}", into.kernel), dtype)?;
+        let (grid, args) = ([clusters * blocks, 1, 1], args.early().cluster(blocks));
+        return gpu.launch(&RING_HOPPER, &name, grid, [threads, 1, 1], shared, args);
+    }
+    let name = entry(&format!("decoding_{}_{padded}", into.kernel), dtype)?;
+    let module = linear(gpu);
     let args = if std::ptr::eq(module, &LINEAR_HOPPER) { args.early() } else { args };
-    gpu.launch(module, &name, grid, [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
+    gpu.launch(module, &name, [tiles.min(gpu.sm_count()), 1, 1], [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
+}
+
+/// Whether four bytes of scales may be read at once where a row has a multiple of them.
+fn words_of_scales(parts: &[Part]) -> Result<bool> {
+    let mut all = true;
+    for part in parts {
+        if let Some(absmax) = Codes::of(OP, part.weight)?.absmax {
+            all &= absmax.device_pointer()?.is_multiple_of(4);
+        }
+    }
+    Ok(all)
 }
 
 fn outputs(weight: &QuantTensor) -> usize {
@@ -365,4 +437,26 @@ pub fn attend(
     let name = entry(&format!("decoding_attend_d{dim}"), q.dtype())?;
     let (grid, shared) = ([size(OP, rows * parts)?, size(OP, heads.kv)?, 1], (ATTEND_ROWS + 4 * KEYS) * dim * 2);
     Gpu::of(q.device())?.launch(&ATTENTION, &name, grid, [ATTEND_THREADS, 1, 1], shared, Args::new().structure(args))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_suit_the_shape() {
+        let chip = |capability| Chip { capability, sms: 132 };
+        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| (ring.blocks, ring.clusters));
+        assert_eq!((ring(1, 4096, 1792), ring(1, 4096, 40)), (Some((1, 132)), Some((1, 40))));
+        assert_eq!(
+            (ring(1, 14336, 256), ring(16, 8192, 512), ring(1, 28672, 5)),
+            (Some((4, 32)), Some((2, 64)), Some((8, 5)))
+        );
+        assert_eq!((ring(1, 576, 36), ring(1, 33024, 1)), (None, None));
+        assert_eq!(Ring::of(chip((8, 0)), 1, 4096, 256), None);
+        // Two blocks a multiprocessor of up to 8 rows, with tables of scales and what each block takes beside.
+        let shared = |rows, k| Ring::of(chip((9, 0)), rows, k, 256).unwrap().shared;
+        assert!(2 * (shared(8, 4096) + 3200 + 1024) <= 228 << 10 && 2 * (shared(8, 14336) + 1152 + 1024) <= 228 << 10);
+        assert!(shared(16, 8 * 4096) + 3200 <= 227 << 10);
+    }
 }

@@ -127,13 +127,11 @@ struct RawScales {
     }
 };
 
-// The producer, after it has brought the first tiles.
+// The producer, after it has brought the first tiles. `scales`: the first tile's.
 template <int NT, Kind KIND>
 __device__ __forceinline__ void produce(const Product& p, const Work& work, const Places<NT>& places,
-                                        const float (*maps)[256], const float* offsets) {
-    RawScales scales;
+                                        RawScales& scales, const float (*maps)[256], const float* offsets) {
     u32 tile = cluster_number();
-    if (tile < p.tiles) scales.fetch(p, work, locate<KIND>(p, tile));
 #pragma unroll 1
     for (u32 turn = 0; tile < p.tiles; turn++) {
         const u32 stage = turn % STAGES<NT>;
@@ -302,11 +300,13 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     const u32 warp = threadIdx.x / WARP;
     const Work work(p);
     const Places<NT> places;
+    RawScales scales; // the producer's
     if (warp == PRODUCER) {
         if (threadIdx.x % WARP == 0) places.init_barriers();
         __syncwarp();
         for (u32 stage = 0, tile = cluster_number(); stage < STAGES<NT> && tile < p.tiles; stage++, tile += p.clusters)
             bring<NT, KIND>(p, work, places, tile, stage);
+        if (cluster_number() < p.tiles) scales.fetch(p, work, locate<KIND>(p, cluster_number()));
     }
     fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
 #pragma unroll
@@ -321,7 +321,7 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
         consume<T, NT>(p, work, places);
     } else {
         if constexpr (NT == 2) give_registers<64>();
-        if (warp == PRODUCER) produce<NT, KIND>(p, work, places, maps, offsets);
+        if (warp == PRODUCER) produce<NT, KIND>(p, work, places, scales, maps, offsets);
         else if (warp == PRODUCER + 1) close<T, NT, KIND>(p, work, places);
     }
     __syncwarp();
