@@ -183,6 +183,7 @@ int main() {
     good &= plain<f16>(shape(up_to(16), up_to(16), 1), up_to(150), true, false);
     good &= plain<bf16>(shape(up_to(16), 16 + up_to(16), 2), up_to(150), true, true);
     good &= plain<f16>(shape(up_to(16), 64 + up_to(60), 8), up_to(60), true, true);
+    good &= plain<bf16>({2, 4352, 2, 1, {2, 0, 0}, 0}, 16 * 24, false, false);
     good &= gate<bf16>({4, 4096, 1, 2, {16, 16, 0}, 0}, 40);
     good &= gate<bf16>(shape(up_to(16), up_to(16), 1), up_to(80));
     good &= gate<f16>(shape(8 + up_to(8), 32 + up_to(32), 4), up_to(40));

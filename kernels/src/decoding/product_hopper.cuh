@@ -17,7 +17,11 @@
 // codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
 //
 // Up to 8 tokens take half of a multiprocessor's registers and shared memory: the blocks of the next launch find room beside
-// these, and fill their rings.
+// these, and fill their rings. More take all of it; two warps more make the others a warpgroup, which gives registers to those
+// that multiply.
+//
+// Bound by the bytes of the codes. A look-up in the table is a product of bytes, which adds up the address, and a load: 62
+// instructions for 64 codes of 16 rows and 8 tokens, 81 for 16.
 //
 // Wants: k a multiple of 256 and at most 4096 a block, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
 #pragma once
@@ -27,13 +31,15 @@
 
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
-constexpr u32 MOST_BLOCKS = 8, MOST_QUADS = 16; // of a cluster; of a block
+constexpr u32 MOST_QUADS = 16; // of a block
 constexpr int TABLE_PITCH = 128;
 constexpr u32 CODES_PITCH = MOST_QUADS * 128 + 32, CODES_BYTES = 16 * CODES_PITCH;
 constexpr u32 STAGE = CODES_BYTES + MOST_QUADS * 4 * 16 * sizeof(float); // bytes: codes, then scales
 constexpr u32 FRAGMENT = WARP * 16;                                      // bytes: sums of 16 rows and 8 tokens
 template <int NT> constexpr u32 CONSUMERS = 8 * NT;
 template <int NT> constexpr u32 THREADS = (CONSUMERS<NT> + 2 * NT) * WARP;
+// Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
+constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
 template <int NT> constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS<NT>; // of 64, of a warp
 template <int NT> constexpr u32 STAGES = 2 * NT;
 
@@ -50,19 +56,18 @@ struct Work {
 };
 
 // The places of shared memory: the table, sums of warps, barriers, the ring; and, in a cluster, sums from other blocks.
-// Barriers: stages are full, or empty; sums of a tile are summed, or taken; those from other blocks have arrived; at a block that
-// gives some, those of an owner are free to be given.
+// Barriers: stages are full, or empty; sums of a tile are summed, or taken; those from other blocks have arrived.
 template <int NT> struct Places {
     static constexpr u32 SUMS = 256 * TABLE_PITCH, BARRIERS = SUMS + CONSUMERS<NT> * NT * FRAGMENT;
     static constexpr u32 RING = BARRIERS + 256, EXCHANGE = RING + STAGES<NT> * STAGE;
-    u32 table, sums, full, empty, summed, taken, arrived, free, ring, exchange;
+    u32 table, sums, full, empty, summed, taken, arrived, ring, exchange;
 
     __device__ __forceinline__ Places() {
         table = shared_address(dynamic_shared);
         sums = table + SUMS;
         full = table + BARRIERS, empty = full + 8 * STAGES<NT>;
         summed = empty + 8 * STAGES<NT>, taken = summed + 8;
-        arrived = taken + 8, free = arrived + 8;
+        arrived = taken + 8;
         ring = table + RING, exchange = table + EXCHANGE;
     }
     __device__ __forceinline__ void init_barriers() const {
@@ -73,11 +78,10 @@ template <int NT> struct Places {
         barrier_init(summed, CONSUMERS<NT>);
         barrier_init(taken, 1);
         barrier_init(arrived, 1);
-        for (u32 owner = 0; owner < MOST_BLOCKS; owner++) barrier_init(free + 8 * owner, 1);
         barriers_ready();
     }
 };
-static_assert(8 * (2 * STAGES<2> + 3 + MOST_BLOCKS) <= 256, "barriers");
+static_assert(8 * (2 * STAGES<2> + 3) <= 256, "barriers");
 
 // Has the codes of a tile brought. A whole warp, a lane a row; rows beyond the last are the last, and not stored.
 template <int NT, Kind KIND>
@@ -235,12 +239,12 @@ __device__ __forceinline__ void add(float (&to)[4], const float4& v) { to[0] += 
 __device__ __forceinline__ float4 pack(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
 // Gives a block's sums of a tile to its owner; or adds up those of all blocks, if this is the owner. `use`: how many tiles the
-// owner has had before.
+// owner has had before. Those that it was given then have been read: before it gives to the same owner again, a block is an
+// owner itself, and waits for what that one gives after it has read.
 template <int NT>
 __device__ __forceinline__ void gather(const Work& work, const Places<NT>& places, u32 owner, u32 use, float (&sum)[NT][4]) {
     const u32 lane = threadIdx.x % WARP, mine = places.exchange + lane * 16;
     if (work.rank != owner) {
-        barrier_wait(places.free + 8 * owner, use % 2 ^ 1);
         const u32 arrived = in_block(places.arrived, owner);
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -257,8 +261,6 @@ __device__ __forceinline__ void gather(const Work& work, const Places<NT>& place
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[n][i] = total[i];
     }
-    __syncwarp();
-    if (lane < work.blocks && lane != work.rank) barrier_arrive_there(in_block(places.free + 8 * owner, lane));
 }
 
 // The closer.
@@ -317,10 +319,10 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     __syncthreads();
     if (work.blocks > 1) cluster_meet(); // barriers of all blocks are made
     if (warp < PRODUCER) {
-        if constexpr (NT == 2) take_registers<104>();
+        if constexpr (NT == 2) take_registers<CONSUMER_REGISTERS>();
         consume<T, NT>(p, work, places);
     } else {
-        if constexpr (NT == 2) give_registers<64>();
+        if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
         if (warp == PRODUCER) produce<NT, KIND>(p, work, places, scales, maps, offsets);
         else if (warp == PRODUCER + 1) close<T, NT, KIND>(p, work, places);
     }

@@ -229,6 +229,3 @@ __device__ __forceinline__ void store_async16(u32 there, float4 v, u32 barrier_t
                  "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier_there)
                  : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_there(u32 barrier_there) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
-}

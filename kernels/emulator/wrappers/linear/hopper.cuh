@@ -31,5 +31,4 @@ inline u32 in_block(u32 address, u32 rank) { return emulator::map_rank(address, 
 inline float4 load_float4_there(u32 there) { return emulator::load<float4>(there); }
 inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { emulator::copy_bulk(to, from, bytes, barrier); }
 inline void store_async16(u32 there, float4 v, u32 barrier_there) { emulator::store_async(there, &v, 16, barrier_there); }
-inline void barrier_arrive_there(u32 barrier_there) { emulator::barrier_arrive(barrier_there); }
 inline u32 cluster_number() { return blockIdx.x / emulator::cluster_size(); }
