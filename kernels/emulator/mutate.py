@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES, COPY = ROOT / 'kernels/src', ROOT / 'target/emulator/mutant'
 GEMM, HOPPER = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh'
 NARROW, QUANT = 'linear/narrow_hopper_sm90a.cu', 'linear/gemm.cuh'
+RING = 'decoding/product_hopper.cuh'
 FORWARD, BACKWARD = 'attention/hopper_forward.cuh', 'attention/hopper_backward.cuh'
 
 # Name, test, file, what stands there, what stands there instead. An empty text changes nothing, and must pass.
@@ -60,6 +61,10 @@ MUTATIONS = [
     ('dS is read before both halves are there', 'attention', BACKWARD, 'meet<256>(1);\n            make_dq(last);', 'make_dq(last);'),
     ('a part of dQ is made anew while it is added', 'attention', BACKWARD, 'part_read();', ''),
     ('dQ is copied where it should be added', 'attention', BACKWARD, 'work.turn == 0);', 'true);'),
+    ('codes and scales are not waited for', 'decoding', RING, 'barrier_wait(places.full + 8 * stage, turn / STAGES<NT> % 2);', ''),
+    ('codes are brought too early', 'decoding', RING, 'barrier_wait(places.empty + 8 * stage, turn / STAGES<NT> % 2 ^ 1);', ''),
+    ('sums of a tile are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken, turn % 2 ^ 1);', ''),
+    ('scales beyond a warp\'s last are used', 'decoding', RING, 'u + 1 < count, x', 'true, x'),
 ]
 
 

@@ -20,9 +20,9 @@ def code(text):
 
 def macros_with_asm(text):
     """Names of the macros with `asm`, themselves or by another macro."""
-    bodies = dict(re.findall(r'^#define (\w+)((?:.*\\\n)*.*)', code(text), re.M))
+    definitions = re.findall(r'^#define (\w+)((?:.*\\\n)*.*)', code(text), re.M)
     names = {'asm'}
-    while more := {name for name, body in bodies.items() if names & set(re.findall(r'\w+', body))} - names:
+    while more := {name for name, body in definitions if names & set(re.findall(r'\w+', body))} - names:
         names |= more
     return names
 

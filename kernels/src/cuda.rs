@@ -27,6 +27,7 @@ pub static MODULES: &[&Module] = &[
     &crate::decoding::ATTENTION,
     &crate::decoding::LINEAR,
     &crate::decoding::LINEAR_HOPPER,
+    &crate::decoding::RING_HOPPER,
     &crate::quantize::cuda::DEQUANTIZE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,

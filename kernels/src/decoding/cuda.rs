@@ -11,7 +11,7 @@ use crate::{
 };
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
-    cuda::{Args, Entry, Gpu, Module},
+    cuda::{Args, Chip, Entry, Gpu, Module},
 };
 
 const OP: &str = "decoding step";
@@ -46,6 +46,26 @@ pub(crate) static LINEAR_HOPPER: Module = Module {
     entries: LINEAR_ENTRIES,
 };
 
+/// Hopper's own products.
+pub(crate) static RING_HOPPER: Module = Module {
+    name: "decoding_ring_sm90a",
+    ptx: include_str!("../../ptx/decoding_ring_sm90a.ptx"),
+    entries: &[
+        one("decoding_ring_plain_8_f16", PRODUCT),
+        one("decoding_ring_plain_16_f16", PRODUCT),
+        one("decoding_ring_turn_8_f16", PRODUCT),
+        one("decoding_ring_turn_16_f16", PRODUCT),
+        one("decoding_ring_gate_8_f16", PRODUCT),
+        one("decoding_ring_gate_16_f16", PRODUCT),
+        one("decoding_ring_plain_8_bf16", PRODUCT),
+        one("decoding_ring_plain_16_bf16", PRODUCT),
+        one("decoding_ring_turn_8_bf16", PRODUCT),
+        one("decoding_ring_turn_16_bf16", PRODUCT),
+        one("decoding_ring_gate_8_bf16", PRODUCT),
+        one("decoding_ring_gate_16_bf16", PRODUCT),
+    ],
+};
+
 fn linear(gpu: &Gpu) -> &'static Module {
     if hopper(gpu.chip()) { &LINEAR_HOPPER } else { &LINEAR }
 }
@@ -72,6 +92,33 @@ const KEYS: usize = 64;
 const ATTEND_ROWS: usize = 16;
 const ATTEND_THREADS: u32 = 128;
 const MOST_PARTS: usize = 32;
+
+/// How Hopper's own kernel takes a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ring {
+    blocks: u32,
+    threads: u32,
+    /// Bytes.
+    shared: usize,
+}
+
+impl Ring {
+    /// The largest inner dimension of which a block holds x.
+    const INNER: usize = 4096;
+
+    /// Of `rows` rows with weights in `tiles`; `None` where product.cuh's kernel takes it.
+    fn of(chip: Chip, rows: usize, k: usize, tiles: u32) -> Option<Ring> {
+        if !hopper(chip) || !k.is_multiple_of(256) || k > Ring::INNER {
+            return None;
+        }
+        // Blocks of up to 8 rows are two on a multiprocessor.
+        let (columns, stages, at_once) = if rows <= 8 { (1, 2, 2) } else { (2, 4, 1) };
+        let warps = 8 * columns;
+        let shared = 256 * 128 + warps * columns * 512 + 256 + stages * (16 * (2048 + 32) + 4096);
+        let blocks = tiles.min(at_once * chip.sms.max(1));
+        Some(Ring { blocks, threads: 32 * (warps + 2 * columns) as u32, shared })
+    }
+}
 
 fn misfit(what: String) -> Error {
     Error::shape(OP, what)
@@ -220,16 +267,32 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
         }
         None => (args.input_opt(None).input_opt(None).input_opt(None).input_opt(None), 0, 0),
     };
+    let (tiles, padded) = (size(OP, into.tiles)?, if rows <= 8 { 8 } else { 16 });
     // Angles are counted in 32 bits.
     size(OP, length * half)?;
     let args = args.u32(size(OP, k)?).u32(rows as u32).u32(size(OP, columns)?).u32(size(OP, half)?);
-    let args = args.u32(size(OP, length)?).u32(size(OP, into.tiles)?);
-    let args = args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0);
-    let name = entry(&format!("decoding_{}_{}", into.kernel, if rows <= 8 { 8 } else { 16 }), dtype)?;
-    let grid = [size(OP, into.tiles)?.min(gpu.sm_count()), 1, 1];
-    let (module, args) = (linear(gpu), Args::new().structure(args));
+    let args = args.u32(size(OP, length)?).u32(tiles);
+    let ring = if words_of_scales(parts)? { Ring::of(gpu.chip(), rows, k, tiles) } else { None };
+    let args = Args::new().structure(args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0));
+    if let Some(Ring { blocks, threads, shared }) = ring {
+        let name = entry(&format!("decoding_ring_{}_{padded}", into.kernel), dtype)?;
+        return gpu.launch(&RING_HOPPER, &name, [blocks, 1, 1], [threads, 1, 1], shared, args.early());
+    }
+    let name = entry(&format!("decoding_{}_{padded}", into.kernel), dtype)?;
+    let module = linear(gpu);
     let args = if std::ptr::eq(module, &LINEAR_HOPPER) { args.early() } else { args };
-    gpu.launch(module, &name, grid, [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
+    gpu.launch(module, &name, [tiles.min(gpu.sm_count()), 1, 1], [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
+}
+
+/// Whether four bytes of scales may be read at once where a row has a multiple of them.
+fn words_of_scales(parts: &[Part]) -> Result<bool> {
+    let mut all = true;
+    for part in parts {
+        if let Some(absmax) = Codes::of(OP, part.weight)?.absmax {
+            all &= absmax.device_pointer()?.is_multiple_of(4);
+        }
+    }
+    Ok(all)
 }
 
 fn outputs(weight: &QuantTensor) -> usize {
@@ -365,4 +428,21 @@ pub fn attend(
     let name = entry(&format!("decoding_attend_d{dim}"), q.dtype())?;
     let (grid, shared) = ([size(OP, rows * parts)?, size(OP, heads.kv)?, 1], (ATTEND_ROWS + 4 * KEYS) * dim * 2);
     Gpu::of(q.device())?.launch(&ATTENTION, &name, grid, [ATTEND_THREADS, 1, 1], shared, Args::new().structure(args))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_suit_the_shape() {
+        let chip = |capability| Chip { capability, sms: 132 };
+        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| ring.blocks);
+        assert_eq!((ring(1, 4096, 1792), ring(16, 4096, 1792), ring(1, 4096, 40)), (Some(264), Some(132), Some(40)));
+        assert_eq!((ring(1, 576, 36), ring(1, 14336, 256)), (None, None));
+        assert_eq!(Ring::of(chip((8, 0)), 1, 4096, 256), None);
+        // Two blocks a multiprocessor of up to 8 rows, with tables of scales and what each block takes beside.
+        let shared = |rows| Ring::of(chip((9, 0)), rows, 4096, 256).unwrap().shared;
+        assert!(2 * (shared(8) + 3200 + 1024) <= 228 << 10 && shared(16) + 3200 <= 227 << 10);
+    }
 }

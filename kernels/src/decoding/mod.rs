@@ -21,7 +21,7 @@ mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-pub(crate) use cuda::{ATTENTION, LINEAR, LINEAR_HOPPER};
+pub(crate) use cuda::{ATTENTION, LINEAR, LINEAR_HOPPER, RING_HOPPER};
 pub use cuda::{Scratch, add, attend, gate, low_rank, turn};
 
 use crate::{

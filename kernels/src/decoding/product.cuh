@@ -2,56 +2,13 @@
 // contracts). Bound by the bytes of the codes, which are read once.
 //
 // As in linear/decode.cu the rows of a weight are rows of mma fragments and the tokens columns, padded to 8 or 16, and the
-// inner index is shared out over the 8 warps of a block. A tile is two times 8 rows, those that belong together: rows i
-// and i + half of a head, which rotary turns, or the same row of gate and up, or 16 neighbours. Its sums stay in the
-// block until the layer's next step over single elements is done too.
+// inner index is shared out over the 8 warps of a block. Its sums stay in the block until the layer's next step over single
+// elements is done too.
 #pragma once
-#include "codes.cuh"
 #include "decoding/dependent.cuh"
-#include "decoding/token.cuh"
-#include "linear/loads.cuh"
-#include "linear/ptx.cuh"
-
-// A weight [n, k] of codes in blocks of 64, whose scales are 8-bit codes in blocks of 256; and its adapters: B [n, rank] of
-// T, whose factors are columns from `column` on of t; gains f32 [adapters, n] or null.
-struct Part {
-    const u8 *codes, *absmax;
-    const float *nested, *map, *offset;
-    const void* b;
-    const float* gains;
-    u32 n, rank, column, unused;
-};
-
-struct Product {
-    Part parts[3];
-    const void *x, *t;    // [tokens, k], [tokens, columns]
-    const Token* tokens_at;
-    const void* residual; // like y; null where there is none
-    void* y;
-    void *keys, *values;  // the cache, [capacity, width of a row]
-    const float *cos, *sin;
-    u32 k, tokens, columns, half, length, tiles, quant_type, unused;
-};
-
-// PLAIN: y = x·Wᵀ + t·Bᵀ + residual. TURN: parts are q, k, v; q to y and k to the cache after rotary, v to the cache.
-// GATE: parts are gate and up; y = silu(gate)·up.
-enum Kind { PLAIN, TURN, GATE };
+#include "decoding/tile.cuh"
 
 constexpr int WARPS = 8, TEAM = WARPS * WARP, TEAMS = 2, GROUPS = 4, CHUNK = 64 * GROUPS;
-
-// Two times eight rows.
-struct Tile {
-    u32 part[2], row[2];
-};
-template <Kind KIND> __device__ __forceinline__ Tile locate(const Product& p, u32 tile) {
-    if constexpr (KIND == PLAIN) return {{0, 0}, {16 * tile, 16 * tile + 8}};
-    if constexpr (KIND == GATE) return {{0, 1}, {8 * tile, 8 * tile}};
-    u32 part = 0;
-    while (part < 2 && tile >= p.parts[part].n / 16) tile -= p.parts[part++].n / 16;
-    if (part == 2) return {{2, 2}, {16 * tile, 16 * tile + 8}};
-    u32 of_head = p.half / 8, row = tile / of_head * 2 * p.half + tile % of_head * 8;
-    return {{part, part}, {row, row + p.half}};
-}
 
 // What a warp reads of 256 of the inner index. The four lanes of a row read 64 bytes of it together, 16 each: two lanes have
 // 64 codes, the other two the next 64. Lane i fetches the scale of the i-th 64.
@@ -114,23 +71,9 @@ struct Lines {
     }
 };
 
-// Two values for each byte of codes, as T in one register, 32 times over: lane l reads bank l, whatever its byte. Rows
-// are 256 bytes apart, so that a byte permute makes an offset of a byte; half of each is not used.
+// Rows of the table are 256 bytes apart, so that a byte permute makes an offset of a byte; half of each is not used.
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-template <typename T> __device__ __forceinline__ void fill_table(u32 quant_type) {
-    const int lane = threadIdx.x % WARP;
-    // A warp writes 32 rows: lane l knows the pair of the l-th, rows go out four at a time, 16 bytes a lane.
-    for (u32 first = threadIdx.x / WARP * 32; first < 256; first += blockDim.x) {
-        u32 byte = first + lane;
-        u32 mine = pair<T>(CODE_VALUES[quant_type][byte >> 4], CODE_VALUES[quant_type][byte & 15]);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int of = 4 * j + lane / 8;
-            u32 v = __shfl_sync(~0u, mine, of);
-            store16(shared_address(dynamic_shared) + (first + of) * 256 + lane % 8 * 16, v, v, v, v);
-        }
-    }
-}
+constexpr int TABLE_PITCH = 256;
 // The values of byte `at` of `codes`. `bank`: the table's address and 4 · lane.
 __device__ __forceinline__ u32 look_up(u32 codes, int at, u32 bank) {
     u32 value;
@@ -183,69 +126,6 @@ __device__ __forceinline__ void consume(const Chunk& chunk, const float (&scale)
 // Waits for the other warps of a team, which has barrier 1 + team.
 __device__ __forceinline__ void join(u32 team) { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(TEAM) : "memory"); }
 
-// sum += t · Bᵀ of the tile: the rank in steps of 16, shared out over the warps. The halves of a tile may be of two
-// adapters with factors of their own.
-template <typename T, int NT>
-__device__ __forceinline__ void add_branch(const Product& p, const Tile& at, float (&sum)[NT][4]) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS, g = lane / 4, i = lane % 4;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const Part& part = p.parts[at.part[h]];
-        u32 row = at.row[h] + g;
-        for (u32 r0 = warp * 16; r0 < part.rank; r0 += WARPS * 16) {
-            const T* b = (const T*)part.b + (u64)row * part.rank + r0 + 2 * i;
-            bool low = r0 + 2 * i < part.rank, high = r0 + 2 * i + 8 < part.rank;
-            u32 b0 = load_cached4(b, low && row < part.n), b1 = load_cached4(b + 8, high && row < part.n);
-            u32 a[4] = {h ? 0 : b0, h ? b0 : 0, h ? 0 : b1, h ? b1 : 0};
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                u32 token = 8 * n + g;
-                const T* t = (const T*)p.t + (u64)token * p.columns + part.column + r0 + 2 * i;
-                bool there = token < p.tokens;
-                u32 t0 = there && low ? *(const u32*)t : 0, t1 = there && high ? *(const u32*)(t + 8) : 0;
-                multiply<T>(sum[n], a, t0, t1);
-            }
-        }
-    }
-}
-
-// Two elements of a tile and a token to where they go.
-template <typename T, Kind KIND>
-__device__ __forceinline__ void finish(const Product& p, const Tile& at, u32 line, u32 token, float a, float b) {
-    const Part &pa = p.parts[at.part[0]], &pb = p.parts[at.part[1]];
-    const u32 row[2] = {at.row[0] + line, at.row[1] + line};
-    if (row[0] >= pa.n) return;
-    if (pa.gains || pb.gains) {
-        const int owner = p.tokens_at[token].owner;
-        if (owner >= 0 && pa.gains) a *= pa.gains[(u64)owner * pa.n + row[0]];
-        if (owner >= 0 && pb.gains && row[1] < pb.n) b *= pb.gains[(u64)owner * pb.n + row[1]];
-    }
-    T* y = (T*)p.y;
-    if constexpr (KIND == GATE) {
-        // As the two products and SwiGLU after one another: gate and up are rounded before.
-        float gate = wide(narrow<T>(a)), up = wide(narrow<T>(b));
-        y[(u64)token * pa.n + row[0]] = narrow<T>(__fdividef(gate, 1.0f + __expf(fminf(-gate, 87.0f))) * up);
-    } else if constexpr (KIND == PLAIN) {
-        const T* residual = (const T*)p.residual;
-        u64 to = (u64)token * pa.n + row[0];
-        y[to] = narrow<T>(residual ? a + wide(residual[to]) : a);
-        if (row[1] < pa.n) y[to + 8] = narrow<T>(residual ? b + wide(residual[to + 8]) : b);
-    } else {
-        const Token who = p.tokens_at[token];
-        u64 cache_row = (u64)(who.first + who.position);
-        if (at.part[0] == 2) {
-            T* values = (T*)p.values + cache_row * pa.n;
-            values[row[0]] = narrow<T>(a), values[row[1]] = narrow<T>(b);
-            return;
-        }
-        u32 angle = min((u32)max(who.position, 0), p.length - 1) * p.half + row[0] % p.half;
-        float c = p.cos[angle], s = p.sin[angle];
-        a = wide(narrow<T>(a)), b = wide(narrow<T>(b));
-        T* to = at.part[0] == 0 ? y + (u64)token * pa.n : (T*)p.keys + cache_row * pa.n;
-        to[row[0]] = narrow<T>(a * c - b * s), to[row[1]] = narrow<T>(b * c + a * s);
-    }
-}
-
 // A block has TEAMS teams of 8 warps, each with tiles of its own; one block fills a multiprocessor.
 template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
     __shared__ float maps[3][256], offsets[3];
@@ -261,7 +141,7 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     Lines lines;
     lines.start<KIND>(p, tile, k0);
     Chunk next = lines.load<KIND>(p, first(tile));
-    fill_table<T>(p.quant_type);
+    fill_table<T, TABLE_PITCH>(shared_address(dynamic_shared), p.quant_type);
 #pragma unroll
     for (int part = 0; part < (KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2); part++) {
         if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
@@ -284,7 +164,7 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     for (; tile < p.tiles; tile += step) {
         const Tile at = locate<KIND>(p, tile);
         float sum[NT][4] = {}, scale[2];
-        add_branch<T, NT>(p, at, sum);
+        add_branch<T, NT, KIND, 1>(p, at, warp, WARPS, sum);
         // Columns beyond the last token are zeros.
         const T* x[NT];
 #pragma unroll

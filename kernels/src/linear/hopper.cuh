@@ -48,6 +48,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int colum
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+// The same of `bytes` bytes that follow one another, in multiples of 16.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

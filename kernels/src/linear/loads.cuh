@@ -34,6 +34,13 @@ __device__ __forceinline__ u32 load_cached4(const void* p, bool valid) {
         : "l"(p), "r"((u32)valid));
     return v;
 }
+__device__ __forceinline__ u32 load_now4(const void* p, bool valid) {
+    u32 v;
+    asm volatile("{.reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.u32 %0, [%1];}"
+        : "=&r"(v)
+        : "l"(p), "r"((u32)valid));
+    return v;
+}
 
 // Transposes an 8×8 matrix of 16-bit elements, of which lane l holds (l / 4, 2 (l % 4)) and the one to the right.
 __device__ __forceinline__ u32 transpose8(u32 pair) {

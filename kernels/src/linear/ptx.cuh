@@ -85,3 +85,26 @@ __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w)
 template <typename T> __device__ __forceinline__ void store_element(u32 address, T x) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(*reinterpret_cast<unsigned short*>(&x)) : "memory");
 }
+// A float into shared memory.
+__device__ __forceinline__ void store_float(u32 address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+// From shared memory: 16 bytes, 8.
+__device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ float4 load_float4(u32 address) {
+    const uint4 v = load_shared_uint4(address);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+__device__ __forceinline__ uint2 load_shared_uint2(u32 address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+}

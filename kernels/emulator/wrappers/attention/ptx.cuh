@@ -9,4 +9,3 @@ inline void store_shared(u32 address, u32 x) { emulator::store(address, x); }
 inline void store_shared(u32 address, uint4 x) { emulator::store(address, x); }
 inline float load_shared_float(u32 address) { return emulator::load<float>(address); }
 inline float2 load_shared_float2(u32 address) { return emulator::load<float2>(address); }
-inline uint4 load_shared_uint4(u32 address) { return emulator::load<uint4>(address); }

@@ -16,3 +16,4 @@ template <int N> void pin(float (&)[N]) {}
 template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_shared(float (&d)[S], u64 a, u64 b, u32 keep) {
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
+inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { emulator::copy_bulk(to, from, bytes, barrier); }
