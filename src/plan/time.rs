@@ -59,7 +59,7 @@ const HOPPER: [Attention; 2] = [Attention { peak: 720e12, half: 520.0 }, Attenti
 
 /// An H100 SXM, from the same pages. In a step products run at some 0.9 of what one alone reaches (745 to 790 TFLOP/s), passes
 /// over memory at 0.85 to 0.9 of a copy. The adapters' own products are those of docs/measurements/2026-11-28-step-kernels.md,
-/// each by itself: no whole step has been measured with them.
+/// each by itself: whole steps with them have been measured on an H200 alone.
 const H100: Rates = Rates {
     products: 680e12,
     head: 620e12,
