@@ -105,7 +105,7 @@ __global__ void arrive_kernel(const float* x, float* sum, u32 rounds) {
             if (i > 0) bar_sync(2, 64);
             if (lane == 0) {
                 emulator::barrier_expect(full, 128);
-                copy_bulk(base, x + 32 * i, 128, full);
+                emulator::copy_bulk(base, x + 32 * i, 128, full);
             }
             emulator::barrier_wait(full, i % 2);
             bar_arrive(1, 64);

@@ -113,13 +113,7 @@ __device__ __forceinline__ void consume(const Chunk& chunk, const float (&scale)
         }
         float top_scale = __shfl_sync(~0u, scale[0], lane / 4 * 4 + u);
         float low_scale = __shfl_sync(~0u, scale[1], lane / 4 * 4 + u);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            sum[n][0] = fmaf(top_scale, group[n][0], sum[n][0]);
-            sum[n][1] = fmaf(top_scale, group[n][1], sum[n][1]);
-            sum[n][2] = fmaf(low_scale, group[n][2], sum[n][2]);
-            sum[n][3] = fmaf(low_scale, group[n][3], sum[n][3]);
-        }
+        add_scaled(sum, group, top_scale, low_scale);
     }
 }
 

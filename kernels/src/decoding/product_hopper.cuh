@@ -163,13 +163,7 @@ __device__ __forceinline__ void multiply_group(u32 codes, u32 scales, bool there
     }
     const uint2 scale = load_shared_uint2(scales);
     const float top_scale = there ? __uint_as_float(scale.x) : 0.0f, low_scale = there ? __uint_as_float(scale.y) : 0.0f;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        sum[n][0] = fmaf(top_scale, group[n][0], sum[n][0]);
-        sum[n][1] = fmaf(top_scale, group[n][1], sum[n][1]);
-        sum[n][2] = fmaf(low_scale, group[n][2], sum[n][2]);
-        sum[n][3] = fmaf(low_scale, group[n][3], sum[n][3]);
-    }
+    add_scaled(sum, group, top_scale, low_scale);
 }
 
 // A warp that decodes and multiplies.

@@ -63,6 +63,18 @@ template <typename T, int PITCH> __device__ __forceinline__ void fill_table(u32 
         }
     }
 }
+// sum += scale · group, where rows of the upper half have one scale and those of the lower another.
+template <int NT>
+__device__ __forceinline__ void add_scaled(float (&sum)[NT][4], const float (&group)[NT][4], float top_scale, float low_scale) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        sum[n][0] = fmaf(top_scale, group[n][0], sum[n][0]);
+        sum[n][1] = fmaf(top_scale, group[n][1], sum[n][1]);
+        sum[n][2] = fmaf(low_scale, group[n][2], sum[n][2]);
+        sum[n][3] = fmaf(low_scale, group[n][3], sum[n][3]);
+    }
+}
+
 // sum += t · Bᵀ of the tile: of the rank in steps of 16, every `sharers`-th from `which` on, which is a warp's; what BATCH steps
 // read is on its way at once. The halves of a tile may be of two adapters with factors of their own.
 template <typename T, int NT, Kind KIND, int BATCH>
