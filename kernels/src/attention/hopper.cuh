@@ -56,10 +56,6 @@ template <typename T, int N> __device__ __forceinline__ void to_operands(u32 (&a
     }
 }
 
-// Waits for all of the `THREADS` threads that share barrier `id`.
-template <int THREADS> __device__ __forceinline__ void meet(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
-}
 // What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,6 +1,6 @@
 //! Products on the GPU against those on the CPU, on the same 16-bit operands.
 
-use super::{cuda::tests::TILE, hopper::tests::COLUMNS, *};
+use super::{cuda::tests::TILE, hopper::tests::{SHARES, shares}, *};
 use crate::{
     quantize::{QuantType, ScaleRounding, dequantize, quantize},
     testing::{gpu, random, random_as, same},
@@ -21,11 +21,12 @@ fn moved_weight(weight: &Weight, device: Device) -> Weight {
     }
 }
 
-/// Makes this thread's products take a tile of gemm.cuh (0 to 2) or of Hopper's kernel (3, 4; where the GPU or the shape
-/// does not allow that, what they would take anyway).
+/// Makes this thread's products take a tile of gemm.cuh (0 to 2) or of Hopper's kernel (3 to 7, some by clusters; where the GPU
+/// or the shape does not allow that, what they would take anyway).
 fn force(tile: Option<usize>) {
     TILE.set(tile.filter(|&tile| tile < 3));
-    COLUMNS.set(tile.and_then(|tile| [256, 128].get(tile.checked_sub(3)?).copied()));
+    let hopper = [(256, 1), (128, 1), (256, 2), (128, 4), (128, 8)];
+    SHARES.set(tile.and_then(|tile| hopper.get(tile.checked_sub(3)?)).map(|&(columns, blocks)| shares(columns, blocks)));
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +77,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let rank = prop_oneof![1 => Just(0), 1 => Just(16), 1 => 1usize..257];
-    let tile = prop_oneof![Just(None), (0usize..5).prop_map(Some)];
+    let tile = prop_oneof![Just(None), (0usize..8).prop_map(Some)];
     let dtype = prop_oneof![Just(DType::BF16), Just(DType::F16)];
     ((1usize..300, sizes(), sizes()), rank, kinds(), dtype, any::<bool>(), tile, any::<u64>()).prop_map(
         |((t, n, k), rank, kind, dtype, wide, tile, seed)| {
@@ -208,7 +209,7 @@ fn gpu_summed_input_gradients_match_the_cpu() {
 #[test]
 fn gpu_decodes_exactly() {
     let Some(device) = gpu() else { return };
-    for tile in 0..5 {
+    for tile in 0..8 {
         for (quant_type, double, block_size) in
             [(QuantType::Nf4, true, 64), (QuantType::Nf4, false, 32), (QuantType::Fp4, true, 128)]
         {
@@ -255,6 +256,9 @@ fn gpu_products_of_integers_are_exact() {
         (2, (70, 40, 200, 70)),
         (3, (300, 136, 520, 8)),
         (4, (131, 264, 72, 72)),
+        (5, (300, 136, 520, 8)),
+        (6, (131, 264, 72, 72)),
+        (7, (70, 1032, 1096, 16)),
     ] {
         let run = |device: Device| {
             let of = |shape, seed| moved(&integers(shape, seed), device);
@@ -268,6 +272,36 @@ fn gpu_products_of_integers_are_exact() {
         };
         for (found, expected) in run(device).iter().zip(&run(Device::Cpu)) {
             assert!(found.to_f32().unwrap() == expected.to_f32().unwrap(), "tile {tile}");
+        }
+    }
+}
+
+/// A weight that the kernel dequantizes while it multiplies gives the bits that the same weight gives as a whole, whatever
+/// blocks run and wait for each other: several rounds of tiles, fewer tiles than SMs, clusters; launches right after another.
+#[test]
+fn gpu_weights_made_ahead_give_the_same_bits() {
+    let Some(device) = gpu() else { return };
+    let kind = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (t, n, k) in [(2048, 1024, 4096), (1100, 4096, 1024), (256, 1024, 2048), (130, 4096, 512), (4096, 320, 192)] {
+        let weight = moved_weight(&weight(kind, [n, k], DType::BF16, 3), device);
+        let Weight::Quantized(quantized) = &weight else { unreachable!() };
+        let dense = Weight::Dense(dequantize(quantized, TAG).unwrap());
+        let of = |shape: [usize; 2], seed| moved(&random_as(&shape, DType::BF16, seed), device);
+        let (x, g, low) = (of([t, k], 4), of([t, n], 5), of([t, 16], 6));
+        let (b, a) = (of([n, 16], 7), of([16, k], 8));
+        let run = |weight: &Weight| {
+            let part = |lora| InputGrad { grad: &g, weight, lora };
+            [
+                forward_lora(&x, weight, Some((&low, &b)), None, DType::BF16, TAG).unwrap(),
+                input_grad_lora(&g, weight, Some((&low, &a)), DType::BF16, TAG).unwrap(),
+                input_grads_lora(&[part(Some((&low, &a))), part(None), part(None)], DType::BF16, TAG).unwrap(),
+            ]
+        };
+        let expected = run(&dense).map(|tensor| moved(&tensor, Device::Cpu));
+        for _ in 0..4 {
+            for (found, expected) in run(&weight).into_iter().zip(&expected) {
+                assert!(moved(&found, Device::Cpu).bytes().unwrap() == expected.bytes().unwrap(), "{t} x {n} x {k}");
+            }
         }
     }
 }

@@ -138,6 +138,11 @@ __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, u3
     else SHARED_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36");
 }
 
+// Waits for all of the `THREADS` threads that share barrier `id`.
+template <int THREADS> __device__ __forceinline__ void meet(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 // Clusters: how many blocks this block's has, and which one it is.
 __device__ __forceinline__ u32 cluster_size() {
     u32 size;
@@ -168,3 +173,38 @@ __device__ __forceinline__ float4 load_float4_there(u32 there) {
                  : "memory");
     return v;
 }
+
+// What the blocks of a launch tell each other, in global memory. `say`: all that this thread has written, and what it knows
+// that others have, is there for whoever sees it. `copies_see_memory`: so it is for copies by the TMA, of what is known to
+// this thread.
+__device__ __forceinline__ void say(u32* word, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ u32 hear(const u32* word) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+// Waits until two or four words in a row are `value`.
+template <int WORDS> __device__ __forceinline__ void await_words(const u32* words, u32 value) {
+    u32 a, b, c, d;
+    do {
+        if (WORDS == 4) {
+            asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                         : "l"(words)
+                         : "memory");
+        } else {
+            asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(words) : "memory");
+            c = a, d = b;
+        }
+    } while (a != value || b != value || c != value || d != value);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+// Counts to `last` and begins again; whether this was the last.
+__device__ __forceinline__ bool is_last(u32* count, u32 last) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(count), "r"(last - 1) : "memory");
+    return before == last - 1;
+}
+__device__ __forceinline__ void copies_see_memory() { asm volatile("fence.proxy.async;" ::: "memory"); }

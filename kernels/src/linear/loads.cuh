@@ -27,6 +27,13 @@ __device__ __forceinline__ uint2 load_once8(const void* p, bool valid) {
         : "l"(p), "r"((u32)valid));
     return v;
 }
+__device__ __forceinline__ u32 load_once4(const void* p, bool valid) {
+    u32 v;
+    asm volatile("{.reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.L1::no_allocate.u32 %0, [%1];}"
+        : "=&r"(v)
+        : "l"(p), "r"((u32)valid));
+    return v;
+}
 __device__ __forceinline__ u32 load_cached4(const void* p, bool valid) {
     u32 v;
     asm("{.reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.u32 %0, [%1];}"

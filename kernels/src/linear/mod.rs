@@ -306,7 +306,7 @@ pub fn input_grad_lora_add(
 /// low-rank branch of `rank` (or 0): the weight as a whole, or nothing.
 pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
     let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-    if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
+    if hopper::shares_on(chip, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
 }
 
 /// Bytes of workspace of [`input_grads_lora`] for 16-bit rows and 4-bit weights on this kind of GPU, into `[m, n]`, of linears

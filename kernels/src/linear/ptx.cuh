@@ -85,3 +85,15 @@ __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w)
 template <typename T> __device__ __forceinline__ void store_element(u32 address, T x) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(*reinterpret_cast<unsigned short*>(&x)) : "memory");
 }
+// Floats into shared memory, and from it.
+__device__ __forceinline__ void store_float(u32 address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store_float2(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ float load_float(u32 address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+}

@@ -16,6 +16,7 @@ template <int N> void pin(float (&)[N]) {}
 template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_shared(float (&d)[S], u64 a, u64 b, u32 keep) {
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
+template <int THREADS> void meet(int id) { emulator::bar_sync(id, THREADS); }
 inline u32 cluster_size() { return emulator::cluster_size(); }
 inline u32 cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_meet() {
@@ -24,3 +25,22 @@ inline void cluster_meet() {
 }
 inline u32 in_block(u32 address, u32 rank) { return emulator::map_rank(address, rank); }
 inline float4 load_float4_there(u32 there) { return emulator::load<float4>(there); }
+inline void say(u32* word, u32 value) { *word = value; }
+inline u32 hear(const u32* word) {
+    emulator::pause();
+    return *word;
+}
+template <int WORDS> void await_words(const u32* words, u32 value) {
+    auto there = [=] {
+        for (int i = 0; i < WORDS; i++)
+            if (words[i] != value) return false;
+        return true;
+    };
+    emulator::wait_until(there, "await_words (value)", value);
+}
+inline bool is_last(u32* count, u32 last) {
+    const u32 before = *count;
+    *count = before >= last - 1 ? 0 : before + 1;
+    return before == last - 1;
+}
+inline void copies_see_memory() {}
