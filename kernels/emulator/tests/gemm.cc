@@ -14,10 +14,11 @@ constexpr u32 SHARED = (192 << 10) + 8 * 16 * 40 * 4 + 2 * 6 * 8 + 1024;
 struct Shape {
     u32 m, n, columns, blocks; // columns: of a tile
     bool wide;                 // out is f32
+    u32 cluster = 1;           // blocks are a multiple of it
 };
 static std::string text(const Shape& s) {
     return std::to_string(s.m) + " x " + std::to_string(s.n) + ", tiles of " + std::to_string(s.columns) + ", " +
-           std::to_string(s.blocks) + " blocks" + (s.wide ? ", f32" : "");
+           std::to_string(s.blocks) + " blocks, clusters of " + std::to_string(s.cluster) + (s.wide ? ", f32" : "");
 }
 
 // Matrices that are multiplied: a [m, depth], b [n, depth] forward, [depth, n] otherwise.
@@ -31,7 +32,7 @@ template <typename T> struct Pair {
         : depth(depth), forward(forward), a(Array<T>::random((u64)s.m * depth)), b(Array<T>::random((u64)s.n * depth)) {
         if (depth == 0) return; // its maps are not looked at
         a_map = tensor_map<TensorMap>(a.data, s.m, depth, 128, 64);
-        b_map = forward ? tensor_map<TensorMap>(b.data, s.n, depth, s.columns, 64)
+        b_map = forward ? tensor_map<TensorMap>(b.data, s.n, depth, s.columns / s.cluster, 64)
                         : tensor_map<TensorMap>(b.data, depth, s.n, 64, 64);
     }
     void add(Expected& sum, u64 i, u64 j, u32 n, double scale) const {
@@ -64,7 +65,7 @@ static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float sca
     if (added == OUT) std::copy(before.data, before.data + before.count, out.data);
     auto kernel = forward ? (s.columns == 256 ? KERNEL(gemm_hopper_forward_256) : KERNEL(gemm_hopper_forward_128))
                           : (s.columns == 256 ? KERNEL(gemm_hopper_input_grad_256) : KERNEL(gemm_hopper_input_grad_128));
-    launch(kernel, s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
+    launch(kernel, s.blocks, THREADS, SHARED, s.cluster, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
            out.data, added == IN ? before.data : nullptr, s.m, s.n, depth, rank, scale, added == OUT, s.wide);
     const char* direction = forward ? "forward" : "input_grad";
     char name[100];
@@ -89,7 +90,7 @@ template <typename T, typename O> static bool sum(const Shape& s, const std::vec
     Array<O> out((u64)s.m * s.n);
     auto kernel = s.columns == 256 ? KERNEL(gemm_hopper_input_grads_256) : KERNEL(gemm_hopper_input_grads_128);
     const Pair<T>* p = pairs.data();
-    launch(kernel, s.blocks, THREADS, SHARED, 1, p[0].a_map, p[0].b_map, p[1].a_map, p[1].b_map, p[2].a_map, p[2].b_map,
+    launch(kernel, s.blocks, THREADS, SHARED, s.cluster, p[0].a_map, p[0].b_map, p[1].a_map, p[1].b_map, p[2].a_map, p[2].b_map,
            p[3].a_map, p[3].b_map, p[4].a_map, p[4].b_map, p[5].a_map, p[5].b_map, out.data, s.m, s.n, p[0].depth,
            p[1].depth, p[2].depth, p[3].depth, p[4].depth, p[5].depth, s.wide);
     return is_right<T, O>(name, s, out, pairs, 1, nullptr);
@@ -109,7 +110,13 @@ int main() {
             const Shape any{1 + random_u32() % 300, eights(64), columns, 1 + random_u32() % 4, chance(2)};
             const u32 rank = chance(3) ? 0 : eights(12);
             good &= product<f16>(any, forward, eights(64), rank, 1, Added(random_u32() % 3));
+            // Two blocks whose tiles are one above the other, the lower one outside of the result, too.
+            good &= product<bf16>({500, 520, columns, 4, false, 2}, forward, 392, 16, 1, IN);
+            good &= product<f16>({100, 264, columns, 2, true, 2}, forward, 136, 0, 1, NOTHING);
+            const Shape pairs{1 + random_u32() % 600, eights(64), columns, 2 + random_u32() % 3 * 2, chance(2), 2};
+            good &= product<bf16>(pairs, forward, eights(64), rank, 1, Added(random_u32() % 3));
         }
+        good &= sum<bf16, bf16>({300, 264, columns, 2, false, 2}, {{136, 16}, {72, 0}, {64, 8}});
         good &= sum<bf16, bf16>({200, 264, columns, 3, false}, {{136, 16}, {72, 0}, {64, 8}});
         good &= sum<f16, float>({130, 136, columns, 1, true}, {{200, 0}, {8, 0}});
         const Shape any{1 + random_u32() % 200, eights(40), columns, 1 + random_u32() % 3, false};

@@ -48,6 +48,13 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int colum
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+// The same to the same place in both blocks of a cluster, whose barriers count it, too.
+__device__ __forceinline__ void copy_box_to_both(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -167,4 +174,8 @@ __device__ __forceinline__ float4 load_float4_there(u32 there) {
                  : "r"(there)
                  : "memory");
     return v;
+}
+// Arrives at a barrier of another block, or of this one, by its address in the cluster.
+__device__ __forceinline__ void barrier_arrive_there(u32 there) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }

@@ -71,6 +71,17 @@ fn tile_columns(m: u32, n: u32, sms: u32) -> u32 {
     if 6 * rounds(128) < 10 * rounds(256) { 128 } else { 256 }
 }
 
+/// How the tiles of a result `[m, n]` are shared out: blocks of a cluster, whose tiles are one above the other, and of the grid.
+/// Two blocks where that takes no round more.
+fn blocks(m: u32, n: u32, columns: u32, sms: u32) -> (u32, u32) {
+    let (rows, across) = (m.div_ceil(TILE_ROWS), n.div_ceil(columns));
+    let clusters = |blocks: u32| (u64::from(rows.div_ceil(blocks)) * u64::from(across), u64::from(sms / blocks));
+    let rounds = |(tiles, at_once): (u64, u64)| if at_once > 0 { tiles.div_ceil(at_once) } else { u64::MAX };
+    let blocks = if rows > 1 && rounds(clusters(2)) <= rounds(clusters(1)) && std::env::var_os("NIBBLE_ONE").is_none() { 2 } else { 1 };
+    let (tiles, at_once) = clusters(blocks);
+    (blocks, tiles.min(at_once) as u32 * blocks)
+}
+
 /// Columns of the tiles that a test wants, whatever the shape.
 fn forced() -> Option<u32> {
     #[cfg(test)]
@@ -190,7 +201,8 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     let flops = pairs.iter().map(|(.., depth)| *depth as f64).sum::<f64>() * 2.0 * m as f64 * n as f64;
     pairs.resize(2 * MOST_SUMMED, (pairs[0].0, pairs[0].1, 0));
     let moved: usize = parts.iter().zip(&weights).map(|(part, w)| part.grad.size_bytes() + w.size_bytes()).sum();
-    let mut args = Args::new().flops(flops);
+    let (cluster, blocks) = blocks(size(op, m)?, size(op, n)?, columns, gpu.sm_count());
+    let mut args = Args::new().flops(flops).cluster(cluster);
     for (a, b, _) in &pairs {
         args = args.tensor_map(a, TILE_ROWS, DEPTH).tensor_map(b, DEPTH, DEPTH);
     }
@@ -202,7 +214,6 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     }
     let args = args.u32(wide.into());
     let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
-    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
     Ok(true)
 }
@@ -222,10 +233,12 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
     let rank = lora.map_or(0, |(left, _)| left.shape()[1] as u32);
     // Without a second pair its maps are not looked at.
     let (left, right) = lora.unwrap_or((a, &b));
-    // Forward a tile of b is rows of the weight; backward it is boxes of its columns.
-    let (box_rows, box_columns) = if forward { (columns, DEPTH) } else { (DEPTH, DEPTH) };
+    let (cluster, blocks) = blocks(m, n, columns, gpu.sm_count());
+    // Forward a tile of b is rows of the weight, or what a block brings of it; backward it is boxes of its columns.
+    let (box_rows, box_columns) = if forward { (columns / cluster, DEPTH) } else { (DEPTH, DEPTH) };
     let (wide, add) = (out.dtype() == DType::F32, terms.add);
     let args = Args::new()
+        .cluster(cluster)
         .tensor_map(a, TILE_ROWS, DEPTH)
         .tensor_map(&b, box_rows, box_columns)
         .tensor_map(left, TILE_ROWS, DEPTH)
@@ -242,7 +255,6 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
         .u32(wide.into());
     let direction = if forward { "forward" } else { "input_grad" };
     let entry = entry(&format!("gemm_hopper_{direction}_{columns}"), dtype)?;
-    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
     Ok(true)
 }
