@@ -63,6 +63,7 @@ template <typename T, int PITCH> __device__ __forceinline__ void fill_table(u32 
         }
     }
 }
+
 // sum += scale · group, where rows of the upper half have one scale and those of the lower another.
 template <int NT>
 __device__ __forceinline__ void add_scaled(float (&sum)[NT][4], const float (&group)[NT][4], float top_scale, float low_scale) {

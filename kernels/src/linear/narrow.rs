@@ -1,6 +1,6 @@
 //! Products with LoRA ranks on Hopper: which of them, and the launch of narrow_hopper_sm90a.cu.
 
-use crate::cuda::{entry, hopper, size};
+use crate::cuda::{entry, hopper, one, size};
 use nibble_runtime::{
     DType, Device, Result, Tag, Tensor,
     cuda::{Args, Chip, Entry, Gpu, Module},
@@ -15,7 +15,7 @@ const BOTH_SUM: &[usize] = &[8, 8, 4, 4, 4, 8, 8, 4, 4];
 const SUM: &[usize] = &[8, 8, 4, 4, 8, 4, 4, 8, 4, 4, 4, 4];
 
 const fn kernel(name: &'static str) -> Entry {
-    Entry { name, floats: false, params: PRODUCT }
+    one(name, PRODUCT)
 }
 
 pub(crate) static NARROW_HOPPER: Module = Module {
@@ -40,11 +40,11 @@ pub(crate) static NARROW_HOPPER: Module = Module {
         kernel("narrow_grads_1_f16"),
         kernel("narrow_grads_2_f16"),
         kernel("narrow_grads_3_f16"),
-        Entry { name: "narrow_both_bf16", floats: false, params: BOTH },
-        Entry { name: "narrow_both_f16", floats: false, params: BOTH },
+        one("narrow_both_bf16", BOTH),
+        one("narrow_both_f16", BOTH),
         Entry { name: "narrow_sum", floats: true, params: SUM },
-        Entry { name: "narrow_both_sum_bf16", floats: false, params: BOTH_SUM },
-        Entry { name: "narrow_both_sum_f16", floats: false, params: BOTH_SUM },
+        one("narrow_both_sum_bf16", BOTH_SUM),
+        one("narrow_both_sum_f16", BOTH_SUM),
     ],
 };
 
