@@ -65,7 +65,7 @@ static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float sca
     auto kernel = forward ? (s.columns == 256 ? KERNEL(gemm_hopper_forward_256) : KERNEL(gemm_hopper_forward_128))
                           : (s.columns == 256 ? KERNEL(gemm_hopper_input_grad_256) : KERNEL(gemm_hopper_input_grad_128));
     launch(kernel, s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
-           out.data, added == IN ? before.data : nullptr, s.m, s.n, depth, rank, scale, added == OUT, s.wide);
+           out.data, added == IN ? before.data : nullptr, scale, added == OUT, s.wide, s.m, s.n, depth, rank);
     const char* direction = forward ? "forward" : "input_grad";
     char name[100];
     snprintf(name, sizeof name, "%s of depth %u, rank %u, scale %g, adds %d", direction, depth, rank, scale, added);
@@ -95,11 +95,69 @@ template <typename T, typename O> static bool sum(const Shape& s, const std::vec
     return is_right<T, O>(name, s, out, pairs, 1, nullptr);
 }
 
+// What the sigmoid of 16-bit types may be wrong by, in roundings of f32.
+constexpr u32 SIGMOID = 256;
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+// up, the product, and silu(gate) · up.
+template <typename T> static bool gated(const Shape& s, u32 depth, u32 rank) {
+    std::vector<Pair<T>> pairs;
+    for (u32 size : {depth, rank}) pairs.emplace_back(s, size, true);
+    const auto gate = Array<T>::random((u64)s.m * s.n, 4);
+    Array<T> up((u64)s.m * s.n), output((u64)s.m * s.n);
+    const TensorMap gates = tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64);
+    launch(KERNEL(gemm_hopper_gated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map,
+           pairs[1].b_map, gates, gate.data, up.data, output.data, s.m, s.n, depth, rank);
+    bool good = is_right<T, T>("gated", s, up, pairs, 1, nullptr);
+    return good & compare(("output, " + text(s)).c_str(), output.data, s.m, s.n, SIGMOID, [&](u64 i, u64 j) {
+        const double g = gate.at(i * s.n + j), u = value(up.data[i * s.n + j]);
+        Expected y;
+        y.add(g * sigmoid(g) * u);
+        return y;
+    });
+}
+
+// The gradients of gate and up from that of SwiGLU's output, the product; and the output.
+template <typename T> static bool differentiated(const Shape& s, u32 depth, u32 rank) {
+    std::vector<Pair<T>> pairs;
+    for (u32 size : {depth, rank}) pairs.emplace_back(s, size, false);
+    auto gate = Array<T>::random((u64)s.m * s.n, 4), up = Array<T>::random((u64)s.m * s.n, 4);
+    const std::vector<T> gates(gate.data, gate.data + gate.count), ups(up.data, up.data + up.count);
+    Array<T> output((u64)s.m * s.n);
+    launch(KERNEL(gemm_hopper_differentiated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map,
+           pairs[1].a_map, pairs[1].b_map, tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64),
+           tensor_map<TensorMap>(up.data, s.m, s.n, 128, 64), gate.data, up.data, output.data, s.m, s.n, depth, rank);
+    // The product is rounded to T, and then multiplied by `factor`, whose terms are at most `most`.
+    const u32 terms = depth + rank + 8 + SIGMOID + u32(EPSILON<T> * 0x1p24);
+    auto check = [&](const char* name, const Array<T>& found, auto factor, auto most) {
+        return compare((name + (", " + text(s))).c_str(), found.data, s.m, s.n, terms, [&](u64 i, u64 j) {
+            Expected sum;
+            for (auto& pair : pairs) pair.add(sum, i, j, s.n, 1);
+            const double g = value(gates[i * s.n + j]), u = value(ups[i * s.n + j]);
+            return Expected{sum.value * factor(g, u), sum.magnitude * most(g, u)};
+        });
+    };
+    auto silu = [](double g, double) { return g * sigmoid(g); };
+    bool good = check(
+        "gradient of gate", gate, [](double g, double u) { return u * sigmoid(g) * (1 + g * (1 - sigmoid(g))); },
+        [](double g, double u) { return std::fabs(u) * sigmoid(g) * (1 + std::fabs(g) * (1 - sigmoid(g))); });
+    good &= check("gradient of up", up, silu, [&](double g, double u) { return std::fabs(silu(g, u)); });
+    return good & compare(("output, " + text(s)).c_str(), output.data, s.m, s.n, SIGMOID, [&](u64 i, u64 j) {
+        const double y = silu(value(gates[i * s.n + j]), 0) * value(ups[i * s.n + j]);
+        return Expected{y, std::fabs(y)};
+    });
+}
+
 static u32 eights(u32 most) { return (1 + random_u32() % most) * 8; }
 
 int main() {
     bool good = true;
     shared_skew = random_u32() % 64 * 16; // the kernel aligns its ring by itself
+    for (auto [depth, rank] : {std::pair(136u, 16u), std::pair(64u, 0u), std::pair(eights(40), eights(12))}) {
+        const Shape any{1 + random_u32() % 300, eights(64), 256, 1 + random_u32() % 4, false};
+        good &= gated<bf16>(any, depth, rank) & gated<f16>({130, 264, 256, 2, false}, depth, rank);
+        good &= differentiated<bf16>(any, depth, rank) & differentiated<f16>({130, 264, 256, 2, false}, depth, rank);
+    }
     for (u32 columns : {256u, 128u}) {
         for (bool forward : {true, false}) {
             good &= product<bf16>({256, 256, columns, 4, false}, forward, 256, 0, 1, NOTHING);

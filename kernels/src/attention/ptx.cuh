@@ -1,6 +1,7 @@
 // The instructions of sm_80 that attention needs besides those of matrix products. Shared-memory addresses are 32-bit byte
 // addresses.
 #pragma once
+#include "fast.cuh"
 #include "linear/ptx.cuh"
 
 // Copies 16 (4) bytes to shared memory in the background; writes zeros if not `valid`, and then reads nothing.
@@ -11,13 +12,6 @@ __device__ __forceinline__ void copy_async16(u32 shared, const void* global, boo
 __device__ __forceinline__ void copy_async4(u32 shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
                  : "memory");
-}
-
-// 2^x to 2 units in the last place; 0 for -infinity.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 __device__ __forceinline__ void store_shared(u32 address, u32 x) {

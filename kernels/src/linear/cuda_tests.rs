@@ -3,6 +3,7 @@
 use super::{cuda::tests::TILE, hopper::tests::COLUMNS, *};
 use crate::{
     quantize::{QuantType, ScaleRounding, dequantize, quantize},
+    swiglu,
     testing::{gpu, random, random_as, same},
 };
 use proptest::prelude::*;
@@ -201,6 +202,49 @@ fn gpu_summed_input_gradients_match_the_cpu() {
                 same(found, expected, tolerance);
             }
         }
+    }
+}
+
+/// SwiGLU within a product gives the bits that it gives after one, whether the operands are for the kernel that does so or not.
+#[test]
+fn gpu_gated_products_are_those_of_two_passes() {
+    let Some(device) = gpu() else { return };
+    let nf4 = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (t, n, k, rank, kind, dtype, tile) in [
+        (2100, 2312, 328, 72, Kind::Dense, DType::BF16, Some(3)),
+        (300, 520, 1096, 0, Kind::Dense, DType::F16, Some(3)),
+        (129, 264, 64, 16, nf4, DType::BF16, Some(3)),
+        (1, 8, 8, 8, Kind::Dense, DType::F16, Some(3)),
+        (300, 264, 64, 16, nf4, DType::BF16, Some(4)),
+        (600, 12288, 64, 16, nf4, DType::BF16, None),
+        (40, 30, 20, 3, Kind::Dense, DType::F32, None),
+    ] {
+        let of = |shape: [usize; 2], salt| moved(&random_as(&shape, dtype, salt), device);
+        let (r, weight) = (rank.max(1), |shape, salt| moved_weight(&weight(kind, shape, dtype, salt), device));
+        let (x, up_weight, b) = (of([t, k], 1), weight([n, k], 2), of([n, r], 3));
+        let (dy, down_weight, a) = (of([t, k], 4), weight([k, n], 5), of([r, n], 6));
+        let (low, gate, up) = (of([t, r], 7), of([t, n], 8), of([t, n], 9));
+        let (forward_pair, backward_pair) = ((rank > 0).then_some((&low, &b)), (rank > 0).then_some((&low, &a)));
+        force(tile);
+        let (found_up, found_output) = forward_gated(&x, &up_weight, forward_pair, &gate, TAG).unwrap();
+        let expected_up = forward_lora(&x, &up_weight, forward_pair, None, dtype, TAG).unwrap();
+        let part = InputGrad { grad: &dy, weight: &down_weight, lora: backward_pair };
+        // `up` is referred to by both, and must be left as it is.
+        let found = input_grad_gated(part, gate.copy(TAG).unwrap(), up.clone()).unwrap();
+        let da = input_grad_lora(&dy, &down_weight, backward_pair, dtype, TAG).unwrap();
+        force(None);
+        let expected_output = swiglu::forward(&gate, &expected_up).unwrap();
+        let expected = swiglu::backward(gate, up.clone(), da).unwrap();
+        for (found, expected) in [
+            (&found_up, &expected_up),
+            (&found_output, &expected_output),
+            (&found.output, &expected.output),
+            (&found.gate, &expected.gate),
+            (&found.up, &expected.up),
+        ] {
+            same(found, expected, 0.0);
+        }
+        same(&up, &random_as(&[t, n], dtype, 9), 0.0);
     }
 }
 

@@ -20,7 +20,7 @@
 // | 128 x 128 | 16 KiB, 16 KiB | 6 (192 KiB) | 64 |
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
-#include "linear/hopper.cuh"
+#include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;
 constexpr int DEPTH = 64;               // of a tile along the contraction
@@ -29,81 +29,31 @@ constexpr int BOX = 64 * ROW;           // bytes of 64 rows
 constexpr int RING = 192 << 10;         // bytes
 constexpr int STRIP = 16;               // rows of tiles that are visited together
 constexpr int CONSUMERS = BM / 64;      // warpgroups that multiply
-constexpr int SLAB = 32, PITCH = SLAB + 8; // columns that a warp writes at a time; PITCH: lanes fall into different banks
-constexpr int SLAB_BYTES = 16 * PITCH * 4;
 constexpr int MAX_STAGES = 6;
 // Registers of a thread: 384 threads start with 168, (40 + 2 * 232) * 128 are at most 64 Ki.
 constexpr int THREADS = 128 * (1 + CONSUMERS), PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
-struct Result {
-    void* out;      // [M, N]
-    const void* in; // [M, N] in the type of out, or null; may be `out`
+// What is made: `scale` times the sums, `[m, n]`.
+struct Sizes {
     u32 m, n;
     float scale;
 };
 
-// Adds `in` to the sums of a warp, 16 rows of BN columns from (row0, column0) on, rounds once and writes them. `slab`:
-// 16 rows of PITCH floats in shared memory that are the warp's own.
-template <int BN, typename O>
-__device__ __forceinline__ void write_sums(const Result& result, const float (&sums)[BN / 2], float* slab, u32 row0,
-                                           u32 column0) {
-    constexpr int SIZE = Pack<O>::SIZE, PARTS = 8 / SIZE;
-    const int lane = threadIdx.x % WARP, row = lane / 4, odd = row & 1;
-    const O* in = static_cast<const O*>(result.in);
-    O* out = static_cast<O*>(result.out);
-    const u32 column = column0 + lane % 4 * 8; // of this lane in the first slab
-    const bool inside[2] = {row0 + row < result.m, row0 + row + 8 < result.m};
-    const u64 first = (u64)(row0 + row) * result.n + column, eight_rows = (u64)8 * result.n;
-    float* to = slab + row * PITCH + lane % 4 * 2;
-    const float4* from = reinterpret_cast<const float4*>(slab + row * PITCH + lane % 4 * 8);
-
-    Pack<O> added[2][PARTS]; // of the slab to come: loads are long under way
-    auto load = [&](int s) {
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                if (in && inside[half] && column + s * SLAB < result.n)
-                    added[half][part] = load_pack(in + first + half * eight_rows + s * SLAB + part * SIZE);
-    };
-    load(0);
-#pragma unroll
-    for (int s = 0; s < BN / SLAB; s++) {
-        __syncwarp(); // the last slab has been read
-#pragma unroll
-        for (int j = 0; j < SLAB / 8; j++) {
-            const float* x = sums + (s * (SLAB / 8) + j) * 4;
-            *reinterpret_cast<float2*>(to + j * 8) = make_float2(x[0] * result.scale, x[1] * result.scale);
-            *reinterpret_cast<float2*>(to + 8 * PITCH + j * 8) = make_float2(x[2] * result.scale, x[3] * result.scale);
-        }
-        __syncwarp();
-        Pack<O> rounded[2][PARTS];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            // Odd rows begin with their second half, so that eight lanes read from all banks.
-            const float4 a = from[half * (8 * PITCH / 4) + odd], b = from[half * (8 * PITCH / 4) + (odd ^ 1)];
-            const float4 low = odd ? b : a, high = odd ? a : b;
-            const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const float y = in ? wide(added[half][i / SIZE].at[i % SIZE]) : 0.0f;
-                rounded[half][i / SIZE].at[i % SIZE] = narrow<O>(x[i] + y);
-            }
-        }
-        if (s + 1 < BN / SLAB) load(s + 1);
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                if (inside[half] && column + s * SLAB < result.n)
-                    store_pack(out + first + half * eight_rows + s * SLAB + part * SIZE, rounded[half][part]);
-    }
+// Waits for the last products of a tile, whose stage is free then, and makes a warp's part of the result.
+template <int BN, typename RESULT>
+__device__ __forceinline__ void finish_tile(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0,
+                                            float (&sums)[BN / 2], float* slab, u32 stage_empty) {
+    Writer<BN, RESULT> writer(result, sizes.m, sizes.n, row0, column0);
+    products_wait<0>();
+    pin(sums);
+    if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
+    writer.write(sums, sizes.scale, slab);
 }
 
 // `depths`: the contraction of each pair, or 0.
-template <typename T, bool FORWARD, int BN, int PAIRS>
+template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
 __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
-                                     const u32 (&depths)[PAIRS], const Result& result, bool wide_out) {
+                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
     constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = RING / STAGE;
     static_assert(STAGES <= MAX_STAGES && STAGES * STAGE == RING, "stages");
     extern __shared__ u8 shared[];
@@ -123,7 +73,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     }
     __syncthreads();
 
-    const u32 rows = (result.m + BM - 1) / BM, columns = (result.n + BN - 1) / BN, tiles = rows * columns;
+    const u32 rows = (sizes.m + BM - 1) / BM, columns = (sizes.n + BN - 1) / BN, tiles = rows * columns;
     u32 steps = 0;
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
@@ -168,6 +118,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
                     advance();
                 }
             }
+            result.prefetch(m0, n0, BN);
         }
         return;
     }
@@ -202,34 +153,49 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             last = stage;
             advance();
         }
-        products_wait<0>();
-        pin(sums);
-        if (lane == 0) barrier_arrive(empty + 8 * last);
-        const u32 row0 = m0 + consumer * 64 + warp * 16;
-        if (wide_out) write_sums<BN, float>(result, sums, slab, row0, n0);
-        else write_sums<BN, T>(result, sums, slab, row0, n0);
+        const u32 row0 = m0 + consumer * 64 + warp * 16, stage_empty = empty + 8 * last;
+        if constexpr (RESULT::EITHER) {
+            if (result.wide) finish_tile<BN>(result.template of<float>(), sizes, row0, n0, sums, slab, stage_empty);
+            else finish_tile<BN>(result.template of<T>(), sizes, row0, n0, sums, slab, stage_empty);
+        } else {
+            finish_tile<BN>(result, sizes, row0, n0, sums, slab, stage_empty);
+        }
     }
 }
 
-#define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##DIRECTION##_##BN##_##TYPE(                  \
-        const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap a2, \
-        const __grid_constant__ TensorMap b2, void* out, const void* in, u32 m, u32 n, u32 k, u32 rank, float scale,   \
-        u32 add, u32 wide) {                                                                                           \
-        const Result result{out, add ? out : in, m, n, scale};                                                         \
-        const TensorMap *const left[2] = {&a, &a2}, *const right[2] = {&b, &b2};                                       \
-        const u32 depths[2] = {k, rank};                                                                               \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, result, wide);                                                 \
-    }
 #define PAIR(I) const __grid_constant__ TensorMap a##I, const __grid_constant__ TensorMap b##I
+#define TWO_PAIRS                                                                                                      \
+    const TensorMap *const left[2] = {&a0, &a1}, *const right[2] = {&b0, &b1};                                         \
+    const u32 depths[2] = {k, rank};
+#define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
+
+#define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
+    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const void* in, float scale, u32 add, u32 wide, u32 m, \
+                                    u32 n, u32 k, u32 rank) {                                                          \
+        TWO_PAIRS                                                                                                      \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale},                                            \
+                                   PlusAny<TYPE>{out, add ? out : in, wide != 0});                                    \
+    }
 #define JOINED(TYPE, BN)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_input_grads_##BN##_##TYPE(                    \
-        PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n, u32 depth0, u32 depth1,         \
-        u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) {                                                    \
-        const Result result{out, nullptr, m, n, 1.0f};                                                                 \
+    GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n,    \
+                                      u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) { \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        gemm<TYPE, false, BN, 6>(left, right, depths, result, wide);                                                   \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, wide != 0});     \
+    }
+#define SWIGLU(TYPE)                                                                                                   \
+    GEMM(gated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates, const void* gate, void* up,           \
+                       void* output, u32 m, u32 n, u32 k, u32 rank) {                                                  \
+        TWO_PAIRS                                                                                                      \
+        const Gated<TYPE> result{&gates, (const TYPE*)gate, (TYPE*)up, (TYPE*)output};                                 \
+        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                      \
+    }                                                                                                                  \
+    GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates,                             \
+                                const __grid_constant__ TensorMap ups, void* gate, void* up, void* output, u32 m,       \
+                                u32 n, u32 k, u32 rank) {                                                              \
+        TWO_PAIRS                                                                                                      \
+        const Differentiated<TYPE> result{&gates, &ups, (TYPE*)gate, (TYPE*)up, (TYPE*)output};                        \
+        gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                     \
     }
 #define ENTRIES(TYPE)                                                                                                  \
     ENTRY(TYPE, forward, true, 256)                                                                                    \
@@ -237,7 +203,8 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     ENTRY(TYPE, input_grad, false, 256)                                                                                \
     ENTRY(TYPE, input_grad, false, 128)                                                                                \
     JOINED(TYPE, 256)                                                                                                  \
-    JOINED(TYPE, 128)
+    JOINED(TYPE, 128)                                                                                                  \
+    SWIGLU(TYPE)
 
 ENTRIES(bf16)
 ENTRIES(f16)

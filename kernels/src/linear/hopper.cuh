@@ -48,7 +48,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int colum
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
-// The same of `bytes` bytes that follow one another, in multiples of 16.
+// Has the box brought to the second-level cache.
+__device__ __forceinline__ void prefetch_box(const TensorMap* map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+                 : "memory");
+}
+// Starts to copy `bytes` bytes that follow one another, in multiples of 16.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)

@@ -2,34 +2,40 @@
 
 use super::{InputGrad, Terms, Weight};
 use crate::{
-    cuda::{entry, hopper, size},
+    cuda::{entry, hopper, one, size},
     quantize::{QuantTensor, dequantize},
 };
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
-    cuda::{Args, Chip, Entry, Gpu, Module},
+    cuda::{Args, Chip, Gpu, Module},
 };
 use std::borrow::Cow;
 
 const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 4, 4, 4, 4, 4, 4, 4];
+const GATED: &[usize] = &[128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
+const DIFFERENTIATED: &[usize] = &[128, 128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
 const JOINED: &[usize] = &[128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4];
 
 pub(crate) static GEMM_HOPPER: Module = Module {
     name: "gemm_hopper_sm90a",
     ptx: include_str!("../../ptx/gemm_hopper_sm90a.ptx"),
     entries: &[
-        Entry { name: "gemm_hopper_forward_256_bf16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_forward_128_bf16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grad_256_bf16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grad_128_bf16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grads_256_bf16", floats: false, params: JOINED },
-        Entry { name: "gemm_hopper_input_grads_128_bf16", floats: false, params: JOINED },
-        Entry { name: "gemm_hopper_forward_256_f16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_forward_128_f16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grad_256_f16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grad_128_f16", floats: false, params: PARAMS },
-        Entry { name: "gemm_hopper_input_grads_256_f16", floats: false, params: JOINED },
-        Entry { name: "gemm_hopper_input_grads_128_f16", floats: false, params: JOINED },
+        one("gemm_hopper_forward_256_bf16", PARAMS),
+        one("gemm_hopper_forward_128_bf16", PARAMS),
+        one("gemm_hopper_input_grad_256_bf16", PARAMS),
+        one("gemm_hopper_input_grad_128_bf16", PARAMS),
+        one("gemm_hopper_input_grads_256_bf16", JOINED),
+        one("gemm_hopper_input_grads_128_bf16", JOINED),
+        one("gemm_hopper_gated_bf16", GATED),
+        one("gemm_hopper_differentiated_bf16", DIFFERENTIATED),
+        one("gemm_hopper_forward_256_f16", PARAMS),
+        one("gemm_hopper_forward_128_f16", PARAMS),
+        one("gemm_hopper_input_grad_256_f16", PARAMS),
+        one("gemm_hopper_input_grad_128_f16", PARAMS),
+        one("gemm_hopper_input_grads_256_f16", JOINED),
+        one("gemm_hopper_input_grads_128_f16", JOINED),
+        one("gemm_hopper_gated_f16", GATED),
+        one("gemm_hopper_differentiated_f16", DIFFERENTIATED),
     ],
 };
 
@@ -57,6 +63,44 @@ pub(super) struct Product<'a> {
     pub m: u32,
     pub n: u32,
     pub k: u32,
+}
+
+impl<'a> Product<'a> {
+    /// Of rows `a` and a weight, into `out`; their shapes have been checked.
+    pub fn new(forward: bool, a: &'a Tensor, weight: &'a Weight, terms: Terms<'a>, out: &Tensor) -> Result<Self> {
+        let ((m, k), n) = (a.dims2("linear")?, out.shape()[1]);
+        let [m, n, k] = [size("linear", m)?, size("linear", n)?, size("linear", k)?];
+        Ok(Product { forward, a, weight, scale: 1.0, terms, m, n, k })
+    }
+
+    /// The second pair, if it has a rank.
+    fn pair(&self) -> Option<(&'a Tensor, &'a Tensor)> {
+        self.terms.lora.filter(|(left, _)| left.shape()[1] > 0)
+    }
+
+    fn rank(&self) -> u32 {
+        self.pair().map_or(0, |(left, _)| left.shape()[1] as u32)
+    }
+
+    /// The arguments that kernels begin with: the operands, of which `b` is the weight, for tiles of so many columns.
+    fn operands(&self, b: &Tensor, columns: u32) -> Args {
+        // Without a second pair its maps are not looked at.
+        let (left, right) = self.pair().unwrap_or((self.a, b));
+        // Forward a tile of b is rows of the weight; backward it is boxes of its columns.
+        let rows = if self.forward { columns } else { DEPTH };
+        let flops = 2.0 * f64::from(self.m) * f64::from(self.n) * (f64::from(self.k) + f64::from(self.rank()));
+        let args = Args::new().tensor_map(self.a, TILE_ROWS, DEPTH).tensor_map(b, rows, DEPTH);
+        args.tensor_map(left, TILE_ROWS, DEPTH).tensor_map(right, rows, DEPTH).flops(flops)
+    }
+}
+
+/// Launches the kernel of this name, whose arguments end with the product's sizes.
+fn launch(gpu: &Gpu, name: &str, columns: u32, product: &Product, args: Args) -> Result<()> {
+    let &Product { a, m, n, k, .. } = product;
+    let entry = entry(&format!("gemm_hopper_{name}"), a.dtype())?;
+    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
+    let args = args.u32(m).u32(n).u32(k).u32(product.rank());
+    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)
 }
 
 /// Tiles of so many columns in a result `[m, n]`.
@@ -104,9 +148,8 @@ pub(super) fn columns_on(chip: Chip, quantized: bool, [m, n, k, rank]: [u32; 4])
 fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
     let &Product { a, weight, terms, m, n, k, .. } = product;
     let lora = terms.lora.map(|(left, right)| [left, right]);
-    let rank = lora.map_or(0, |[left, _]| left.shape()[1] as u32);
     let quantized = matches!(weight, Weight::Quantized(_));
-    let Some(columns) = columns_on(gpu.chip(), quantized, [m, n, k, rank]) else { return Ok(None) };
+    let Some(columns) = columns_on(gpu.chip(), quantized, [m, n, k, product.rank()]) else { return Ok(None) };
     if gpu.shared_per_block() < SHARED {
         return Ok(None);
     }
@@ -215,35 +258,63 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
     if out.device_pointer()? % 16 != 0 {
         return Ok(false);
     }
-    let &Product { forward, a, weight, scale, terms, m, n, k } = product;
-    let dtype = a.dtype();
-    let Some(b) = dense(weight, dtype)? else { return Ok(false) };
-    let lora = terms.lora.filter(|(left, _)| left.shape()[1] > 0);
-    let rank = lora.map_or(0, |(left, _)| left.shape()[1] as u32);
-    // Without a second pair its maps are not looked at.
-    let (left, right) = lora.unwrap_or((a, &b));
-    // Forward a tile of b is rows of the weight; backward it is boxes of its columns.
-    let (box_rows, box_columns) = if forward { (columns, DEPTH) } else { (DEPTH, DEPTH) };
-    let (wide, add) = (out.dtype() == DType::F32, terms.add);
-    let args = Args::new()
-        .tensor_map(a, TILE_ROWS, DEPTH)
-        .tensor_map(&b, box_rows, box_columns)
-        .tensor_map(left, TILE_ROWS, DEPTH)
-        .tensor_map(right, box_rows, box_columns)
-        .flops(2.0 * f64::from(m) * f64::from(n) * (f64::from(k) + f64::from(rank)))
-        .output(out)
-        .input_opt(terms.residual)
-        .u32(m)
-        .u32(n)
-        .u32(k)
-        .u32(rank)
-        .f32(scale)
-        .u32(add.into())
-        .u32(wide.into());
-    let direction = if forward { "forward" } else { "input_grad" };
-    let entry = entry(&format!("gemm_hopper_{direction}_{columns}"), dtype)?;
-    let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
-    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
+    let &Product { forward, a, weight, scale, terms, .. } = product;
+    let Some(b) = dense(weight, a.dtype())? else { return Ok(false) };
+    let (wide, direction) = (out.dtype() == DType::F32, if forward { "forward" } else { "input_grad" });
+    let args = product.operands(&b, columns).output(out).input_opt(terms.residual);
+    let args = args.f32(scale).u32(terms.add.into()).u32(wide.into());
+    launch(gpu, &format!("{direction}_{columns}"), columns, product, args)?;
+    Ok(true)
+}
+
+/// Columns of the tiles of products that SwiGLU follows.
+const FOLLOWED_COLUMNS: u32 = 256;
+
+/// The weight as a kernel takes it that SwiGLU follows, with `others` `[m, n]` beside the product's own operands; `None` where
+/// it does not. Shapes have been checked.
+fn followed<'a>(gpu: &Gpu, product: &Product<'a>, others: &[&Tensor]) -> Result<Option<Cow<'a, Tensor>>> {
+    let &Product { a, weight, terms, .. } = product;
+    let dense_weight = match weight {
+        Weight::Dense(tensor) => Some(tensor),
+        Weight::Quantized(_) => None,
+    };
+    let pair = terms.lora.into_iter().flat_map(|(left, right)| [left, right]);
+    let mut fits = a.dtype() != DType::F32;
+    for tensor in pair.chain(dense_weight).chain(others.iter().copied()) {
+        fits = fits && tensor.dtype() == a.dtype() && tensor.device() == a.device();
+    }
+    for tensor in others {
+        fits = fits && tensor.device_pointer()? % 16 == 0;
+    }
+    if !fits || plan(gpu, product)? != Some(FOLLOWED_COLUMNS) {
+        return Ok(None);
+    }
+    dense(weight, a.dtype())
+}
+
+/// `up = x · Wᵀ + t · Bᵀ` and `output = silu(gate) · up` of a forward product, all `[m, n]`, if this is a Hopper GPU and the
+/// kernel takes them; returns whether it did. Shapes have been checked.
+pub(super) fn gated(product: &Product, gate: &Tensor, up: &mut Tensor, output: &mut Tensor) -> Result<bool> {
+    let gpu = Gpu::of(gate.device())?;
+    let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
+    let args = product.operands(&b, FOLLOWED_COLUMNS).tensor_map(gate, TILE_ROWS, DEPTH);
+    launch(gpu, "gated", FOLLOWED_COLUMNS, product, args.input(gate).output(up).output(output))?;
+    Ok(true)
+}
+
+/// `gate` and `up` become their gradients, from that of SwiGLU's output, an input gradient; and `output = silu(gate) · up`; all
+/// `[m, n]`. As [`gated`].
+pub(super) fn differentiated(
+    product: &Product,
+    gate: &mut Tensor,
+    up: &mut Tensor,
+    output: &mut Tensor,
+) -> Result<bool> {
+    let gpu = Gpu::of(gate.device())?;
+    let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
+    let args = product.operands(&b, FOLLOWED_COLUMNS);
+    let args = args.tensor_map(gate, TILE_ROWS, DEPTH).tensor_map(up, TILE_ROWS, DEPTH);
+    launch(gpu, "differentiated", FOLLOWED_COLUMNS, product, args.output(gate).output(up).output(output))?;
     Ok(true)
 }
 

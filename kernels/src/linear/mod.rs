@@ -16,13 +16,15 @@
 //! operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit weights rounded to that
 //! type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most 16 rows reads the weight
 //! once and does not round 4-bit ones (`decode.cu`). Hopper multiplies large dense matrices with instructions of its own
-//! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time.
+//! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time. SwiGLU and its
+//! gradients may be made within its products ([`forward_gated`], [`input_grad_gated`]).
 
 mod codes;
 mod cpu;
 mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+mod gated;
 mod hopper;
 pub mod lora;
 pub(crate) mod matrix;
@@ -324,6 +326,7 @@ pub fn panel_bytes(columns: usize, inner: usize) -> usize {
     cpu::panel_bytes(columns, inner)
 }
 
+pub use gated::{forward_gated, input_grad_gated};
 pub use skinny::weight_grad_workspace;
 
 /// `scale · gᵀ · x` as f32 `[N, K]`, for a trainable weight.

@@ -94,8 +94,9 @@ struct Plan {
 impl Plan {
     fn new(chip: Chip, kind: Kind, rows: usize, inner: usize, groups: usize, ranks: usize) -> Plan {
         let (sms, grads) = (chip.sms.max(1) as usize, matches!(kind, Kind::Grads { .. }));
-        // Where ranks are many, as many bytes of them go to shared memory as of x: two boxes of x share them.
-        let warpgroups = if grads || groups > 1 || ranks >= BOX { 2 } else { 1 };
+        // Where ranks are many, as many bytes of them go to shared memory as of x: two boxes of x share them. Long rows are as
+        // fast in two slices, whose sums cost a launch more.
+        let warpgroups = if grads || groups > 1 || ranks >= BOX || inner >= 8192 { 2 } else { 1 };
         let (tiles, steps) = (rows.div_ceil(BOX * warpgroups), inner.div_ceil(BOX));
         let two = groups == 1 && (grads || tiles > sms);
         let (room, slots) = if two { (HALF, 2 * sms) } else { (WHOLE, sms) };

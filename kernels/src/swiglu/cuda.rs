@@ -30,10 +30,14 @@ pub(super) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
+/// The tensor itself where nothing else refers to it, else a copy.
+pub(crate) fn own(x: Tensor) -> Result<Tensor> {
+    if x.is_unique() { Ok(x) } else { x.copy(Tag::Workspace) }
+}
+
 pub(super) fn backward(gate: Tensor, up: Tensor, grad: Tensor) -> Result<Backward> {
     check_dtype("swiglu backward", gate.dtype(), &[&up, &grad])?;
     let name = entry("swiglu_backward", gate.dtype())?;
-    let own = |x: Tensor| if x.is_unique() { Ok(x) } else { x.copy(Tag::Workspace) };
     let (mut gate, mut up, mut output) = (own(gate)?, own(up)?, own(grad)?);
     let (bytes, n) = (gate.size_bytes(), gate.numel() as u64);
     let args = Args::new().output(&mut gate).output(&mut up).output(&mut output).moves(6 * bytes).u64(n);

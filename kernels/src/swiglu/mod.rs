@@ -8,6 +8,8 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
+pub(crate) use cuda::own;
+
 use crate::math::{sigmoid, vectorized};
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 use rayon::prelude::*;

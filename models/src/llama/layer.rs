@@ -13,7 +13,7 @@
 use super::{
     Pass,
     keep::{Attended, Extent, Gated, Keeping, Kept, Saved},
-    linear::{Back, Linear, Param, ParamGrads, input_grad, low_ranks, parameter_grads, put},
+    linear::{Back, Linear, Param, ParamGrads, input_grad, low_ranks, parameter_grads, put, swiglu_grads},
 };
 use nibble_kernels::{
     attention::{self, Segment},
@@ -131,22 +131,30 @@ impl Layer {
         Ok(Attended { rstd, q, k, v, o, lse, h })
     }
 
-    /// `gate` and `up` of rows of `h`.
-    fn gate_up(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<Gated> {
+    /// The norm of rows of `h`, its `rstd`, and `gate`.
+    fn gate(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<[Tensor; 3]> {
         let [.., t_gate, t_up, _] = t;
         let (n2, rstd) = rms_norm::forward(h, &self.post_norm.value, self.eps)?;
         low_ranks(&n2, pass, &mut [(&self.gate, &mut *t_gate), (&self.up, &mut *t_up)])?;
         let gate = product(&self.gate, &n2, pass, None, t_gate)?;
+        Ok([n2, rstd, gate])
+    }
+
+    /// `gate` and `up` of rows of `h`.
+    fn gate_up(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<Gated> {
+        let [n2, rstd, gate] = self.gate(h, pass, t)?;
+        let [.., t_up, _] = t;
         let up = product(&self.up, &n2, pass, None, t_up)?;
         Ok(Gated { rstd, gate, up })
     }
 
     /// The second line.
     fn feed_forward(&self, h: &Tensor, pass: &Pass, t: &mut LowRank) -> Result<(Tensor, Gated)> {
-        let gated = self.gate_up(h, pass, t)?;
-        let a = swiglu::forward(&gated.gate, &gated.up)?;
-        let [.., t_down] = t;
-        Ok((product(&self.down, &a, pass, Some(h), t_down)?, gated))
+        let [n2, rstd, gate] = self.gate(h, pass, t)?;
+        let [.., t_up, t_down] = t;
+        let (up, a) = gated_product(&self.up, &n2, pass, &gate, t_up)?;
+        drop(n2);
+        Ok((product(&self.down, &a, pass, Some(h), t_down)?, Gated { rstd, gate, up }))
     }
 
     /// The rows to take at a time, where they are not all.
@@ -227,8 +235,7 @@ impl Layer {
 
         // y = h + a·W_down
         let back = self.down.back(t_down.as_ref(), &dy, pass, grads)?;
-        let da = input_grad(&[(&self.down, &back)], pass)?;
-        let swiglu::Backward { output: a, gate: dgate, up: dup } = swiglu::backward(gate, up, da)?;
+        let swiglu::Backward { output: a, gate: dgate, up: dup } = swiglu_grads(&self.down, &back, gate, up, pass)?;
         parameter_grads(&a, &[(&self.down, t_down.as_ref(), back)], pass, grads)?;
         drop(a);
 
@@ -336,6 +343,25 @@ fn product(
     let y;
     (y, *t) = linear.forward(x, pass, residual)?;
     Ok(y)
+}
+
+/// The same, and `silu(gate)` times it.
+fn gated_product(
+    linear: &Linear,
+    x: &Tensor,
+    pass: &Pass,
+    gate: &Tensor,
+    t: &mut Option<Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    if pass.mixture.is_some() {
+        let up = linear.forward(x, pass, None)?.0;
+        let output = swiglu::forward(gate, &up)?;
+        return Ok((up, output));
+    }
+    if t.is_none() {
+        *t = linear.low_rank(x, pass)?;
+    }
+    linear.gated_output(x, pass, t.as_ref(), gate)
 }
 
 /// A gradient that [`Linear::backward`] was asked for.

@@ -18,9 +18,13 @@ use nibble_kernels::{
     dora,
     dropout::Mask,
     elementwise,
-    linear::{InputGrad, Weight, forward_lora, input_grad_add, input_grads_lora, lora, weight_grad},
+    linear::{
+        InputGrad, Weight, forward_gated, forward_lora, input_grad_add, input_grad_gated, input_grads_lora, lora,
+        weight_grad,
+    },
     mixed,
     quantize::dequantize,
+    swiglu,
 };
 use nibble_runtime::{DType, ParamId, Result, Tag, Tensor};
 use std::{collections::BTreeMap, sync::OnceLock};
@@ -170,6 +174,22 @@ pub(crate) fn input_grad(linears: &[(&Linear, &Back)], pass: &Pass) -> Result<Te
     Ok(dx)
 }
 
+/// SwiGLU backward, from what is before its output: `linear`, whose input it is.
+pub(crate) fn swiglu_grads(
+    linear: &Linear,
+    back: &Back,
+    gate: Tensor,
+    up: Tensor,
+    pass: &Pass,
+) -> Result<swiglu::Backward> {
+    if back.mask.is_some() {
+        return swiglu::backward(gate, up, input_grad(&[(linear, back)], pass)?);
+    }
+    let (grad, weight) = (back.grad(), linear.weight(back.grad.dtype())?);
+    let a = linear.lora.as_ref().map(|lora| linear.adapter(pass, lora, grad.dtype())).transpose()?.map(|(a, _)| a);
+    input_grad_gated(InputGrad { grad, weight: &weight, lora: back.u.as_ref().zip(a.as_ref()) }, gate, up)
+}
+
 /// Adds the gradients by what multiplies the input `x` of these linears to `grads`: of A, of weights that train, and DoRA's
 /// magnitudes. Each has the adapter's `t`.
 pub(crate) fn parameter_grads(
@@ -266,6 +286,23 @@ impl Linear {
                 Ok(y)
             }
         }
+    }
+
+    /// As [`Linear::output`], and `silu(gate)` times it.
+    pub(crate) fn gated_output(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        t: Option<&Tensor>,
+        gate: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        if self.gains()?.is_some() {
+            let up = self.output(x, pass, t, None)?;
+            let output = swiglu::forward(gate, &up)?;
+            return Ok((up, output));
+        }
+        let b = self.lora.as_ref().map(|lora| self.adapter(pass, lora, x.dtype())).transpose()?.map(|(_, b)| b);
+        forward_gated(x, &self.weight(x.dtype())?, t.zip(b.as_ref()), gate, Tag::Activations)
     }
 
     /// `W` in f32, in storage of its own.

@@ -4,7 +4,6 @@ inline void copy_async16(u32 shared, const void* global, bool valid) {
 inline void copy_async4(u32 shared, const void* global, bool valid) {
     emulator::copy_async(shared, global, 4, valid ? 4 : 0);
 }
-inline float exp2_fast(float x) { return std::exp2(x); }
 inline void store_shared(u32 address, u32 x) { emulator::store(address, x); }
 inline void store_shared(u32 address, uint4 x) { emulator::store(address, x); }
 inline float load_shared_float(u32 address) { return emulator::load<float>(address); }

@@ -6,6 +6,7 @@ inline void barrier_wait(u32 barrier, u32 parity) { emulator::barrier_wait(barri
 inline void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
     emulator::copy_box(to, map, column, row, barrier);
 }
+inline void prefetch_box(const TensorMap*, int, int) {}
 inline void prefetch_map(const TensorMap*) {}
 template <int REGISTERS> void give_registers() {}
 template <int REGISTERS> void take_registers() {}

@@ -1,0 +1,200 @@
+// What becomes of the sums of gemm_hopper_sm90a.cu. Each of these reads of a place before its sums are there (`load`, which
+// goes faster after `prefetch`), and then stores (`finish`). A place is eight neighbours of a row.
+#pragma once
+#include "linear/hopper.cuh"
+#include "swiglu/element.cuh"
+
+// Eight neighbours as they lie in memory; `set` rounds.
+template <typename T> struct Neighbours {
+    uint4 pairs;
+
+    __device__ __forceinline__ void load(const T* from) { pairs = *reinterpret_cast<const uint4*>(from); }
+    __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<uint4*>(to) = pairs; }
+    __device__ __forceinline__ void get(float (&x)[8]) const {
+        const u32 of[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 two = both<T>(of[i]);
+            x[2 * i] = two.x, x[2 * i + 1] = two.y;
+        }
+    }
+    __device__ __forceinline__ void set(const float (&x)[8]) {
+        pairs = make_uint4(pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7]));
+    }
+};
+template <> struct Neighbours<float> {
+    float4 halves[2];
+
+    __device__ __forceinline__ void load(const float* from) {
+        halves[0] = reinterpret_cast<const float4*>(from)[0], halves[1] = reinterpret_cast<const float4*>(from)[1];
+    }
+    __device__ __forceinline__ void store(float* to) const {
+        reinterpret_cast<float4*>(to)[0] = halves[0], reinterpret_cast<float4*>(to)[1] = halves[1];
+    }
+    __device__ __forceinline__ void get(float (&x)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            x[4 * i] = halves[i].x, x[4 * i + 1] = halves[i].y, x[4 * i + 2] = halves[i].z, x[4 * i + 3] = halves[i].w;
+        }
+    }
+    __device__ __forceinline__ void set(const float (&x)[8]) {
+        halves[0] = make_float4(x[0], x[1], x[2], x[3]), halves[1] = make_float4(x[4], x[5], x[6], x[7]);
+    }
+};
+
+// out = sums + in.
+template <typename O> struct Plus {
+    O* out;
+    const O* in; // or null; may be `out`
+    struct Loaded {
+        Neighbours<O> in;
+    };
+
+    __device__ __forceinline__ void load(Loaded& loaded, u64 at) const {
+        if (in) loaded.in.load(in + at);
+    }
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, float (&x)[8]) const {
+        if (in) {
+            float more[8];
+            loaded.in.get(more);
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] += more[i];
+        }
+        Neighbours<O> y;
+        y.set(x);
+        y.store(out + at);
+    }
+};
+// The same, of f32 where that is `wide`, or else of T.
+template <typename T> struct PlusAny {
+    static constexpr bool EITHER = true;
+    void* out;
+    const void* in;
+    bool wide;
+
+    template <typename O> __device__ __forceinline__ Plus<O> of() const {
+        return {static_cast<O*>(out), static_cast<const O*>(in)};
+    }
+    __device__ __forceinline__ void prefetch(u32, u32, u32) const {}
+};
+
+// Has the second-level cache hold rows of 128 from `row` on, `columns` from `column` on.
+__device__ __forceinline__ void prefetch_boxes(const TensorMap* map, u32 row, u32 column, u32 columns) {
+#pragma unroll
+    for (u32 at = 0; at < columns; at += 64) prefetch_box(map, column + at, row);
+}
+
+// The sums are `up` of SwiGLU: up, and output = silu(gate) · up.
+template <typename T> struct Gated {
+    static constexpr bool EITHER = false;
+    const TensorMap* gates; // in boxes of 128 x 64
+    const T* gate;
+    T *up, *output;
+    struct Loaded {
+        Neighbours<T> gate;
+    };
+
+    __device__ __forceinline__ void prefetch(u32 row, u32 column, u32 columns) const {
+        prefetch_boxes(gates, row, column, columns);
+    }
+    __device__ __forceinline__ void load(Loaded& loaded, u64 at) const { loaded.gate.load(gate + at); }
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, float (&x)[8]) const {
+        Neighbours<T> y;
+        y.set(x);
+        y.store(up + at);
+        // Rounded, as if SwiGLU were a pass of its own.
+        float gates[8];
+        y.get(x);
+        loaded.gate.get(gates);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = gated<T>(gates[i], x[i]);
+        y.set(x);
+        y.store(output + at);
+    }
+};
+
+// The sums are the gradient of SwiGLU's output: gate and up become their gradients; output = silu(gate) · up.
+template <typename T> struct Differentiated {
+    static constexpr bool EITHER = false;
+    const TensorMap *gates, *ups; // in boxes of 128 x 64
+    T *gate, *up, *output;
+    struct Loaded {
+        Neighbours<T> gate, up;
+    };
+
+    __device__ __forceinline__ void prefetch(u32 row, u32 column, u32 columns) const {
+        prefetch_boxes(gates, row, column, columns);
+        prefetch_boxes(ups, row, column, columns);
+    }
+    __device__ __forceinline__ void load(Loaded& loaded, u64 at) const {
+        loaded.gate.load(gate + at);
+        loaded.up.load(up + at);
+    }
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, float (&x)[8]) const {
+        // Rounded, as if SwiGLU's gradients were a pass of their own.
+        float gates[8], ups[8];
+        Neighbours<T> y;
+        y.set(x);
+        y.get(x);
+        loaded.gate.get(gates);
+        loaded.up.get(ups);
+#pragma unroll
+        for (int i = 0; i < 8; i++) differentiate<T>(gates[i], ups[i], x[i]);
+        y.set(gates);
+        y.store(gate + at);
+        y.set(ups);
+        y.store(up + at);
+        y.set(x);
+        y.store(output + at);
+    }
+};
+
+constexpr int SLAB = 32, PITCH = SLAB + 8; // columns that a warp writes at a time; PITCH: lanes fall into different banks
+constexpr int SLAB_BYTES = 16 * PITCH * 4;
+
+// The place of a warp's sums in the result [m, n]: 16 rows of BN columns from (row0, column0) on.
+template <int BN, typename RESULT> struct Writer {
+    const RESULT& result;
+    const u32 n, column; // `column`: this lane's in the first slab
+    const bool inside[2];
+    const u64 first, eight_rows;
+    typename RESULT::Loaded next[2];
+
+    __device__ __forceinline__ Writer(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
+        : result(result), n(n), column(column0 + threadIdx.x % 4 * 8),
+          inside{row0 + threadIdx.x % WARP / 4 < m, row0 + threadIdx.x % WARP / 4 + 8 < m},
+          first((u64)(row0 + threadIdx.x % WARP / 4) * n + column), eight_rows((u64)8 * n) {
+        load(0, 0), load(1, 0);
+    }
+    __device__ __forceinline__ bool there(int half, int s) const { return inside[half] && column + s * SLAB < n; }
+    __device__ __forceinline__ u64 at(int half, int s) const { return first + half * eight_rows + s * SLAB; }
+    __device__ __forceinline__ void load(int half, int s) {
+        if (there(half, s)) result.load(next[half], at(half, s));
+    }
+    // `slab`: 16 rows of PITCH floats in shared memory that are the warp's own.
+    __device__ __forceinline__ void write(const float (&sums)[BN / 2], float scale, float* slab) {
+        const int lane = threadIdx.x % WARP, row = lane / 4, odd = row & 1;
+        float* to = slab + row * PITCH + lane % 4 * 2;
+        const float4* from = reinterpret_cast<const float4*>(slab + row * PITCH + lane % 4 * 8);
+#pragma unroll
+        for (int s = 0; s < BN / SLAB; s++) {
+            __syncwarp(); // the last slab has been read
+#pragma unroll
+            for (int j = 0; j < SLAB / 8; j++) {
+                const float* x = sums + (s * (SLAB / 8) + j) * 4;
+                *reinterpret_cast<float2*>(to + j * 8) = make_float2(x[0] * scale, x[1] * scale);
+                *reinterpret_cast<float2*>(to + 8 * PITCH + j * 8) = make_float2(x[2] * scale, x[3] * scale);
+            }
+            __syncwarp();
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                // Odd rows begin with their second half, so that eight lanes read from all banks.
+                const float4 a = from[half * (8 * PITCH / 4) + odd], b = from[half * (8 * PITCH / 4) + (odd ^ 1)];
+                const float4 low = odd ? b : a, high = odd ? a : b;
+                float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                if (there(half, s)) result.finish(next[half], at(half, s), x);
+                if (s + 1 < BN / SLAB) load(half, s + 1);
+            }
+        }
+    }
+};
