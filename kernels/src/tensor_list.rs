@@ -44,6 +44,11 @@ impl TensorList {
         self.pieces
     }
 
+    /// The table's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The table on the device, for a stream (`None`: the compute stream; else it is kept until that one is done).
     pub(crate) fn upload(&self, device: Device, stream: Option<Stream>) -> Result<Tensor> {
         let (bytes, shape) = (&self.bytes, [self.bytes.len()]);

@@ -236,6 +236,11 @@ impl PagedState {
         self.entries.len()
     }
 
+    /// What is kept for each parameter, in order.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (ParamId, &Entry)> {
+        self.entries.iter().map(|(&id, entry)| (id, entry))
+    }
+
     pub(crate) fn entry(&self, id: ParamId) -> Option<&Entry> {
         self.entries.get(&id)
     }

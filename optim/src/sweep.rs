@@ -3,7 +3,7 @@
 use crate::{
     Gradients, PagedState, Update,
     adamw::{Moments, named, no_gradient},
-    paged::Held,
+    paged::{Held, Run},
 };
 use nibble_kernels::{
     adamw::{self, AdamWConfig, Job},
@@ -11,19 +11,22 @@ use nibble_kernels::{
 };
 use nibble_runtime::{
     DType, Error, ParamId, Result, Tensor,
-    pager::{Pager, Policy},
+    pager::{Pager, Policy, Staged},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Range,
-    sync::Arc,
-};
+use std::{ops::Range, sync::Arc};
 
-/// What could make an update in pages fail half way, before any of it.
-pub(crate) fn check(state: &Arc<PagedState>, params: &[Update], grads: &Gradients) -> Result<()> {
-    let mut seen = BTreeSet::new();
-    for Update { id, value, previous, .. } in params {
-        let entry = state.entry(*id).ok_or_else(|| named(*id, "is not in the optimizer's pages"))?;
+/// What could make an update in pages fail half way, before any of it. Puts `params` in order. The device has nothing to do
+/// meanwhile, so parameters and pages are gone through side by side.
+pub(crate) fn check(state: &Arc<PagedState>, params: &mut [Update], grads: &Gradients) -> Result<()> {
+    params.sort_unstable_by_key(|update| update.id);
+    if let Some(twice) = params.windows(2).find(|pair| pair[0].id == pair[1].id) {
+        return Err(named(twice[0].id, "is to be updated twice"));
+    }
+    let mut entries = state.entries().peekable();
+    for Update { id, value, previous, .. } in &*params {
+        while entries.next_if(|(entry, _)| *entry < *id).is_some() {}
+        let entry = entries.next_if(|(entry, _)| entry == id);
+        let (_, entry) = entry.ok_or_else(|| named(*id, "is not in the optimizer's pages"))?;
         if value.shape() != entry.shape || value.dtype() != DType::F32 {
             return Err(named(*id, format!("is {value:?}; its pages are for f32 of shape {:?}", entry.shape)));
         }
@@ -36,9 +39,6 @@ pub(crate) fn check(state: &Arc<PagedState>, params: &[Update], grads: &Gradient
         if value.device() != state.pager().device() {
             return Err(named(*id, format!("is on {}, its pages are for {}", value.device(), state.pager().device())));
         }
-        if !seen.insert(*id) {
-            return Err(named(*id, "is to be updated twice"));
-        }
         match grads.whole(*id) {
             Some(grad) if grad.shape() != value.shape() => {
                 return Err(named(*id, format!("has shape {:?}, its gradient {:?}", value.shape(), grad.shape())));
@@ -47,14 +47,14 @@ pub(crate) fn check(state: &Arc<PagedState>, params: &[Update], grads: &Gradient
             _ => {}
         }
     }
-    match seen.len() == state.len() {
+    match params.len() == state.len() {
         true => Ok(()),
-        false => Err(Error::invalid("adamw", format!("{} of {} parameters in pages", seen.len(), state.len()))),
+        false => Err(Error::invalid("adamw", format!("{} of {} parameters in pages", params.len(), state.len()))),
     }
 }
 
 /// One sweep over the pages: lane by lane those to be streamed, and where they are the others. Of the latter, `clip` says
-/// whether their parameters are finite; of the former, what is returned says it later. `params` are put in order.
+/// whether their parameters are finite; of the former, what is returned says it later. [`check`] has put `params` in order.
 pub(crate) fn step(
     state: &Arc<PagedState>,
     params: &mut [Update],
@@ -63,7 +63,6 @@ pub(crate) fn step(
     step: u32,
     clip: &mut Clip,
 ) -> Result<Option<Clip>> {
-    params.sort_unstable_by_key(|update| update.id);
     let pager = state.pager();
     pager.settle()?;
     let lanes = pager.open_lanes()?;
@@ -92,31 +91,49 @@ fn stream(
     clip: &Clip,
 ) -> Result<Clip> {
     let pager = state.pager();
-    // First what the lanes hold since the last sweep, then the others in turn.
+    // First what the lanes hold since the last sweep. The others go in turn to the lanes, those first that hold nothing:
+    // they copy in while what was held is used and copied out.
     let with_lanes = chunks.into_iter().map(|pages| (pager.holder(&pages), pages));
     let (mut chunks, others): (Vec<_>, Vec<_>) = with_lanes.partition(|(lane, _)| lane.is_some());
     chunks.sort_unstable_by_key(|(lane, _)| *lane);
-    chunks.extend(others);
+    let mut chunks: Vec<_> = chunks.into_iter().filter_map(|(lane, pages)| Some((lane?, pages))).collect();
+    let mut turns: Vec<usize> = (0..lanes).filter(|lane| chunks.iter().all(|(held, _)| held != lane)).collect();
+    let idle = turns.len();
+    turns.extend(chunks.iter().map(|(lane, _)| *lane));
+    let held = chunks.len();
+    chunks.extend(others.into_iter().zip(turns.iter().cycle()).map(|((_, pages), lane)| (*lane, pages)));
     // The lanes' last chunks stay where they are.
     let last = chunks.len().saturating_sub(lanes);
     // Nothing waits for the lanes: neither who reads the norm, nor a forward pass that starts with the first parameters.
     let mut beside = clip.beside()?;
-    for (i, (lane, pages)) in chunks.into_iter().enumerate() {
-        let lane = lane.unwrap_or(i % lanes);
-        let held = Held::Staged(pager.stage(pages.clone(), lane)?);
-        let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(lane))?;
+    // Copies in are given as soon as a lane is free, before the host goes on with what other lanes have.
+    let mut staged: Vec<Option<Staged>> = chunks.iter().map(|_| None).collect();
+    for i in held..chunks.len().min(held + idle) {
+        staged[i] = Some(pager.stage(chunks[i].1.clone(), chunks[i].0)?);
+    }
+    for (i, (lane, pages)) in chunks.iter().enumerate() {
+        let chunk = staged[i].take().map_or_else(|| pager.stage(pages.clone(), *lane), Ok)?;
+        let held = Held::Staged(chunk);
+        let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(*lane))?;
         kept.into_iter().for_each(|tensor| pager.keep(tensor));
-        if let Held::Staged(staged) = held {
+        if let Held::Staged(chunk) = held {
             let leave = if i < last { Pager::unstage } else { Pager::hold };
-            leave(pager, staged, state.clean(pages))?;
+            leave(pager, chunk, state.clean(pages.clone()))?;
+        }
+        if let Some(next) = (i + 1..chunks.len()).find(|&next| chunks[next].0 == *lane) {
+            staged[next] = Some(pager.stage(chunks[next].1.clone(), *lane)?);
         }
     }
     pager.leave_lanes();
     Ok(beside)
 }
 
-/// Runs after which a launch for pages where they are takes no further page: the host makes the table of the next launch
-/// while the device is busy with one.
+/// Runs of the first launch for pages where they are: the device has nothing to do until the host has made its table.
+const RUNS_AT_FIRST: usize = 8;
+/// What they grow by from launch to launch while the device takes longer for some runs across the bus than the host for
+/// this many times as many. The end of every launch leaves the bus idle.
+const RUNS_GROW_BY: usize = 4;
+/// Runs of later launches for resident pages: the device takes little longer for them than the host for its table.
 const RUNS_AT_ONCE: usize = 64;
 
 /// The pages in groups that are updated together. With lanes, the groups of pages in host memory have at most `most` pages.
@@ -127,22 +144,25 @@ fn chunks(state: &PagedState, most: Option<usize>) -> Vec<Range<usize>> {
         Policy::Lru => (pager.budget() / pager.page_bytes()).max(1),
         _ => usize::MAX,
     };
-    let stays = |page| most.is_none() || pager.is_resident(page);
-    let (mut chunks, mut runs): (Vec<Range<usize>>, _) = (Vec::new(), 0);
+    let (mut chunks, mut runs, mut before): (Vec<Range<usize>>, _, _) = (Vec::new(), 0, false);
+    // With lanes the device is busy with those.
+    let mut at_once = if most.is_none() { RUNS_AT_FIRST } else { RUNS_AT_ONCE };
     for page in 0..pager.pages() {
-        let limit = if stays(page) { in_place } else { most.unwrap_or(1) };
+        let resident = pager.is_resident(page);
+        let stays = most.is_none() || resident;
+        let limit = if stays { in_place } else { most.unwrap_or(1) };
         match chunks.last_mut() {
-            Some(last)
-                if stays(last.start) == stays(page) && last.len() < limit && (runs < RUNS_AT_ONCE || !stays(page)) =>
-            {
-                last.end = page + 1;
-            }
-            _ => {
+            Some(last) if resident == before && last.len() < limit && (runs < at_once || !stays) => last.end = page + 1,
+            last => {
+                if last.is_some() {
+                    at_once = if before { RUNS_AT_ONCE } else { at_once.saturating_mul(RUNS_GROW_BY) };
+                }
                 chunks.push(page..page + 1);
                 runs = 0;
             }
         }
         runs += state.page(page).len();
+        before = resident;
     }
     chunks
 }
@@ -160,27 +180,26 @@ fn update(
     clip: &mut Clip,
     lane: Option<usize>,
 ) -> Result<Vec<Tensor>> {
-    let mut views: BTreeMap<ParamId, Vec<(usize, Tensor, Moments)>> = BTreeMap::new();
-    for &(id, run) in pages.flat_map(|page| state.page(page)) {
-        let grad = match grads.whole(id) {
-            Some(grad) => grad.reshape(&[grad.numel()])?.rows(run.start, run.count)?,
-            None => state.grad(held, run)?,
+    // Those of two precisions may lie in pages that alternate.
+    let mut runs: Vec<(ParamId, Run)> = pages.flat_map(|page| state.page(page)).copied().collect();
+    runs.sort_by_key(|(id, _)| *id);
+    let moments = runs.iter().map(|(id, run)| state.moments(held, *id, *run)).collect::<Result<Vec<Moments>>>();
+    let mut moments = moments?;
+    let mut borrowed = moments.iter_mut().map(Moments::borrow);
+    let mut jobs = Vec::new();
+    let from = runs.first().map_or(0, |(first, _)| params.partition_point(|update| update.id < *first));
+    let mut params = params[from..].iter_mut();
+    for runs in runs.chunk_by(|a, b| a.0 == b.0) {
+        let Some(Update { id, value, decay, rate, previous }) = params.find(|update| update.id == runs[0].0) else {
+            break;
         };
-        views.entry(id).or_default().push((run.start, grad, state.moments(held, id, run)?));
-    }
-    let mut jobs = Vec::with_capacity(views.len());
-    let mut views: BTreeMap<ParamId, &mut Vec<_>> = views.iter_mut().map(|(&id, views)| (id, views)).collect();
-    // Of the parameters, which are in order, only those between the first and the last of the pages.
-    let from = views.first_key_value().map_or(0, |(first, _)| params.partition_point(|update| update.id < *first));
-    let to = views.last_key_value().map_or(0, |(last, _)| params.partition_point(|update| update.id <= *last));
-    for Update { id, value, decay, rate, previous } in &mut params[from..to] {
-        let Some(views) = views.remove(id) else { continue };
-        let part = views.iter_mut().map(|(start, grad, moments)| adamw::Part {
-            start: *start,
-            grad: grad.clone(),
-            moments: moments.borrow(),
-        });
-        let parts = part.collect();
+        let whole = grads.whole(*id);
+        let part = |((_, run), moments): (&(_, Run), _)| {
+            let grad = whole.map_or_else(|| state.grad(held, *run), |grad| grad.elements(run.start, run.count))?;
+            Ok(adamw::Part { start: run.start, grad, moments })
+        };
+        // The runs first: they end, and no moments are taken then.
+        let parts = runs.iter().zip(&mut borrowed).map(part).collect::<Result<_>>()?;
         jobs.push(Job { param: value, decay: *decay, rate: *rate, previous: previous.as_deref_mut(), parts });
     }
     let stream = lane.and_then(|lane| state.pager().lane(lane));

@@ -449,6 +449,15 @@ impl Tensor {
         Ok(Tensor { shape, offset: self.offset + start * stride, ..self.clone() })
     }
 
+    /// `count` elements in the order of memory from `start` on, as a vector; the storage is shared.
+    pub fn elements(&self, start: usize, count: usize) -> Result<Self> {
+        if start.checked_add(count).is_none_or(|end| end > self.numel()) {
+            return Err(Error::shape("elements", format!("elements {start}..+{count} of shape {:?}", self.shape)));
+        }
+        let storage = Arc::clone(&self.storage);
+        Ok(Tensor { storage, dtype: self.dtype, shape: vec![count], offset: self.offset + start })
+    }
+
     /// Counts the storage under another tag, where this is its only tensor.
     pub fn retag(mut self, tag: Tag) -> Self {
         if let Some(storage) = Arc::get_mut(&mut self.storage) {

@@ -4,7 +4,7 @@
 #include "tensor_list.cuh"
 
 constexpr int THREADS = 256;
-constexpr u32 PIECE = 4096; // elements a block updates: whole blocks of 8-bit codes
+constexpr u32 PIECE = 8192; // elements a block updates: the scales of its codes are a whole cache line, a packet on the bus
 constexpr int BLOCK = 256;  // elements that share a scale in the 8-bit form
 constexpr int EACH = BLOCK / WARP; // elements of a thread, side by side
 constexpr u32 ZERO = 127; // code of zero in the signed map; a negative first moment never takes it
@@ -22,6 +22,12 @@ struct Entry {
     u64 numel;
     u32 first_piece;
     u32 flags;
+};
+
+// The table of a launch for few tensors, which is among its parameters: nothing has to be copied before it.
+constexpr int FEW = 32;
+struct Few {
+    Entry at[FEW];
 };
 
 struct Coefficients {
@@ -186,13 +192,13 @@ __device__ __forceinline__ bool update8(const Entry& e, const Coefficients& c, f
     return bad;
 }
 
-// `clip`: see norm.cu. Nothing is changed where the gradients are not finite.
+// The table is `few` where `table` is null. `clip`: see norm.cu. Nothing is changed where the gradients are not finite.
 extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_step(const Entry* table, u32 count, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+adamw_step(const __grid_constant__ Few few, const Entry* table, u32 count, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
            float step_size, float root_scale, float eps, float decay_before, float decay_after, float* clip,
            const float* signed_map, const float* unsigned_map) {
     if (clip[2] == 0.0f) return;
-    const Entry entry = tensor_of_piece(table, count, blockIdx.x);
+    const Entry entry = tensor_of_piece(table == nullptr ? few.at : table, count, blockIdx.x);
     u64 from = (u64)(blockIdx.x - entry.first_piece) * PIECE, to = min(from + PIECE, entry.numel);
     bool decays = entry.flags & DECAY;
     Coefficients c = {beta1,      one_minus_beta1, beta2,

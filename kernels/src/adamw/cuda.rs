@@ -14,11 +14,18 @@ use std::sync::Arc;
 pub(crate) static MODULE: Module = Module {
     name: "adamw",
     ptx: include_str!("../../ptx/adamw.ptx"),
-    entries: &[Entry { name: "adamw_step", floats: false, params: &[8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8] }],
+    entries: &[Entry {
+        name: "adamw_step",
+        floats: false,
+        params: &[8 * WORDS * FEW, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8],
+    }],
 };
 
 /// Elements that a block updates, as in adamw.cu.
-const PIECE: usize = 4096;
+const PIECE: usize = 8192;
+/// Tensors of a launch whose table is among its parameters, and the 64-bit words of each in it; as in adamw.cu.
+const FEW: usize = 32;
+const WORDS: usize = 9;
 const THREADS: u32 = 256;
 
 /// See [`super::list::step_on`]; everything has been checked, that what is written is not shared too, but where the tensors
@@ -60,10 +67,12 @@ pub(super) fn step_on(
         }
     }
     let (signed, unsigned) = (dynamic8::signed_map_on(device)?, dynamic8::unsigned_map_on(device)?);
-    // Last: another stream waits here for what the compute stream has been given.
-    let table = list.upload(device, stream)?;
+    // A copy of the table would cost the host, and the stream before it can start, about as much as the launch.
+    let few = list.count() as usize <= FEW;
+    let table = if few { None } else { Some(list.upload(device, stream)?) };
     let args = Args::new()
-        .input(&table)
+        .words(if few { list.bytes() } else { &[] }, WORDS * FEW)
+        .input_opt(table.as_ref())
         .u32(list.count())
         .f32(c.beta1)
         .f32(c.one_minus_beta1)
@@ -91,5 +100,5 @@ pub(super) fn step_on(
             parts.iter().for_each(|part| part.grad.use_after(&done));
         }
     }
-    Ok(vec![table, signed, unsigned])
+    Ok(table.into_iter().chain([signed, unsigned]).collect())
 }

@@ -88,9 +88,10 @@ pub fn step_all(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Cl
     step_on(jobs, config, step, clip, None).map(drop)
 }
 
-/// As [`step_all`], on another stream of a GPU, which first waits for what the compute stream has been given. Parameters,
-/// gradients and `clip` know when they may be used again ([`Tensor::use_after`]); whoever gives the stream sees to the
-/// moments, and keeps what is returned until the stream is done.
+/// As [`step_all`], on another stream of a GPU, which must come behind what made `clip`, parameters and gradients, as lanes
+/// of a pager do on which pages were staged. Parameters, gradients and `clip` know when they may be used again
+/// ([`Tensor::use_after`]); whoever gives the stream sees to the moments, and keeps what is returned until the stream is
+/// done.
 ///
 /// # Errors
 /// As [`step_all`].

@@ -6,7 +6,7 @@
 //! Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561, and Dettmers et al.,
 //! "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; entries and codes as bitsandbytes'.
 
-use nibble_runtime::{Device, Result, Tag, Tensor};
+use nibble_runtime::{Device, Result, Tag, Tensor, cuda::Gpu};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// 256 values, ascending.
@@ -48,6 +48,10 @@ fn shared(device: Device, signed: bool) -> Result<Tensor> {
     }
     let map = if signed { signed_map() } else { unsigned_map() };
     let map = Tensor::from_slice(map, &[256], Tag::Weights)?.into_device(device, Tag::Weights)?;
+    // Other streams than the one that copies it use it too, without a mark to wait for.
+    if let Device::Cuda(_) = device {
+        Gpu::of(device)?.synchronize()?;
+    }
     made.push((device, signed, map.clone()));
     Ok(map)
 }

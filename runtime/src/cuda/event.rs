@@ -3,12 +3,15 @@
 use super::{Gpu, Stream, driver::check};
 use crate::Result;
 use cudarc::driver::sys;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A mark in a stream of a GPU.
 #[derive(Debug)]
 pub struct Event {
     gpu: &'static Gpu,
     event: sys::CUevent,
+    /// Whether it was found to be reached since it was recorded.
+    reached: AtomicBool,
 }
 
 // SAFETY: an event handle may be used from any thread; every call binds the context first.
@@ -28,23 +31,32 @@ impl Event {
         let mut event = std::ptr::null_mut();
         // SAFETY: the context is current and `event` receives the handle.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, flags as u32) })?;
-        Ok(Event { gpu, event })
+        Ok(Event { gpu, event, reached: AtomicBool::new(false) })
     }
 
     /// Puts the mark behind everything that `stream` has been given so far.
     pub fn record(&self, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
         // SAFETY: event and stream are live handles of the current context.
-        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream.0) })
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream.0) })?;
+        self.reached.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// Whether the stream has passed the mark.
     pub fn is_reached(&self) -> Result<bool> {
+        if self.reached.load(Ordering::Acquire) {
+            return Ok(true);
+        }
         self.gpu.bind()?;
         // SAFETY: the event is a live handle of the current context.
         match unsafe { sys::cuEventQuery(self.event) } {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            status => check("cuEventQuery", status).map(|()| true),
+            status => {
+                check("cuEventQuery", status)?;
+                self.reached.store(true, Ordering::Release);
+                Ok(true)
+            }
         }
     }
 

@@ -48,16 +48,20 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Stream {
-    /// A stream beside the compute stream: one that was retired, or a new one.
+    /// A stream beside the compute stream: one that was retired, or a new one. Of two kernels that are ready, its own goes
+    /// first: it is short and a copy waits for it, while one of the compute stream would hold up the bus.
     pub(super) fn beside(gpu: &'static Gpu) -> Result<Self> {
         if let Some(stream) = lock(&gpu.retired).pop() {
             return Ok(stream);
         }
         gpu.bind()?;
-        let mut stream = std::ptr::null_mut();
+        let (mut stream, mut least, mut greatest) = (std::ptr::null_mut(), 0, 0);
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: the context is current; the call writes one handle.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        // SAFETY: the context is current; the first call writes two numbers, the second one handle.
+        unsafe {
+            check("cuCtxGetStreamPriorityRange", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            check("cuStreamCreate", sys::cuStreamCreateWithPriority(&mut stream, flags, greatest))?;
+        }
         Ok(Stream(stream))
     }
 

@@ -217,6 +217,19 @@ impl Args {
         self
     }
 
+    /// A structure of `words` 64-bit words that begins with these bytes, whole words, and goes on with zeros.
+    ///
+    /// # Panics
+    /// There are more bytes than that.
+    pub fn words(mut self, bytes: &[u8], words: usize) -> Self {
+        let word = |chunk: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| chunk[i]));
+        let mut value: Vec<u64> = bytes.chunks_exact(8).map(word).collect();
+        assert!(value.len() <= words && bytes.len().is_multiple_of(8), "{} bytes in {words} words", bytes.len());
+        value.resize(words, 0);
+        self.values.push(Value::Structure(value));
+        self
+    }
+
     /// A 32-bit unsigned number.
     pub fn u32(self, value: u32) -> Self {
         self.push(value.into(), 4)

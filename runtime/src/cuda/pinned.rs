@@ -277,11 +277,18 @@ impl PageStore for PinnedPages {
         Ok(())
     }
 
+    fn follow(&mut self, lane: usize) -> Result<()> {
+        self.transfers.behind_compute(self.lanes[lane].stream)
+    }
+
+    fn hold(&mut self, ticket: Ticket, lane: usize) -> Result<()> {
+        self.transfers.hold(self.lanes[lane].stream, ticket)
+    }
+
     fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
         let stream = self.lanes[lane].stream;
         let base = self.lanes[lane].block.as_ref().map(Block::address);
         let base = base.ok_or_else(|| Error::invalid("pager", format!("lane {lane} is closed")))?;
-        self.transfers.behind_compute(stream)?;
         for run in self.runs(pages.clone()) {
             let to = base + ((run.start - pages.start) * self.page_bytes) as u64;
             let from = self.home(run.start)?;

@@ -243,6 +243,12 @@ impl PageStore for HostPages {
         Ok(())
     }
 
+    fn hold(&mut self, ticket: Ticket, _lane: usize) -> Result<()> {
+        self.must("hold")?;
+        self.catch_up(ticket.0);
+        Ok(())
+    }
+
     fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
         self.must("stage")?;
         // The lane's last chunk leaves first: a lane works in order.

@@ -97,8 +97,24 @@ pub trait PageStore: Send {
         Ok(())
     }
 
-    /// Copies pages from host memory to a lane's memory, behind what the compute stream and the lane have been given;
-    /// returns the address there. There may be none to copy.
+    /// Lets what a lane is given from now on come behind what the compute stream has been given.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn follow(&mut self, _lane: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Lets what a lane is given from now on come behind a transfer.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn hold(&mut self, _ticket: Ticket, _lane: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Copies pages from host memory to a lane's memory, behind what the lane has been given; returns the address there.
+    /// There may be none to copy.
     fn stage(&mut self, _pages: Range<usize>, _lane: usize) -> Result<u64> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }

@@ -106,6 +106,9 @@ pub(super) struct Table {
     lanes: Option<(usize, usize)>,
     /// What is in each lane's memory.
     chunks: [Option<Chunk>; LANES],
+    /// Lanes that come behind all that the compute stream has been given to do with pages. Each call to the driver that a
+    /// chunk does not need counts: small chunks cost the host more time than the bus.
+    following: [bool; LANES],
     /// Whether a sweep uses the lanes: they are then not given back.
     sweeping: bool,
     uses: u64,
@@ -134,6 +137,7 @@ impl Table {
             resident: 0,
             lanes: None,
             chunks: Default::default(),
+            following: [false; LANES],
             sweeping: false,
             uses: 0,
             calm: 0,
@@ -372,6 +376,9 @@ impl Table {
     }
 
     pub(super) fn unpin(&mut self, pages: Range<usize>) {
+        if pages.clone().any(|page| !self.pages[page].staged) {
+            self.following = [false; LANES];
+        }
         self.pages[pages].iter_mut().for_each(|page| page.pinned = false);
         // A budget that was lowered meanwhile. A lost device is found by the next call.
         let _ = self.shrink(self.room());
@@ -391,6 +398,7 @@ impl Table {
         let address = source.address()?;
         if let Some(to) = self.held_address(page, offset) {
             self.join(page)?;
+            self.following = [false; LANES];
             return self.store.copy(to, address, source.size_bytes());
         }
         if self.pages[page].resident {

@@ -55,7 +55,7 @@ impl Table {
     /// See [`crate::pager::Pager::open_lanes`].
     pub(in crate::pager) fn open_lanes(&mut self) -> Result<Option<(usize, usize)>> {
         self.join_lanes()?;
-        self.sweeping = false;
+        (self.sweeping, self.following) = (false, [false; LANES]);
         self.fit_lanes()?;
         let plan = self.lane_plan();
         let Some((lanes, pages)) = plan else { return Ok(None) };
@@ -75,8 +75,17 @@ impl Table {
         Ok(self.lanes)
     }
 
+    /// Lets a lane come behind what the compute stream has done with pages, and what it was given before the sweep.
+    fn follow(&mut self, lane: usize) -> Result<()> {
+        if !self.following[lane] {
+            self.store.follow(lane)?;
+            self.following[lane] = true;
+        }
+        Ok(())
+    }
+
     pub(in crate::pager) fn leave_lanes(&mut self) {
-        self.sweeping = false;
+        (self.sweeping, self.following) = (false, [false; LANES]);
     }
 
     /// See [`crate::pager::Pager::join_lanes`].
@@ -114,7 +123,13 @@ impl Table {
             self.put_back(lane)?;
             pages.clone().try_for_each(|page| self.put_back_page(page))?;
         }
-        pages.clone().try_for_each(|page| self.join(page))?;
+        self.follow(lane)?;
+        for page in pages.clone() {
+            if let Some(ticket) = self.pages[page].moving {
+                self.store.hold(ticket, lane)?;
+                self.pages[page].moving = None;
+            }
+        }
         let missing = if held { pages.start..pages.start } else { pages.clone() };
         let address = self.store.stage(missing, lane)?;
         if !held {
@@ -191,7 +206,7 @@ impl Table {
             return Ok(None);
         }
         // After what the compute stream has stored there.
-        self.store.stage(0..0, lane)?;
+        self.follow(lane)?;
         self.write_back(lane)
     }
 
