@@ -176,11 +176,12 @@ impl Args {
         }
     }
 
-    /// A matrix of 16-bit elements to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`, the
-    /// rows of a box 128 bytes swizzled: a parameter of 128 bytes, CUDA's `CUtensorMap`.
+    /// A matrix to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`: a parameter of 128 bytes,
+    /// CUDA's `CUtensorMap`. Rows of a box are 128 bytes swizzled where its elements have 16 bits, and 32 bytes where it is
+    /// one of bytes.
     ///
     /// The launch is refused unless `tensor` is such a matrix on a GPU, with rows of a multiple of 16 bytes from an address
-    /// that is one too, and a box has 1 to 256 rows and 1 to 64 columns.
+    /// that is one too, and a box has 1 to 256 rows of 16 bytes or more, which a swizzled row holds.
     pub fn tensor_map(self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
         let mut args = self.touches(tensor);
         match TensorMap::new(tensor, rows, columns) {

@@ -17,3 +17,17 @@ template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_share
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
 inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { emulator::copy_bulk(to, from, bytes, barrier); }
+inline void pin(u32&) {}
+template <int N> void pin(u32 (&)[N][4]) {}
+template <typename T, bool B_COLUMNS, int S> void multiply_held(float (&d)[S], const u32 (&a)[4], u64 b, u32 keep) {
+    emulator::product_held<T, B_COLUMNS>(d, a, b, keep);
+}
+template <int THREADS> void meet(int id) { emulator::bar_sync(id, THREADS); }
+// Blocks that wait for one another run as a cluster here, an OS thread each.
+inline void arrive_and_wait(u32* counter, u32 blocks) {
+    __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+    emulator::wait_until([=] { return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= blocks; }, "arrive_and_wait (blocks)", blocks);
+}
+inline void leave(u32* counter, u32 blocks) {
+    if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) == 2 * blocks - 1) __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
+}
