@@ -194,8 +194,8 @@ __device__ __forceinline__ bool update8(const Entry& e, const Coefficients& c, f
 
 // The table is `few` where `table` is null. `clip`: see norm.cu. Nothing is changed where the gradients are not finite.
 extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_step(const __grid_constant__ Few few, const Entry* table, u32 count, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
-           float step_size, float root_scale, float eps, float decay_before, float decay_after, float* clip,
+adamw_step(const __grid_constant__ Few few, const Entry* table, u32 count, float beta1, float one_minus_beta1,
+           float beta2, float one_minus_beta2, float step_size, float root_scale, float eps, float decay_before, float decay_after, float* clip,
            const float* signed_map, const float* unsigned_map) {
     if (clip[2] == 0.0f) return;
     const Entry entry = tensor_of_piece(table == nullptr ? few.at : table, count, blockIdx.x);

@@ -153,11 +153,7 @@ fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
     if gpu.shared_per_block() < SHARED {
         return Ok(None);
     }
-    let dense = match weight {
-        Weight::Dense(tensor) => Some(tensor),
-        Weight::Quantized(_) => None,
-    };
-    for tensor in [a].into_iter().chain(dense).chain(lora.into_iter().flatten()).chain(terms.residual) {
+    for tensor in [a].into_iter().chain(weight.unquantized()).chain(lora.into_iter().flatten()).chain(terms.residual) {
         if tensor.device_pointer()? % 16 != 0 {
             return Ok(None);
         }
@@ -205,11 +201,7 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     let mut fits = dtype != DType::F32 && (out.dtype() == dtype || out.dtype() == DType::F32);
     for InputGrad { grad, weight, lora } in parts {
         depths.push([grad.shape()[1], lora.map_or(0, |(u, _)| u.shape()[1])]);
-        let weight = match weight {
-            Weight::Dense(tensor) => Some(tensor),
-            Weight::Quantized(_) => None,
-        };
-        for tensor in [*grad].into_iter().chain(weight).chain(lora.iter().flat_map(|&(u, a)| [u, a])) {
+        for tensor in [*grad].into_iter().chain(weight.unquantized()).chain(lora.iter().flat_map(|&(u, a)| [u, a])) {
             fits = fits
                 && tensor.dtype() == dtype
                 && tensor.device() == out.device()
@@ -274,13 +266,9 @@ const FOLLOWED_COLUMNS: u32 = 256;
 /// it does not. Shapes have been checked.
 fn followed<'a>(gpu: &Gpu, product: &Product<'a>, others: &[&Tensor]) -> Result<Option<Cow<'a, Tensor>>> {
     let &Product { a, weight, terms, .. } = product;
-    let dense_weight = match weight {
-        Weight::Dense(tensor) => Some(tensor),
-        Weight::Quantized(_) => None,
-    };
     let pair = terms.lora.into_iter().flat_map(|(left, right)| [left, right]);
     let mut fits = a.dtype() != DType::F32;
-    for tensor in pair.chain(dense_weight).chain(others.iter().copied()) {
+    for tensor in pair.chain(weight.unquantized()).chain(others.iter().copied()) {
         fits = fits && tensor.dtype() == a.dtype() && tensor.device() == a.device();
     }
     for tensor in others {

@@ -55,6 +55,14 @@ pub enum Weight {
 }
 
 impl Weight {
+    /// The matrix, if it is not quantized.
+    pub(crate) fn unquantized(&self) -> Option<&Tensor> {
+        match self {
+            Weight::Dense(tensor) => Some(tensor),
+            Weight::Quantized(_) => None,
+        }
+    }
+
     /// `(N, K)`: outputs and inputs.
     pub fn dims(&self) -> Result<(usize, usize)> {
         match self {

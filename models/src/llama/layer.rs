@@ -353,8 +353,8 @@ fn gated_product(
     gate: &Tensor,
     t: &mut Option<Tensor>,
 ) -> Result<(Tensor, Tensor)> {
-    if pass.mixture.is_some() {
-        let up = linear.forward(x, pass, None)?.0;
+    if pass.mixture.is_some() || linear.gains()?.is_some() {
+        let up = product(linear, x, pass, None, t)?;
         let output = swiglu::forward(gate, &up)?;
         return Ok((up, output));
     }

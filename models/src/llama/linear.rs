@@ -155,7 +155,7 @@ pub(crate) fn input_grad(linears: &[(&Linear, &Back)], pass: &Pass) -> Result<Te
     let mut operands = Vec::new();
     for (linear, back) in linears {
         let dtype = back.grad.dtype();
-        let a = linear.lora.as_ref().map(|lora| linear.adapter(pass, lora, dtype)).transpose()?.map(|(a, _)| a);
+        let a = linear.own_adapter(pass, dtype)?.map(|(a, _)| a);
         operands.push((linear.weight(dtype)?, back.u.as_ref().zip(a)));
     }
     let mut parts = Vec::new();
@@ -186,7 +186,7 @@ pub(crate) fn swiglu_grads(
         return swiglu::backward(gate, up, input_grad(&[(linear, back)], pass)?);
     }
     let (grad, weight) = (back.grad(), linear.weight(back.grad.dtype())?);
-    let a = linear.lora.as_ref().map(|lora| linear.adapter(pass, lora, grad.dtype())).transpose()?.map(|(a, _)| a);
+    let a = linear.own_adapter(pass, grad.dtype())?.map(|(a, _)| a);
     input_grad_gated(InputGrad { grad, weight: &weight, lora: back.u.as_ref().zip(a.as_ref()) }, gate, up)
 }
 
@@ -275,7 +275,7 @@ impl Linear {
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
         let dtype = x.dtype();
-        let b = self.lora.as_ref().map(|lora| self.adapter(pass, lora, dtype)).transpose()?.map(|(_, b)| b);
+        let b = self.own_adapter(pass, dtype)?.map(|(_, b)| b);
         let low_rank = t.zip(b.as_ref());
         match self.gains()? {
             None => forward_lora(x, &self.weight(dtype)?, low_rank, residual, dtype, Tag::Activations),
@@ -288,7 +288,7 @@ impl Linear {
         }
     }
 
-    /// As [`Linear::output`], and `silu(gate)` times it.
+    /// As [`Linear::output`], of a linear without gains, and `silu(gate)` times it.
     pub(crate) fn gated_output(
         &self,
         x: &Tensor,
@@ -296,12 +296,7 @@ impl Linear {
         t: Option<&Tensor>,
         gate: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        if self.gains()?.is_some() {
-            let up = self.output(x, pass, t, None)?;
-            let output = swiglu::forward(gate, &up)?;
-            return Ok((up, output));
-        }
-        let b = self.lora.as_ref().map(|lora| self.adapter(pass, lora, x.dtype())).transpose()?.map(|(_, b)| b);
+        let b = self.own_adapter(pass, x.dtype())?.map(|(_, b)| b);
         forward_gated(x, &self.weight(x.dtype())?, t.zip(b.as_ref()), gate, Tag::Activations)
     }
 
@@ -342,6 +337,11 @@ impl Linear {
         let mask = pass.mask(lora.dropout, self.index);
         let (a, _) = self.adapter(pass, lora, x.dtype())?;
         Ok(Some(lora::down(x, &a, lora.scale, mask, Tag::Activations)?))
+    }
+
+    /// [`Linear::adapter`] of its own adapter, if it has one.
+    fn own_adapter(&self, pass: &Pass, dtype: DType) -> Result<Option<(Tensor, Tensor)>> {
+        self.lora.as_ref().map(|lora| self.adapter(pass, lora, dtype)).transpose()
     }
 
     /// A and B in the type of the computation.

@@ -209,8 +209,7 @@ impl Args {
             bytes.extend(data);
         }
         bytes.resize(bytes.len().next_multiple_of(8), 0);
-        let word = |chunk: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| chunk[i]));
-        self.values.push(Value::Structure(bytes.chunks_exact(8).map(word).collect()));
+        self = self.words(&bytes, bytes.len() / 8);
         self.work.flops += fields.work.flops;
         self.work.bytes += fields.work.bytes;
         self.error = self.error.or(fields.error);
