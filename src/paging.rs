@@ -206,6 +206,10 @@ impl Paging {
             if budget == usize::MAX { "as many as others can spare".into() } else { bytes(budget) },
             pager.policy()
         );
+        if let Some(asked) = settings.page_policy.filter(|&asked| asked != pager.policy()) {
+            let why = "the device memory of pages that have left is not free at once there";
+            crate::note!("pages    {} instead of {asked}: {why}; --page-memory pinned has it", pager.policy());
+        }
         let mut reclaim = None;
         if let Device::Cuda(_) = device {
             let shared = pager.clone();

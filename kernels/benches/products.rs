@@ -67,7 +67,7 @@ fn attentions(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(5 * product));
         let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         group.bench_function(BenchmarkId::new("backward", &shape), |bencher| {
-            bencher.iter(|| black_box(attention::backward(&saved, &grad, heads, &layout)));
+            bencher.iter(|| black_box(attention::backward(&saved, &grad, heads, &layout, None)));
         });
     }
     group.finish();

@@ -37,9 +37,7 @@ fn gpu_pages_take_no_more_than_their_budget() {
                     seen.push(taken >> 20);
                     let which = (pager.store_name(), policy, sweep, page);
                     assert!(pager.resident_bytes() <= BUDGET, "{which:?}");
-                    // Of unified pages that have left, the driver keeps the memory until somebody needs it.
-                    let kept = pager.store_name() == "unified memory" && policy == Policy::Lru;
-                    assert!(taken <= BUDGET + SLACK || kept, "{which:?}: {seen:?}");
+                    assert!(taken <= BUDGET + SLACK, "{which:?}: {seen:?}");
                 }
             }
             assert!(pager.counters().resident_peak as usize * PAGE <= BUDGET);

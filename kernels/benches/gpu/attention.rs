@@ -35,7 +35,7 @@ fn whole(bench: &Bench, heads: Heads, lengths: &[usize], dtype: DType, shape: &s
     bench.time("attention forward", shape, bytes, 2.0 * product, || forward(&q, &k, &v, heads, &layout).map(drop))?;
     let (o, lse) = forward(&q, &k, &v, heads, &layout)?;
     let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
-    let run = || backward(&saved, &grad, heads, &layout).map(drop);
+    let run = || backward(&saved, &grad, heads, &layout, None).map(drop);
     bench.time("attention backward", shape, 2 * bytes + wide(&q) - wide(&k), 5.0 * product, run)
 }
 

@@ -80,6 +80,25 @@ template <typename T> static bool check(const std::vector<u32>& lengths, u32 hea
         }
     }
 
+    // Gradients of q and k are of what they were before these turned them.
+    const u32 positions_end = 50;
+    std::vector<int> positions(rows);
+    std::vector<float> cosines(positions_end * DIM / 2), sines(positions_end * DIM / 2);
+    for (u32 i = 0; i < rows; i++) positions[i] = i * 7 % positions_end;
+    for (u32 i = 0; i < cosines.size(); i++) cosines[i] = std::cos(i * 0.37f), sines[i] = std::sin(i * 0.37f);
+    auto turn_back = [&](std::vector<double>& x, u32 of_heads) {
+        for (u32 item = 0; item < rows * of_heads; item++) {
+            for (u32 d = 0; d < DIM / 2; d++) {
+                double &low = x[(u64)item * DIM + d], &high = x[(u64)item * DIM + DIM / 2 + d];
+                const double c = cosines[positions[item / of_heads] * DIM / 2 + d], s = sines[positions[item / of_heads] * DIM / 2 + d];
+                const double turned = low * c + high * s;
+                high = high * c - low * s, low = turned;
+            }
+        }
+    };
+    turn_back(dq_expected, heads);
+    turn_back(dk_expected, kv_heads);
+
 #define KERNEL(NAME) kernel_of<T>(NAME##_bf16, NAME##_f16)
     auto map = [&](const Array<T>& x, u32 heads, u32 box_rows) {
         return tensor_map<TensorMap>(x.data, rows, heads * DIM, box_rows, 64);
@@ -96,8 +115,10 @@ template <typename T> static bool check(const std::vector<u32>& lengths, u32 hea
     std::vector<u32> counters(parts + 1);
     launch(KERNEL(attention_hopper_backward), count * kv_heads, backward::THREADS, backward::SHARED, 1, map(q, heads, 64),
            map(k, kv_heads, 128), map(v, kv_heads, 128), map(g, heads, 64), lse.data, delta.data, sums.data, dk.data,
-           dv.data, counters.data(), blocks.data(), heads, group, rows, scale, scale_log2);
-    launch(KERNEL(attention_hopper_finish), parts, 256, 0, 1, sums.data, dq.data, blocks.data(), heads, scale);
+           dv.data, counters.data(), blocks.data(), heads, group, rows, scale, scale_log2,
+           positions.data(), cosines.data(), sines.data(), positions_end);
+    launch(KERNEL(attention_hopper_finish), count * 2 * ((heads + 3) / 4), 256, 0, 1, sums.data, dq.data, blocks.data(), heads,
+           scale, positions.data(), cosines.data(), sines.data(), positions_end);
     good &= close("dq", dq_expected, dq.data);
     good &= close("dk", dk_expected, dk.data);
     good &= close("dv", dv_expected, dv.data);

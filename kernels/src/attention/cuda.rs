@@ -2,7 +2,10 @@
 //! (16 bits, tensor cores) and in `attention_simple.cu` (f32, and odd sizes of heads); Hopper's own are launched by `hopper`.
 
 use super::{Heads, Layout, Saved, Segment, hopper};
-use crate::cuda::{check_dtype, entry, one, size};
+use crate::{
+    cuda::{check_dtype, entry, one, size},
+    rotary::Turn,
+};
 use nibble_runtime::{
     DType, Device, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
@@ -304,6 +307,7 @@ pub(super) fn backward(
     grad: &Tensor,
     heads: Heads,
     layout: &Layout,
+    turn: Option<Turn>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let Saved { q, k, v, o, lse } = *saved;
     let gpu = Gpu::of(q.device())?;
@@ -327,7 +331,7 @@ pub(super) fn backward(
     gpu.launch(module, &entry("attention_delta", q.dtype())?, grid, [256, 1, 1], 0, args)?;
 
     let inputs = || Args::new().input(q).input(k).input(v).input(grad).input(lse).input(&delta);
-    if hopper::backward(gpu, saved, grad, &delta, heads, layout, (&mut dq, &mut dk, &mut dv))? {
+    if hopper::backward(gpu, saved, grad, &delta, (heads, layout), turn, (&mut dq, &mut dk, &mut dv))? {
         return Ok((dq, dk, dv));
     }
     let for_keys = inputs().flops(flops(heads, layout, 4)).output(&mut dk).output(&mut dv).input(&tables.keys);
@@ -359,7 +363,7 @@ pub(super) fn backward(
             gpu.launch(&SIMPLE, &name, grid, block, shared, for_queries)?;
         }
     }
-    Ok((dq, dk, dv))
+    Ok((Turn::back(turn, dq)?, Turn::back(turn, dk)?, dv))
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
 use super::*;
-use crate::testing::{gpu, random_as, same, wide};
+use crate::{
+    rotary::{RopeConfig, RopeScaling},
+    testing::{gpu, random_as, same, wide},
+};
 use half::bf16;
 use proptest::prelude::*;
 
@@ -67,18 +70,31 @@ fn compare_once(gpu: Device, segments: Vec<Segment>, heads: Heads, dtype: DType,
     if !whole {
         return;
     }
-    let run = || backward(&Saved { q, k, v, o: &o, lse: &lse }, grad, heads, &on_gpu).unwrap();
-    let (dq, dk, dv) = run();
     // From the same output: its rounding is not this kernel's.
     let [host_o, host_lse] = [&o, &lse].map(|x| x.to_device(Device::Cpu, Tag::Workspace).unwrap());
     let saved = Saved { q: &host[0], k: &host[1], v: &host[2], o: &host_o, lse: &host_lse };
-    let expected = backward(&saved, &host[3], heads, &on_cpu).unwrap();
-    same(&dv, &expected.2, tolerance(dtype));
-    same_gradient(&dq, &expected.0, &expected.2);
-    same_gradient(&dk, &expected.1, &expected.2);
-    let again = run();
-    for (first, second) in [(&dq, &again.0), (&dk, &again.1), (&dv, &again.2)] {
-        assert_eq!(bytes(first), bytes(second), "two runs differ");
+    let positions: Vec<i32> = (0..queries as i32).map(|i| i * 7 % 40).collect();
+    let positions = Tensor::from_slice(&positions, &[queries], Tag::Workspace).unwrap();
+    let rope = RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default };
+    // Heads of an odd size do not turn.
+    let turns: Vec<_> = std::iter::once(None).chain(rope.table(heads.dim, 40).ok().map(Some)).collect();
+    for table in &turns {
+        let there = table.as_ref().map(|table| {
+            let to = |x: &Tensor| x.to_device(gpu, Tag::Workspace).unwrap();
+            (to(&positions), table.to_device(gpu).unwrap())
+        });
+        let turn = there.as_ref().map(|(positions, table)| Turn { positions, table });
+        let run = || backward(&Saved { q, k, v, o: &o, lse: &lse }, grad, heads, &on_gpu, turn).unwrap();
+        let (dq, dk, dv) = run();
+        let turn = table.as_ref().map(|table| Turn { positions: &positions, table });
+        let expected = backward(&saved, &host[3], heads, &on_cpu, turn).unwrap();
+        same(&dv, &expected.2, tolerance(dtype));
+        same_gradient(&dq, &expected.0, &expected.2);
+        same_gradient(&dk, &expected.1, &expected.2);
+        let again = run();
+        for (first, second) in [(&dq, &again.0), (&dk, &again.1), (&dv, &again.2)] {
+            assert_eq!(bytes(first), bytes(second), "two runs differ");
+        }
     }
 }
 
@@ -167,7 +183,8 @@ fn gpu_blocks_in_turn() {
     let layout = Layout::packed(&lengths, gpu).unwrap();
     let (o, lse) = forward(&q, &k, &v, heads, &layout).unwrap();
     let run = || {
-        let (dq, dk, dv) = backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &grad, heads, &layout).unwrap();
+        let (dq, dk, dv) =
+            backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &grad, heads, &layout, None).unwrap();
         [bytes(&dq), bytes(&dk), bytes(&dv)]
     };
     let first = run();
@@ -216,7 +233,7 @@ fn gpu_nothing_and_misfits() {
     let none = Layout::packed(&[], gpu).unwrap();
     let (o, lse) = forward(&q, &k, &k, heads, &none).unwrap();
     assert_eq!((o.shape(), lse.shape()), (&[0, 128][..], &[2, 0][..]));
-    backward(&Saved { q: &q, k: &k, v: &k, o: &o, lse: &lse }, &q, heads, &none).unwrap();
+    backward(&Saved { q: &q, k: &k, v: &k, o: &o, lse: &lse }, &q, heads, &none, None).unwrap();
 
     let (q, k) = (empty(3, 2, DType::BF16), empty(3, 1, DType::BF16));
     assert!(forward(&q, &k, &k, heads, &Layout::packed(&[3], Device::Cpu).unwrap()).is_err());

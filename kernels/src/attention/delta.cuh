@@ -2,12 +2,13 @@
 #pragma once
 #include "common.cuh"
 
-// delta [heads, rows] = rowsum(dO ∘ O) of each head. 16 lanes a row; a block takes 16 rows of one head.
+// delta [heads, rows] = rowsum(dO ∘ O) of each head. 16 lanes a row; a block takes 16 rows of one head. The last rows come first:
+// a product has just written dO, and its last rows are in the second-level cache still.
 constexpr int DELTA_THREADS = 256, DELTA_LANES = 16, DELTA_ROWS = DELTA_THREADS / DELTA_LANES;
 template <typename T>
 __device__ __forceinline__ void make_delta(const T* o, const T* grad, float* delta, u32 heads, u32 d, u32 total) {
-    const u32 head = blockIdx.x % heads, lane = threadIdx.x % DELTA_LANES;
-    const u64 row = (u64)(blockIdx.x / heads) * DELTA_ROWS + threadIdx.x / DELTA_LANES;
+    const u32 block = gridDim.x - 1 - blockIdx.x, head = block % heads, lane = threadIdx.x % DELTA_LANES;
+    const u64 row = (u64)(block / heads) * DELTA_ROWS + threadIdx.x / DELTA_LANES;
     const u64 first = (row * heads + head) * d;
     float sum = 0.0f;
     if (row < total) {

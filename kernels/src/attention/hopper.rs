@@ -4,15 +4,18 @@ use super::{
     Heads, Layout, Saved,
     cuda::{TILE, flops, scale_log2, small},
 };
-use crate::cuda::{entry, hopper};
+use crate::{
+    cuda::{entry, hopper},
+    rotary::{RotaryTable, Turn},
+};
 use nibble_runtime::{
     DType, Error, Result, Tag, Tensor,
     cuda::{Args, Chip, Entry, Gpu, Module},
 };
 
 const FORWARD: &[usize] = &[128, 128, 128, 8, 8, 8, 4, 4, 4, 4, 4];
-const BACKWARD: &[usize] = &[128, 128, 128, 128, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4];
-const FINISH: &[usize] = &[8, 8, 8, 4, 4];
+const BACKWARD: &[usize] = &[128, 128, 128, 128, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 8, 8, 8, 4];
+const FINISH: &[usize] = &[8, 8, 8, 4, 4, 8, 8, 8, 4];
 
 pub(crate) static D128: Module = Module {
     name: "attention_hopper_d128_sm90a",
@@ -31,6 +34,8 @@ pub(crate) static D128: Module = Module {
 const DIM: usize = 128;
 /// Threads of a block: a warpgroup that copies, and two that multiply.
 const THREADS: u32 = 3 * 128;
+/// Heads that a block of the kernel that rounds dQ takes.
+const FINISH_HEADS: usize = 4;
 /// Query rows of a tile of the backward kernel.
 const ROWS: usize = 64;
 /// Columns of a box that the TMA copies.
@@ -117,7 +122,15 @@ pub(super) fn workspace(chip: Chip, heads: Heads, count: usize, rows: usize) -> 
     [parts * ROWS * DIM * size_of::<f32>(), (parts + 1) * size_of::<i32>()]
 }
 
-/// Gradients into `dq`, `dk` and `dv`, if the kernel takes them; returns whether it did. `delta` is rowsum(dO ∘ O).
+/// The angles by which gradients turn back, or that they do not.
+fn angles(args: Args, turn: Option<Turn>) -> Result<Args> {
+    let table = turn.map(|turn| turn.table);
+    let args = args.input_opt(turn.map(|turn| turn.positions)).input_opt(table.map(|table| &table.cos));
+    Ok(args.input_opt(table.map(|table| &table.sin)).u32(small(table.map_or(0, RotaryTable::len))?))
+}
+
+/// Gradients into `dq`, `dk` and `dv`, if the kernel takes them; returns whether it did. `delta` is rowsum(dO ∘ O). Those of q
+/// and k turn back by `turn`.
 ///
 /// dQ is summed in f32, in tiles of 128 rows a sequence: batches of sequences much shorter than that are left to the other
 /// kernels, and so are all where there is no memory for the sums.
@@ -126,8 +139,8 @@ pub(super) fn backward(
     saved: &Saved,
     grad: &Tensor,
     delta: &Tensor,
-    heads: Heads,
-    layout: &Layout,
+    (heads, layout): (Heads, &Layout),
+    turn: Option<Turn>,
     (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
 ) -> Result<bool> {
     let Saved { q, k, v, lse, .. } = *saved;
@@ -157,12 +170,13 @@ pub(super) fn backward(
         .output(dv);
     let args = args.output(&mut counters).input(blocks).u32(small(heads.query)?).u32(small(heads.query / heads.kv)?);
     let args = args.u32(small(rows)?).f32(heads.scale()).f32(scale_log2(heads));
-    let grid = [small(count * heads.kv)?, 1, 1];
+    let (args, grid) = (angles(args, turn)?, [small(count * heads.kv)?, 1, 1]);
     let name = entry("attention_hopper_backward", q.dtype())?;
     gpu.launch(&D128, &name, grid, [THREADS, 1, 1], BACKWARD_SHARED, args)?;
 
     let args = Args::new().input(&sums).output(dq).input(blocks).u32(small(heads.query)?).f32(heads.scale());
-    let grid = [small(count * (TILE / ROWS) * heads.query)?, 1, 1];
+    let (args, grid) =
+        (angles(args, turn)?, [small(count * (TILE / ROWS) * heads.query.div_ceil(FINISH_HEADS))?, 1, 1]);
     gpu.launch(&D128, &entry("attention_hopper_finish", q.dtype())?, grid, [256, 1, 1], 0, args)?;
     Ok(true)
 }

@@ -46,7 +46,7 @@ template <typename F> __device__ __forceinline__ void walk(const Work& work, u32
 // is made; dK.
 template <typename T>
 __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group, u32 heads, T* dk, T* dv, float scale,
-                                         float scale_log2) {
+                                         float scale_log2, const Turn& turn) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4, side = uniform(threadIdx.x / 128 - 1);
     const ByRows<KEYS> own_k(shared + K_TILE + side * 64 * BOX_ROW), own_v(shared + V_TILE + side * 64 * BOX_ROW);
     const ByRows<ROWS> q_rows(shared + Q_TILES), grad_rows(shared + GRAD_TILES);
@@ -189,6 +189,17 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
     const int row0 = side * 64 + warp * 16, valid = min(work.rows, KEYS) - row0;
     const u64 first = (u64)(work.first + row0) * kv_width + work.kv * D;
     write_rows<T, D>(dv_sum, 1.0f, 1.0f, shared + V_TILE + row0 * D * 2, dv + first, kv_width, valid);
+    if (valid > 0) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int row = work.first + row0 + min((int)lane / 4 + 8 * j, valid - 1);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                float *low = dk_sum + 4 * i + 2 * j, *high = low + D / 4;
+                Angles(turn, row, 8 * i + lane % 4 * 2, D / 2).back(low[0], low[1], high[0], high[1]);
+            }
+        }
+    }
     write_rows<T, D>(dk_sum, scale, scale, shared + K_TILE + row0 * D * 2, dk + first, kv_width, valid);
 }
 
@@ -198,7 +209,7 @@ template <typename T>
 __device__ __forceinline__ void backward(const TensorMap* q, const TensorMap* k, const TensorMap* v, const TensorMap* grad,
                                          const float* lse, const float* delta, float* dq_sums, T* dk, T* dv, u32* counters,
                                          const int4* blocks, u32 heads, u32 group, u32 total, float scale,
-                                         float scale_log2) {
+                                         float scale_log2, const Turn& turn) {
     const u32 shared = shared_address(dynamic_shared), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     u32* mine = reinterpret_cast<u32*>(dynamic_shared + TICKET);
     if (threadIdx.x == 0) {
@@ -221,7 +232,7 @@ __device__ __forceinline__ void backward(const TensorMap* q, const TensorMap* k,
 
     if (threadIdx.x >= 128) {
         take_registers<CONSUMER_REGISTERS>();
-        multiply<T>(shared, work, group, heads, dk, dv, scale, scale_log2);
+        multiply<T>(shared, work, group, heads, dk, dv, scale, scale_log2, turn);
     } else {
         give_registers<PRODUCER_REGISTERS>();
         if (warp == 0 && lane == 0) {
@@ -283,15 +294,16 @@ __device__ __forceinline__ void backward(const TensorMap* q, const TensorMap* k,
 
 } // namespace backward
 
+#define TURN const int *positions, const float *cos, const float *sin, u32 length
 #define BACKWARD_ENTRY(T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(backward::THREADS, 1) attention_hopper_backward_##T(                  \
         const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
         const __grid_constant__ TensorMap grad, const float* lse, const float* delta, float* dq_sums, T* dk, T* dv,    \
-        u32* counters, const int4* blocks, u32 heads, u32 group, u32 total, float scale, float scale_log2) {           \
+        u32* counters, const int4* blocks, u32 heads, u32 group, u32 total, float scale, float scale_log2, TURN) {     \
         backward::backward<T>(&q, &k, &v, &grad, lse, delta, dq_sums, dk, dv, counters, blocks, heads, group, total,   \
-                              scale, scale_log2);                                                                      \
+                              scale, scale_log2, Turn{positions, cos, sin, length});                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) attention_hopper_finish_##T(                                     \
-        const float* dq_sums, T* dq, const int4* tiles, u32 heads, float scale) {                                      \
-        backward::finish<T>(dq_sums, dq, tiles, heads, scale);                                                         \
+        const float* dq_sums, T* dq, const int4* tiles, u32 heads, float scale, TURN) {                                \
+        backward::finish<T>(dq_sums, dq, tiles, heads, scale, Turn{positions, cos, sin, length});                      \
     }

@@ -2,6 +2,7 @@
 // in its turn, and the kernel that rounds the sums.
 #pragma once
 #include "attention/hopper.cuh"
+#include "attention/turn.cuh"
 
 namespace backward {
 
@@ -52,32 +53,51 @@ __device__ __forceinline__ void end_turn(u32* counter, u32 turn) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(turn + 1) : "memory");
 }
 
-// dq = scale · the sums, which `backward` has left as its threads held them. One block of 256 threads for 64 rows of a head.
-// tiles: {first row, rows to the end of the sequence, number of its 128 rows, _}, two blocks each; heads vary fastest.
+// dq = scale · the sums, which `backward` has left as its threads held them, turned back. One block of 256 threads for 64 rows
+// of up to FINISH_HEADS heads, so that their angles are not read as often as they are. tiles: {first row, rows to the end of
+// the sequence, number of its 128 rows, _}, two blocks each; heads vary fastest.
+constexpr u32 FINISH_HEADS = 4;
 template <typename T>
-__device__ __forceinline__ void finish(const float* dq_sums, T* dq, const int4* tiles, u32 heads, float scale) {
-    __shared__ __align__(16) u8 rows[ROW_BYTES];
-    const u32 head = blockIdx.x % heads, half = blockIdx.x / heads % 2;
-    const int4 tile = tiles[blockIdx.x / heads / 2];
-    const int valid = min(tile.y - (int)half * ROWS, ROWS);
+__device__ __forceinline__ void finish(const float* dq_sums, T* dq, const int4* tiles, u32 heads, float scale, const Turn& turn) {
+    __shared__ __align__(16) u8 rows[2][ROW_BYTES];
+    const u32 groups = (heads + FINISH_HEADS - 1) / FINISH_HEADS;
+    const u32 first = blockIdx.x % groups * FINISH_HEADS, half = blockIdx.x / groups % 2;
+    const int4 tile = tiles[blockIdx.x / groups / 2];
+    const int valid = min(tile.y - (int)half * ROWS, ROWS), row0 = tile.x + half * ROWS;
     if (valid <= 0) return;
-    const u64 part = (u64)(tile.z * 2 + half) * heads + head;
-    const float4* from = reinterpret_cast<const float4*>(dq_sums + part * (DQ_BYTES / 4));
-    const u32 side = threadIdx.x / 128, thread = threadIdx.x % 128, row = thread / WARP * 16 + thread % WARP / 4;
+    // A thread has pairs of columns in 4 of the 8 pieces of each half of a head, of rows `row` and `row` + 8.
+    const u32 side = threadIdx.x / 128 * 4, thread = threadIdx.x % 128, row = thread / WARP * 16 + thread % WARP / 4;
+    Angles angles[4][2];
 #pragma unroll
-    for (u32 i = 0; i < ROWS / 8; i++) {
-        const float4 x = __ldcs(from + (side * 8 + i) * 128 + thread);
-        u8* to = rows + row * D * 2 + (((side * 8 + i) ^ row % 8) * 16 + thread % 4 * 4);
-        *reinterpret_cast<u32*>(to) = pair<T>(x.x * scale, x.y * scale);
-        *reinterpret_cast<u32*>(to + 8 * D * 2) = pair<T>(x.z * scale, x.w * scale);
+    for (u32 i = 0; i < 4; i++) {
+#pragma unroll
+        for (u32 j = 0; j < 2; j++)
+            angles[i][j] = Angles(turn, row0 + min((int)(row + 8 * j), valid - 1), (side + i) * 8 + thread % 4 * 2, D / 2);
     }
-    __syncthreads();
+    for (u32 head = first; head < min(first + FINISH_HEADS, heads); head++) {
+        const u64 part = (u64)(tile.z * 2 + half) * heads + head;
+        const float4* from = reinterpret_cast<const float4*>(dq_sums + part * (DQ_BYTES / 4));
+        u8* const mine = rows[head % 2];
 #pragma unroll
-    for (u32 i = 0; i < ROW_BYTES / 16 / 256; i++) {
-        const u32 at = i * 256 + threadIdx.x, r = at / (D / 8), piece = at % (D / 8);
-        if ((int)r >= valid) continue;
-        T* to = dq + ((u64)(tile.x + half * ROWS + r) * heads + head) * D + piece * 8;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(rows + r * D * 2 + (piece ^ r % 8) * 16);
+        for (u32 i = 0; i < 4; i++) {
+            float4 low = __ldcs(from + (side + i) * 128 + thread), high = __ldcs(from + (side + i + 8) * 128 + thread);
+            angles[i][0].back(low.x, low.y, high.x, high.y);
+            angles[i][1].back(low.z, low.w, high.z, high.w);
+            auto put = [&](u32 piece, const float4& x) {
+                u8* to = mine + row * D * 2 + ((piece ^ row % 8) * 16 + thread % 4 * 4);
+                *reinterpret_cast<u32*>(to) = pair<T>(x.x * scale, x.y * scale);
+                *reinterpret_cast<u32*>(to + 8 * D * 2) = pair<T>(x.z * scale, x.w * scale);
+            };
+            put(side + i, low), put(side + i + 8, high);
+        }
+        __syncthreads(); // also: what is written here after the next head has been read by then
+#pragma unroll
+        for (u32 i = 0; i < ROW_BYTES / 16 / 256; i++) {
+            const u32 at = i * 256 + threadIdx.x, r = at / (D / 8), piece = at % (D / 8);
+            if ((int)r >= valid) continue;
+            T* to = dq + ((u64)(row0 + r) * heads + head) * D + piece * 8;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(mine + r * D * 2 + (piece ^ r % 8) * 16);
+        }
     }
 }
 

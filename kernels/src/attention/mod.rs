@@ -13,6 +13,7 @@ pub(crate) mod cuda;
 pub(crate) mod hopper;
 mod layout;
 
+use crate::rotary::Turn;
 pub use layout::{Layout, Segment};
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor, cuda::Chip};
 
@@ -94,11 +95,18 @@ pub struct Saved<'a> {
     pub lse: &'a Tensor,
 }
 
-/// Gradients of `q`, `k` and `v` from that of the output.
+/// Gradients of `q`, `k` and `v` from that of the output. Those of q and k are of what they were before `turn`, where there is
+/// one: on Hopper that takes no pass of its own.
 ///
 /// # Errors
-/// As [`forward`]; also if a segment has more keys than queries (a KV cache has no gradient).
-pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, layout: &Layout) -> Result<(Tensor, Tensor, Tensor)> {
+/// As [`forward`]; also if a segment has more keys than queries (a KV cache has no gradient), and as [`crate::rotary::apply`].
+pub fn backward(
+    saved: &Saved,
+    grad: &Tensor,
+    heads: Heads,
+    layout: &Layout,
+    turn: Option<Turn>,
+) -> Result<(Tensor, Tensor, Tensor)> {
     let Saved { q, k, v, o, lse } = saved;
     let rows = check(q, k, v, heads, layout)?;
     if grad.shape() != q.shape() || o.shape() != q.shape() || lse.shape() != [heads.query, rows] {
@@ -109,6 +117,9 @@ pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, layout: &Layout) -> 
         let what = "a sequence attends to keys of another pass, which have no gradient";
         return Err(Error::invalid("attention backward", what));
     }
+    if let Some(turn) = turn {
+        turn.check(rows, heads.dim)?;
+    }
     match q.device() {
         Device::Cpu => {
             let empty = |like: &Tensor| Tensor::empty(like.shape(), DType::F32, Device::Cpu, Tag::Workspace);
@@ -118,9 +129,9 @@ pub fn backward(saved: &Saved, grad: &Tensor, heads: Heads, layout: &Layout) -> 
             let outputs = cpu::Outputs { o: &o.to_f32()?, lse: lse.as_slice()?, grad: &grad.to_f32()? };
             cpu::backward(&inputs, &outputs, dq.as_mut_slice()?, dk.as_mut_slice()?, dv.as_mut_slice()?);
             let narrow = |tensor: Tensor| tensor.into_dtype(q.dtype(), Tag::Workspace);
-            Ok((narrow(dq)?, narrow(dk)?, narrow(dv)?))
+            Ok((narrow(Turn::back(turn, dq)?)?, narrow(Turn::back(turn, dk)?)?, narrow(dv)?))
         }
-        Device::Cuda(_) => cuda::backward(saved, grad, heads, layout),
+        Device::Cuda(_) => cuda::backward(saved, grad, heads, layout, turn),
     }
 }
 

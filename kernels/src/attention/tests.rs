@@ -55,7 +55,7 @@ proptest! {
             reference(q, k, v, heads, &segments).iter().zip(&grads).map(|(o, g)| o * g).sum::<f64>()
         };
         let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
-        let (dq, dk, dv) = backward(&saved, &grad, heads, &layout).unwrap();
+        let (dq, dk, dv) = backward(&saved, &grad, heads, &layout, None).unwrap();
         // With one key a row's softmax is constant, so that a gradient can be exactly zero: compare all three at once.
         let scale = numeric_gradient(&vs, |v| loss(&qs, &ks, v));
         close(&dv, &scale, 1e-5);
@@ -81,7 +81,7 @@ fn long_sequences_cross_blocks() {
     close(&o, &reference(&wide(&q), &wide(&k), &wide(&v), heads, &segments), 2e-6);
     // Directional derivative along a random change of everything.
     let grad = random(q.shape(), 10);
-    let (dq, dk, dv) = backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &grad, heads, &layout).unwrap();
+    let (dq, dk, dv) = backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &grad, heads, &layout, None).unwrap();
     let along: Vec<Tensor> = [&q, &k, &v].iter().enumerate().map(|(i, x)| random(x.shape(), 20 + i as u64)).collect();
     let dot = |a: &Tensor, b: &Tensor| wide(a).iter().zip(wide(b)).map(|(a, b)| a * b).sum::<f64>();
     let slope = dot(&dq, &along[0]) + dot(&dk, &along[1]) + dot(&dv, &along[2]);
@@ -123,7 +123,7 @@ fn misfits_are_errors() {
     let cached = on_cpu(vec![Segment { query: 0, queries: 5, key: 0, keys: 6 }]);
     let q = q.rows(0, 5).unwrap();
     let (o, lse) = forward(&q, &k, &v, heads, &cached).unwrap();
-    assert!(backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &o, heads, &cached).is_err());
+    assert!(backward(&Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse }, &o, heads, &cached, None).is_err());
 }
 
 #[test]

@@ -4,7 +4,8 @@
 // registers: 16, so that 16-bit rows may be 16384 wide and f32 rows 8192. Its columns are the same in each row, so that the forward pass
 // holds their weights too; in the backward pass they come from the caches. Each row is read and written once: bound by
 // memory. Wider, odd and unaligned rows are read again (from the caches), element by element. Sums have a fixed order:
-// thread by thread, then over the block.
+// thread by thread, then over the block. Rows are taken from the last on: a product has just written what is read here, its last
+// rows last, and they are in the second-level cache still; the product that follows begins with the first.
 #include "runs.cuh"
 
 // Threads that a row may take; f32 needs more registers.
@@ -34,7 +35,8 @@ __device__ __forceinline__ void forward(
 #pragma unroll
         for (int p = 0; p < PER<T>; p++)
             if (first + p * stride < width) load_any(weight, type, first + p * stride, w[p]);
-        for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
+        for (u32 left = blockIdx.x; left < rows; left += gridDim.x) {
+            const u32 row = rows - 1 - left;
             u64 start = (u64)row * width;
             Pack<T> kept[PER<T>];
             float sum = 0.0f;
@@ -58,7 +60,8 @@ __device__ __forceinline__ void forward(
             }
         }
     } else {
-        for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
+        for (u32 left = blockIdx.x; left < rows; left += gridDim.x) {
+            const u32 row = rows - 1 - left;
             u64 start = (u64)row * width;
             float sum = 0.0f;
             if constexpr (!GIVEN)
@@ -80,7 +83,8 @@ __device__ __forceinline__ void backward(
     constexpr int N = RUN<T>;
     if (fits(width, N, x, weight, grad, dx)) {
         u32 first = threadIdx.x * N, stride = blockDim.x * N;
-        for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
+        for (u32 left = blockIdx.x; left < rows; left += gridDim.x) {
+            const u32 row = rows - 1 - left;
             u64 start = (u64)row * width;
             Pack<T> xs[PER<T>], grads[PER<T>];
             float products[PER<T>][N];
@@ -115,7 +119,8 @@ __device__ __forceinline__ void backward(
             }
         }
     } else {
-        for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
+        for (u32 left = blockIdx.x; left < rows; left += gridDim.x) {
+            const u32 row = rows - 1 - left;
             u64 start = (u64)row * width;
             float sum = 0.0f, w[1], scale = rstd[row];
             for (u32 i = threadIdx.x; i < width; i += blockDim.x) {

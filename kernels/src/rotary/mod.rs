@@ -130,6 +130,40 @@ pub enum Direction {
     Backward,
 }
 
+/// The angles of some tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn<'a> {
+    /// Position of each token, i32 `[T]`.
+    pub positions: &'a Tensor,
+    /// Angles of the positions.
+    pub table: &'a RotaryTable,
+}
+
+impl Turn<'_> {
+    /// Whether these are angles of so many tokens, for heads of `dim`.
+    pub(crate) fn check(&self, tokens: usize, dim: usize) -> Result<()> {
+        let (half, at) = (self.table.cos.shape()[1], self.positions);
+        if 2 * half != dim
+            || at.shape() != [tokens]
+            || at.dtype() != DType::I32
+            || (self.table.is_empty() && tokens > 0)
+        {
+            let what =
+                format!("heads of {dim}, {tokens} tokens, positions {at:?}, {} angles of {half}", self.table.len());
+            return Err(Error::shape("rotary", what));
+        }
+        Ok(())
+    }
+
+    /// `grad` turned back, where it was turned.
+    pub(crate) fn back(turn: Option<Turn>, grad: Tensor) -> Result<Tensor> {
+        match turn {
+            Some(Turn { positions, table }) => apply(grad, positions, table, Direction::Backward),
+            None => Ok(grad),
+        }
+    }
+}
+
 /// Turns each head of `x` `[T, heads · head_dim]` by the angle of its token's position (i32 `[T]`). In place where nothing
 /// else refers to `x` (on the CPU, where it is f32 too).
 ///

@@ -122,7 +122,7 @@ impl Function for Attend<'_> {
     }
     fn backward(&self, x: &[Tensor], (o, lse): Self::Saved, grad: Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let saved = attention::Saved { q: &x[0], k: &x[1], v: &x[2], o: &o, lse: &lse };
-        let (dq, dk, dv) = attention::backward(&saved, &grad, self.0.heads, &self.0.layout)?;
+        let (dq, dk, dv) = attention::backward(&saved, &grad, self.0.heads, &self.0.layout, None)?;
         Ok(vec![Some(dq), Some(dk), Some(dv)])
     }
 }

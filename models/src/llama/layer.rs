@@ -293,10 +293,9 @@ impl Layer {
         // h = x + o·W_o
         let d_o = backward_together(&o, [(&self.o, t_o, &dh)], pass, true, grads)?;
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
-        let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout)?;
+        let turn = rotary::Turn { positions: &pass.positions, table: &pass.rope };
+        let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout, Some(turn))?;
         drop((d_o, q, k, v, o));
-        let turn_back = |grad: Tensor| rotary::apply(grad, &pass.positions, &pass.rope, Direction::Backward);
-        let (dq, dk) = (turn_back(dq)?, turn_back(dk)?);
 
         // q, k, v = n₁·W
         let n1 = rms_norm::apply(x, &self.input_norm.value, &rstd)?;

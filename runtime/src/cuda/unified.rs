@@ -227,6 +227,11 @@ impl PageStore for UnifiedPages {
         self.pages
     }
 
+    /// The driver keeps it until somebody needs it.
+    fn frees_evicted(&self) -> bool {
+        false
+    }
+
     fn address(&mut self, page: usize) -> Result<u64> {
         Ok(self.page(page).address)
     }

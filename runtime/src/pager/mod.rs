@@ -74,7 +74,8 @@ impl Staged {
 }
 
 impl Pager {
-    /// Manages the pages of `store`, of which at most `budget` bytes may be in device memory.
+    /// Manages the pages of `store`, of which at most `budget` bytes may be in device memory, by `policy` or what the store
+    /// has for it: [`Pager::policy`].
     ///
     /// # Errors
     /// The budget is above 0 and below one page.

@@ -48,6 +48,12 @@ pub trait PageStore: Send {
     /// Starts copying a page back and gives up its device memory, behind what the compute stream has been given.
     fn evict(&mut self, page: usize) -> std::result::Result<Ticket, Refusal>;
 
+    /// Whether the device memory of a page that was evicted is free at once. If not, pages that come and go would take more
+    /// than those that are resident, and [`super::Policy::Lru`] is not to be had.
+    fn frees_evicted(&self) -> bool {
+        true
+    }
+
     /// Lets the compute stream wait for a transfer.
     ///
     /// # Errors

@@ -24,7 +24,8 @@ use std::{collections::VecDeque, fmt, ops::Range, str::FromStr};
 /// How pages that are not resident are used, and which are resident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// Each page is brought when it is needed, and the least recently used one evicted for it. For comparison.
+    /// Each page is brought when it is needed, and the least recently used one evicted for it. For comparison; in place
+    /// where an evicted page's memory is not free at once ([`PageStore::frees_evicted`]).
     Lru,
     /// The first pages stay resident; the others are used across the bus.
     InPlace,
@@ -128,6 +129,7 @@ pub(super) struct Table {
 impl Table {
     pub(super) fn new(store: Box<dyn PageStore>, policy: Policy) -> Self {
         let pages = vec![Page::default(); store.pages()];
+        let policy = if policy == Policy::Lru && !store.frees_evicted() { Policy::InPlace } else { policy };
         Table {
             store,
             policy,
