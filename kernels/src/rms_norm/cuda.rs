@@ -5,7 +5,7 @@ use crate::{
     cuda::{check_dtype, entry, size},
 };
 use nibble_runtime::{
-    DType, Result, Tag, Tensor,
+    DType, Error, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 
@@ -15,7 +15,7 @@ pub(crate) static MODULE: Module = Module {
     entries: &[
         Entry { name: "rms_norm_forward", floats: true, params: &[8, 8, 4, 8, 8, 4, 4, 4] },
         Entry { name: "rms_norm_apply", floats: true, params: &[8, 8, 4, 8, 8, 4, 4] },
-        Entry { name: "rms_norm_backward", floats: true, params: &[8, 8, 4, 8, 8, 8, 4, 4] },
+        Entry { name: "rms_norm_backward", floats: true, params: &[8, 8, 4, 8, 8, 8, 8, 4, 4] },
         Entry { name: "rms_norm_weight_partial", floats: true, params: &[8, 8, 8, 8, 4, 4, 4] },
         Entry { name: "rms_norm_weight_sum", floats: false, params: &[8, 8, 4, 4] },
     ],
@@ -66,13 +66,39 @@ pub(super) fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor
     Ok(y)
 }
 
-pub(super) fn backward_add(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Tensor, dx: &mut Tensor) -> Result<()> {
-    check_dtype("rms_norm backward", x.dtype(), &[grad, dx])?;
+/// `last`: the gradient, and where the norm's output goes again, if it is to go anywhere.
+fn backward(
+    [x, weight, rstd]: [&Tensor; 3],
+    dx: &mut Tensor,
+    grad: DType,
+    last: impl FnOnce(Args) -> Args,
+) -> Result<()> {
+    if grad != x.dtype() {
+        return Err(Error::DType { op: "rms_norm backward", expected: x.dtype().to_string(), found: grad });
+    }
+    check_dtype("rms_norm backward", x.dtype(), &[dx])?;
     let gpu = Gpu::of(x.device())?;
     let Rows { rows, width, grid, block } = Rows::of(gpu, x)?;
-    let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).input(grad).output(dx);
-    let args = args.u32(rows).u32(width);
+    let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).output(dx);
+    let args = last(args).u32(rows).u32(width);
     gpu.launch(&MODULE, &entry("rms_norm_backward", x.dtype())?, grid, block, 0, args)
+}
+
+pub(super) fn backward_add(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Tensor, dx: &mut Tensor) -> Result<()> {
+    backward([x, weight, rstd], dx, grad.dtype(), |args| args.input(grad).input_opt(None))
+}
+
+/// The output of the norm, in the place of `grad`.
+pub(super) fn backward_and_apply(
+    x: &Tensor,
+    weight: &Tensor,
+    rstd: &Tensor,
+    grad: Tensor,
+    dx: &mut Tensor,
+) -> Result<Tensor> {
+    let mut y = if grad.is_unique() { grad } else { grad.copy(Tag::Workspace)? };
+    backward([x, weight, rstd], dx, y.dtype(), |args| args.input(&y).output(&mut y))?;
+    Ok(y)
 }
 
 /// Rows of a group, of which there are at most as many as a grid's second axis takes blocks.

@@ -35,6 +35,12 @@ fn check_against_cpu(gpu: Device, rows: usize, width: usize, first: usize, dtype
     let found_dw = add(true).unwrap();
     same(&found, &dx, tolerance);
     same(&found_dw, &dw, 1e-5);
+    // And the output in the gradient's place: the same bits as by two passes.
+    let mut both = device(seed ^ 3);
+    let grad = device(seed ^ 2).copy(Tag::Workspace).unwrap();
+    let (y, dw) = backward_and_apply(&device(seed), &on_gpu, &found_rstd, grad, &mut both, true).unwrap();
+    assert!(bytes(&y) == bytes(&again) && bytes(&both) == bytes(&found), "{what}");
+    assert!(bytes(&dw.unwrap()) == bytes(&found_dw), "{what}");
 }
 
 proptest! {

@@ -56,6 +56,16 @@ pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor> {
     }
 }
 
+fn check_backward(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Tensor, dx: &Tensor) -> Result<()> {
+    let (rows, _) = check(x, weight)?;
+    check_rstd("rms_norm backward", rstd, rows)?;
+    if grad.shape() != x.shape() || dx.shape() != x.shape() {
+        let what = format!("gradient {:?}, input gradient {:?}, input {:?}", grad.shape(), dx.shape(), x.shape());
+        return Err(Error::shape("rms_norm backward", what));
+    }
+    Ok(())
+}
+
 /// Adds the gradient of the input to `dx` `[T, D]` and returns that of the weight, f32 `[D]`, where `want_weight`.
 pub fn backward_add(
     x: &Tensor,
@@ -65,12 +75,7 @@ pub fn backward_add(
     dx: &mut Tensor,
     want_weight: bool,
 ) -> Result<Option<Tensor>> {
-    let (rows, _) = check(x, weight)?;
-    check_rstd("rms_norm backward", rstd, rows)?;
-    if grad.shape() != x.shape() || dx.shape() != x.shape() {
-        let what = format!("gradient {:?}, input gradient {:?}, input {:?}", grad.shape(), dx.shape(), x.shape());
-        return Err(Error::shape("rms_norm backward", what));
-    }
+    check_backward(x, weight, rstd, grad, dx)?;
     match x.device() {
         Device::Cpu => {
             let (xs, grads, rstd) = (x.to_f32()?, grad.to_f32()?, rstd.as_slice()?);
@@ -86,6 +91,25 @@ pub fn backward_add(
         Device::Cuda(_) => cuda::backward_add(x, weight, rstd, grad, dx)?,
     }
     want_weight.then(|| weight_grad(x, rstd, grad)).transpose()
+}
+
+/// [`backward_add`], and [`apply`] in the place of the gradient, which a GPU makes on the way.
+pub fn backward_and_apply(
+    x: &Tensor,
+    weight: &Tensor,
+    rstd: &Tensor,
+    grad: Tensor,
+    dx: &mut Tensor,
+    want_weight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    if x.device() == Device::Cpu {
+        let of_weight = backward_add(x, weight, rstd, &grad, dx, want_weight)?;
+        drop(grad);
+        return Ok((apply(x, weight, rstd)?, of_weight));
+    }
+    check_backward(x, weight, rstd, &grad, dx)?;
+    let of_weight = want_weight.then(|| weight_grad(x, rstd, &grad)).transpose()?;
+    Ok((cuda::backward_and_apply(x, weight, rstd, grad, dx)?, of_weight))
 }
 
 /// The gradient of the weight, f32 `[D]`: `Σ_rows dy · x · rstd`.

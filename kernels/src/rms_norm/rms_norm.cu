@@ -76,12 +76,13 @@ __device__ __forceinline__ void forward(
     }
 }
 
-// dx [rows, width] += the gradient of the input. Held are x and ŵ = grad · weight.
+// dx [rows, width] += the gradient of the input. Held are x and ŵ = grad · weight. y, null or [rows, width], gets x · rstd ·
+// weight again; it may be `grad`.
 template <typename T>
 __device__ __forceinline__ void backward(
-    const T* x, const void* weight, u32 type, const float* rstd, const T* grad, T* dx, u32 rows, u32 width) {
+    const T* x, const void* weight, u32 type, const float* rstd, T* dx, const T* grad, T* y, u32 rows, u32 width) {
     constexpr int N = RUN<T>;
-    if (fits(width, N, x, weight, grad, dx)) {
+    if (fits(width, N, x, weight, grad, dx, y)) {
         u32 first = threadIdx.x * N, stride = blockDim.x * N;
         for (u32 left = blockIdx.x; left < rows; left += gridDim.x) {
             const u32 row = rows - 1 - left;
@@ -116,6 +117,12 @@ __device__ __forceinline__ void backward(
                 for (int j = 0; j < N; j++)
                     out.at[j] = narrow<T>(wide(out.at[j]) + scale * (products[p][j] - wide(xs[p].at[j]) * mean));
                 store_pack(target, out);
+                if (!y) continue;
+                float w[N];
+                load_any(weight, type, first + p * stride, w);
+#pragma unroll
+                for (int j = 0; j < N; j++) out.at[j] = narrow<T>(wide(xs[p].at[j]) * scale * w[j]);
+                store_pack(y + start + first + p * stride, out);
             }
         }
     } else {
@@ -132,6 +139,7 @@ __device__ __forceinline__ void backward(
                 load_any(weight, type, i, w);
                 float term = scale * (wide(grad[start + i]) * w[0] - wide(x[start + i]) * mean);
                 dx[start + i] = narrow<T>(wide(dx[start + i]) + term);
+                if (y) y[start + i] = narrow<T>(wide(x[start + i]) * scale * w[0]);
             }
         }
     }
@@ -185,8 +193,8 @@ extern "C" __global__ __launch_bounds__(256) void rms_norm_weight_sum(
         forward<T, true>(x, weight, type, y, const_cast<float*>(rstd), rows, width, 0.0f); \
     } \
     extern "C" __global__ __launch_bounds__(MAX_THREADS<T>) void rms_norm_backward_##NAME( \
-        const T* x, const void* weight, u32 type, const float* rstd, const T* grad, T* dx, u32 rows, u32 width) { \
-        backward(x, weight, type, rstd, grad, dx, rows, width); \
+        const T* x, const void* weight, u32 type, const float* rstd, T* dx, const T* grad, T* y, u32 rows, u32 width) { \
+        backward(x, weight, type, rstd, dx, grad, y, rows, width); \
     } \
     extern "C" __global__ __launch_bounds__(COLUMN_THREADS) void rms_norm_weight_partial_##NAME( \
         const T* x, const float* rstd, const T* grad, float* partial, u32 rows, u32 width, u32 group_rows) { \

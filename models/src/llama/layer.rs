@@ -240,11 +240,8 @@ impl Layer {
         drop(a);
 
         // gate, up = n₂·W
-        let n2 = rms_norm::apply(h, &self.post_norm.value, &rstd)?;
         let outputs = [(&self.gate, t_gate, &dgate), (&self.up, t_up, &dup)];
-        let dn2 = backward_together(&n2, outputs, pass, true, grads)?;
-        drop((n2, dgate, dup));
-        norm_backward(&self.post_norm, h, &rstd, made(&dn2)?, &mut dy, grads)?;
+        Normed { norm: &self.post_norm, x: h, rstd: &rstd }.backward(outputs, pass, Some(&mut dy), grads)?;
         Ok(dy)
     }
 
@@ -291,41 +288,74 @@ impl Layer {
         drop(h);
 
         // h = x + o·W_o
-        let d_o = backward_together(&o, [(&self.o, t_o, &dh)], pass, true, grads)?;
+        let parts = [back(&self.o, t_o, &dh, pass, grads)?];
+        parameter_grads(&o, &parts, pass, grads)?;
+        let d_o = input_grad(&backs(&parts), pass)?;
+        drop(parts);
         let saved = attention::Saved { q: &q, k: &k, v: &v, o: &o, lse: &lse };
         let turn = rotary::Turn { positions: &pass.positions, table: &pass.rope };
-        let (dq, dk, dv) = attention::backward(&saved, made(&d_o)?, pass.heads, &pass.layout, Some(turn))?;
+        let (dq, dk, dv) = attention::backward(&saved, &d_o, pass.heads, &pass.layout, Some(turn))?;
         drop((d_o, q, k, v, o));
 
         // q, k, v = n₁·W
-        let n1 = rms_norm::apply(x, &self.input_norm.value, &rstd)?;
-        let wanted = want_input || self.input_norm.id.is_some();
         let outputs = [(&self.q, t_q, &dq), (&self.k, t_k, &dk), (&self.v, t_v, &dv)];
-        let dn1 = backward_together(&n1, outputs, pass, wanted, grads)?;
-        if !wanted {
-            return Ok(None);
-        }
-        norm_backward(&self.input_norm, x, &rstd, made(&dn1)?, &mut dh, grads)?;
-        Ok(Some(dh))
+        let wanted = want_input || self.input_norm.id.is_some();
+        let dx = wanted.then_some(&mut dh);
+        Normed { norm: &self.input_norm, x, rstd: &rstd }.backward(outputs, pass, dx, grads)?;
+        Ok(wanted.then_some(dh))
     }
 }
 
-/// Back over linears on one input `x`, each with its adapter's `t` and the gradient of its output: the gradient of `x`, if it is
-/// wanted.
-fn backward_together<const N: usize>(
-    x: &Tensor,
-    outputs: [(&Linear, &Option<Tensor>, &Tensor); N],
+/// A linear, its adapter's `t`, and what gradients are made from.
+type Part<'a> = (&'a Linear, Option<&'a Tensor>, Back<'a>);
+
+fn back<'a>(
+    linear: &'a Linear,
+    t: &'a Option<Tensor>,
+    grad: &'a Tensor,
     pass: &Pass,
-    want_input: bool,
     grads: &mut ParamGrads,
-) -> Result<Option<Tensor>> {
-    let mut parts = Vec::with_capacity(N);
-    for (linear, t, grad) in outputs {
-        parts.push((linear, t.as_ref(), linear.back(t.as_ref(), grad, pass, grads)?));
+) -> Result<Part<'a>> {
+    Ok((linear, t.as_ref(), linear.back(t.as_ref(), grad, pass, grads)?))
+}
+
+fn backs<'a>(parts: &'a [Part]) -> Vec<(&'a Linear, &'a Back<'a>)> {
+    parts.iter().map(|(linear, _, back)| (*linear, back)).collect()
+}
+
+/// A norm's output, by what makes it again.
+struct Normed<'a> {
+    norm: &'a Param,
+    x: &'a Tensor,
+    rstd: &'a Tensor,
+}
+
+impl Normed<'_> {
+    /// Back over linears on it, each with its adapter's `t` and the gradient of its output: adds the gradient of `x` to `dx`, if
+    /// it is wanted.
+    fn backward<const N: usize>(
+        self,
+        outputs: [(&Linear, &Option<Tensor>, &Tensor); N],
+        pass: &Pass,
+        dx: Option<&mut Tensor>,
+        grads: &mut ParamGrads,
+    ) -> Result<()> {
+        let Normed { norm, x, rstd } = self;
+        let mut parts = Vec::with_capacity(N);
+        for (linear, t, grad) in outputs {
+            parts.push(back(linear, t, grad, pass, grads)?);
+        }
+        let normed = match dx {
+            None => rms_norm::apply(x, &norm.value, rstd)?,
+            Some(dx) => {
+                let grad = input_grad(&backs(&parts), pass)?;
+                let (normed, dw) = rms_norm::backward_and_apply(x, &norm.value, rstd, grad, dx, norm.id.is_some())?;
+                norm.id.zip(dw).map_or(Ok(()), |(id, dw)| put(grads, id, dw))?;
+                normed
+            }
+        };
+        parameter_grads(&normed, &parts, pass, grads)
     }
-    parameter_grads(x, &parts, pass, grads)?;
-    let backs: Vec<(&Linear, &Back)> = parts.iter().map(|(linear, _, back)| (*linear, back)).collect();
-    want_input.then(|| input_grad(&backs, pass)).transpose()
 }
 
 /// The product of a linear layer, from the adapter's `t` if it is there.
@@ -361,24 +391,6 @@ fn gated_product(
         *t = linear.low_rank(x, pass)?;
     }
     linear.gated_output(x, pass, t.as_ref(), gate)
-}
-
-/// A gradient that [`Linear::backward`] was asked for.
-fn made(grad: &Option<Tensor>) -> Result<&Tensor> {
-    grad.as_ref().ok_or_else(|| Error::invalid("layer backward", "an input gradient was not made"))
-}
-
-/// Adds a norm's input gradient to `dx`; its weight's goes to `grads` if it trains.
-fn norm_backward(
-    norm: &Param,
-    x: &Tensor,
-    rstd: &Tensor,
-    grad: &Tensor,
-    dx: &mut Tensor,
-    grads: &mut ParamGrads,
-) -> Result<()> {
-    let dw = rms_norm::backward_add(x, &norm.value, rstd, grad, dx, norm.id.is_some())?;
-    norm.id.zip(dw).map_or(Ok(()), |(id, dw)| put(grads, id, dw))
 }
 
 /// Writes a segment's new rows behind those that `cache` holds of it.

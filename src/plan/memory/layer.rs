@@ -182,7 +182,7 @@ impl Walk<'_> {
 
     /// `Layer::feed_forward_backward`.
     fn feed_forward_backward(&self, layer: usize, Gated(_rstd, gate_up): Gated, grads: &mut Grads) {
-        let (d, f) = (self.job.config.hidden_size, self.job.config.intermediate_size);
+        let f = self.job.config.intermediate_size;
         let back = self.back([layer, DOWN], grads);
         let mut a = self.input_grad(layer, &[DOWN]);
         // In place on a GPU, where the gradients go on counting as activations.
@@ -195,10 +195,8 @@ impl Walk<'_> {
         self.parameter_grads(layer, &[DOWN], grads);
         drop((a, back));
 
-        let n2 = self.flow(d);
-        let _dn2 = self.backward_together(layer, &[GATE, UP], true, grads);
-        drop((n2, dgate_up));
-        grads.put(self.norm_weight_grad());
+        self.normed_backward(layer, &[GATE, UP], true, grads);
+        drop(dgate_up);
     }
 
     /// `Layer::attend_backward`.
@@ -206,7 +204,10 @@ impl Walk<'_> {
         let (c, [q, kv]) = (&self.job.config, [self.shapes[Q][0], self.shapes[K][0]]);
         let Attended([_rstd, q_, k_, v_, o, _lse], h) = attended;
         drop(h);
-        let d_o = self.backward_together(layer, &[O], true, grads);
+        let back = self.back([layer, O], grads);
+        self.parameter_grads(layer, &[O], grads);
+        let d_o = self.input_grad(layer, &[O]);
+        drop(back);
         let _dqkv = [self.flow(q), self.flow(kv), self.flow(kv)];
         if let Some(chip) = self.job.chip.filter(|_| self.w == 2) {
             let heads = Heads { query: c.num_heads, kv: c.num_kv_heads, dim: c.head_dim };
@@ -214,9 +215,7 @@ impl Walk<'_> {
         }
         drop((d_o, [q_, k_, v_, o]));
 
-        let _n1 = self.flow(c.hidden_size);
-        let _dn1 = self.backward_together(layer, &[Q, K, V], want, grads);
-        grads.put(self.norm_weight_grad());
+        self.normed_backward(layer, &[Q, K, V], want, grads);
     }
 
     /// The gradient of a norm's weight, if it trains.
@@ -331,11 +330,17 @@ impl Walk<'_> {
         self.hold(Tag::Gradients, 4 * n * k)
     }
 
-    /// `layer::backward_together`: the input's gradient if it is wanted.
-    fn backward_together(&self, layer: usize, linears: &[usize], want: bool, grads: &mut Grads) -> Option<Held> {
+    /// `layer::Normed::backward`.
+    fn normed_backward(&self, layer: usize, linears: &[usize], want: bool, grads: &mut Grads) {
         let _backs: Vec<Back> = linears.iter().map(|&which| self.back([layer, which], grads)).collect();
+        let mut normed = if want || self.trains.all { Some(self.input_grad(layer, linears)) } else { None };
+        grads.put(self.norm_weight_grad());
+        // In the place of the gradient on a GPU.
+        if self.on_cpu() || normed.is_none() {
+            normed = None;
+            normed.replace(self.flow(self.shapes[linears[0]][1]));
+        }
         self.parameter_grads(layer, linears, grads);
-        want.then(|| self.input_grad(layer, linears))
     }
 
     /// `Linear::back`.
