@@ -34,6 +34,12 @@ template <int N, typename T> __device__ __forceinline__ void load(const T* p, fl
 template <int N, typename T> __device__ __forceinline__ void store(T* p, const float (&values)[N]) {
     if constexpr (N == 1) {
         *p = narrow<T>(values[0]);
+    } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int i = 0; i < N; i += RUN<T>)
+            *reinterpret_cast<uint4*>(p + i) =
+                make_uint4(pair<T>(values[i], values[i + 1]), pair<T>(values[i + 2], values[i + 3]),
+                           pair<T>(values[i + 4], values[i + 5]), pair<T>(values[i + 6], values[i + 7]));
     } else {
 #pragma unroll
         for (int start = 0; start < N; start += RUN<T>) {

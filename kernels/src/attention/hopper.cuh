@@ -2,6 +2,7 @@
 // is in registers, barriers of some of a block's warps, and tiles in shared memory.
 #pragma once
 #include "attention/ptx.cuh"
+#include "decoding/dependent.cuh"
 #include "linear/hopper.cuh"
 
 // A tile is boxes of 64 elements (128 bytes) of each row, one box after the other: chunk c of 16 bytes of row i of a box lies

@@ -95,7 +95,7 @@ pub(super) fn forward(
         Args::new().tensor_map(q, TILE as u32, BOX).tensor_map(&k, TILE as u32, BOX).tensor_map(&v, TILE as u32, BOX);
     let args =
         args.flops(flops(heads, layout, 2)).output(o).output(lse).input(tiles).u32(items).u32(small(heads.query)?);
-    let args = args.u32(small(heads.query / heads.kv)?).u32(small(layout.queries())?).f32(scale_log2(heads));
+    let args = args.u32(small(heads.query / heads.kv)?).u32(small(layout.queries())?).f32(scale_log2(heads)).early();
     let grid = [items.min(gpu.sm_count().max(1)), 1, 1];
     let name = entry("attention_hopper_forward", q.dtype())?;
     gpu.launch(&D128, &name, grid, [THREADS, 1, 1], FORWARD_SHARED, args)?;
@@ -126,7 +126,8 @@ pub(super) fn workspace(chip: Chip, heads: Heads, count: usize, rows: usize) -> 
 fn angles(args: Args, turn: Option<Turn>) -> Result<Args> {
     let table = turn.map(|turn| turn.table);
     let args = args.input_opt(turn.map(|turn| turn.positions)).input_opt(table.map(|table| &table.cos));
-    Ok(args.input_opt(table.map(|table| &table.sin)).u32(small(table.map_or(0, RotaryTable::len))?))
+    let length = small(table.map_or(0, RotaryTable::len))?;
+    Ok(args.input_opt(table.map(|table| &table.sin)).u32(length).early())
 }
 
 /// Gradients into `dq`, `dk` and `dv`, if the kernel takes them; returns whether it did. `delta` is rowsum(dO ∘ O). Those of q

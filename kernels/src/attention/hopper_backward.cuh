@@ -300,10 +300,12 @@ __device__ __forceinline__ void backward(const TensorMap* q, const TensorMap* k,
         const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
         const __grid_constant__ TensorMap grad, const float* lse, const float* delta, float* dq_sums, T* dk, T* dv,    \
         u32* counters, const int4* blocks, u32 heads, u32 group, u32 total, float scale, float scale_log2, TURN) {     \
+        wait_before();                                                                                                 \
         backward::backward<T>(&q, &k, &v, &grad, lse, delta, dq_sums, dk, dv, counters, blocks, heads, group, total,   \
                               scale, scale_log2, Turn{positions, cos, sin, length});                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) attention_hopper_finish_##T(                                     \
         const float* dq_sums, T* dq, const int4* tiles, u32 heads, float scale, TURN) {                                \
+        wait_before();                                                                                                 \
         backward::finish<T>(dq_sums, dq, tiles, heads, scale, Turn{positions, cos, sin, length});                      \
     }

@@ -227,5 +227,6 @@ __device__ __forceinline__ void forward(const TensorMap* q, const TensorMap* k, 
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_forward_##T(                             \
         const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
         T* o, float* lse, const int4* tiles, u32 items, u32 heads, u32 group, u32 total, float scale_log2) {           \
+        wait_before();                                                                                                 \
         forward<T, D>(&q, &k, &v, o, lse, tiles, items, heads, group, total, scale_log2);                              \
     }

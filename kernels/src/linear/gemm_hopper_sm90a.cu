@@ -20,6 +20,7 @@
 // | 128 x 128 | 16 KiB, 16 KiB | 6 (192 KiB) | 64 |
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
+#include "decoding/dependent.cuh"
 #include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;
@@ -72,6 +73,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         barriers_ready();
     }
     __syncthreads();
+    wait_before();
 
     const u32 rows = (sizes.m + BM - 1) / BM, columns = (sizes.n + BN - 1) / BN, tiles = rows * columns;
     u32 steps = 0;

@@ -227,7 +227,7 @@ fn launch(
     let args = args.output_opt(partial.as_mut()).moves(x.size_bytes() + moved);
     let args = args.flops(2.0 * m as f64 * k as f64 * sum as f64);
     let args = args.u32(size(op, m)?).u32(size(op, k)?).u32(sum as u32);
-    let args = args.u32(plan.slice as u32).u32(plan.stages as u32).u32(transposed.into());
+    let args = args.u32(plan.slice as u32).u32(plan.stages as u32).u32(transposed.into()).early();
     let kernel = entry(&format!("narrow_{name}_{count}"), x.dtype())?;
     let grid = [size(op, plan.tiles)?, plan.slices as u32, 1];
     gpu.launch(&NARROW_HOPPER, &kernel, grid, [plan.warpgroups as u32 * 128 + 32, 1, 1], plan.shared, args)?;
@@ -251,7 +251,7 @@ fn add_up(gpu: &Gpu, partial: &Tensor, slices: usize, outs: &mut [(&mut Tensor, 
         end += out.as_ref().map_or(0, |out| out.numel());
         args = args.output_opt(out).f32(scale).u32(size(op, end)?);
     }
-    let args = args.u32(size(op, slices)?).u32(size(op, end)?);
+    let args = args.u32(size(op, slices)?).u32(size(op, end)?).early();
     let grid = [size(op, end.div_ceil(1024))?, 1, 1];
     gpu.launch(&NARROW_HOPPER, &entry("narrow_sum", dtype)?, grid, [256, 1, 1], 0, args)
 }
@@ -302,13 +302,13 @@ pub(super) fn both(grad: &Tensor, t: &Tensor, b: &Tensor, scale: f32, tag: Tag) 
     let side = BOX as u32;
     let args = Args::new().tensor_map(grad, side, side).tensor_map(b, side, side).tensor_map(t, side, side);
     let args = args.output(&mut u_parts).output(&mut b_parts).flops(4.0 * (tokens * n) as f64 * rank as f64);
-    let args = args.u32(size(op, tokens)?).u32(size(op, n)?).u32(rank as u32).u32(slice as u32);
+    let args = args.u32(size(op, tokens)?).u32(size(op, n)?).u32(rank as u32).u32(slice as u32).early();
     let grid = [size(op, blocks)?, slices as u32, 1];
     let kernel = entry("narrow_both", grad.dtype())?;
     gpu.launch(&NARROW_HOPPER, &kernel, grid, [BOTH_THREADS, 1, 1], BOTH_SHARED, args)?;
     let (u_total, b_total) = (u.numel(), of_b.numel());
     let args = Args::new().input(&u_parts).output(&mut u).f32(scale).u32(size(op, u_total)?).u32(size(op, blocks)?);
-    let args = args.input(&b_parts).output(&mut of_b).u32(size(op, b_total)?).u32(size(op, slices)?);
+    let args = args.input(&b_parts).output(&mut of_b).u32(size(op, b_total)?).u32(size(op, slices)?).early();
     let grid = [size(op, u_total.max(b_total).div_ceil(1024))?, 2, 1];
     gpu.launch(&NARROW_HOPPER, &entry("narrow_both_sum", grad.dtype())?, grid, [256, 1, 1], 0, args)?;
     Ok(Some((u, of_b)))

@@ -15,6 +15,7 @@
 // ring holds what DRAM's latency wants to be under way: some 64 KiB of x an SM. What lies outside of a matrix is zeros to the
 // TMA: ranks that are no multiple of 64 cost tensor cores time that they have, and no bytes.
 #include "attention/hopper.cuh"
+#include "decoding/dependent.cuh"
 
 constexpr int BOX = 64, BOX_BYTES = BOX * 128;
 constexpr int MOST_GROUPS = 3, MOST_WARPGROUPS = 2, MOST_THREADS = MOST_WARPGROUPS * 128 + WARP;
@@ -53,6 +54,7 @@ __device__ __forceinline__ void narrow_product(const TensorMap* x, const TensorM
         barriers_ready();
     }
     __syncthreads();
+    wait_before();
 
     const u32 first_row = blockIdx.x * warpgroups * BOX;
     const u32 begin = blockIdx.y * sizes.slice, end = min(begin + sizes.slice, (sizes.inner + BOX - 1) / BOX);
@@ -188,6 +190,7 @@ __device__ __forceinline__ void both(const TensorMap* g, const TensorMap* b, con
         barriers_ready();
     }
     __syncthreads();
+    wait_before();
 
     const u32 column0 = blockIdx.x * BOTH_WARPGROUPS * BOX;
     const u32 begin = blockIdx.y * slice, end = min(begin + slice, (tokens + BOX - 1) / BOX);
@@ -305,6 +308,7 @@ template <typename O>
 __device__ __forceinline__ void narrow_sum(const float* partial, const Output (&outputs)[MOST_GROUPS], u32 slices, u32 total) {
     const u32 at = 4 * (blockIdx.x * 256 + threadIdx.x);
     if (at >= total) return;
+    wait_before();
     const float4 sum = sum_slices(partial, at, slices, total);
     u32 begin = 0;
 #pragma unroll
@@ -329,6 +333,7 @@ SUM(f32, float) SUM(bf16, bf16) SUM(f16, f16)
         const float* u_parts, void* u, float scale, u32 u_total, u32 blocks, const float* db_parts, float* db, u32 db_total, \
         u32 slices) {                                                                                                  \
         const u32 at = 4 * (blockIdx.x * 256 + threadIdx.x);                                                           \
+        wait_before();                                                                                                 \
         if (blockIdx.y == 0 && at < u_total) store_four((T*)u + at, sum_slices(u_parts, at, blocks, u_total), scale);     \
         if (blockIdx.y == 1 && at < db_total) store_four(db + at, sum_slices(db_parts, at, slices, db_total), 1.0f);   \
     }

@@ -57,26 +57,6 @@ template <> __device__ __forceinline__ void multiply<f16>(float (&d)[4], const u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two floats rounded to T, the first in the low half.
-template <typename T> __device__ __forceinline__ u32 pair(float low, float high);
-template <> __device__ __forceinline__ u32 pair<bf16>(float low, float high) {
-    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<u32*>(&two);
-}
-template <> __device__ __forceinline__ u32 pair<f16>(float low, float high) {
-    __half2 two = __floats2half2_rn(low, high);
-    return *reinterpret_cast<u32*>(&two);
-}
-
-// Two 16-bit elements as floats: the inverse of pair.
-template <typename T> __device__ __forceinline__ float2 both(u32 x);
-template <> __device__ __forceinline__ float2 both<bf16>(u32 x) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-template <> __device__ __forceinline__ float2 both<f16>(u32 x) {
-    return __half22float2(*reinterpret_cast<__half2*>(&x));
-}
-
 // 16 bytes into shared memory.
 __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");

@@ -3,6 +3,7 @@
 // Bound by memory: half a byte is read and 2 (or 4) bytes are written for each weight. A thread turns 4 bytes of codes into
 // 8 weights, 4 times; the 16 values lie in 16 banks of shared memory, so that their look-ups do not collide.
 #include "codes.cuh"
+#include "runs.cuh"
 
 constexpr int THREADS = 128;
 constexpr int PACK = 8;
@@ -35,21 +36,18 @@ __device__ __forceinline__ void dequantize(
         u64 first = start + p * THREADS * PACK;
         if (first >= numel) continue;
         float scale = scales.value(raw[p], map);
-        alignas(16) T weights[PACK];
+        float weights[PACK];
 #pragma unroll
         for (int i = 0; i < PACK; i++) {
             u32 code = words[p] >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15;
-            weights[i] = narrow<T>(__fmul_rn(values[code], scale));
+            weights[i] = __fmul_rn(values[code], scale);
         }
         if (first + PACK <= numel) {
-#pragma unroll
-            for (int i = 0; i < PACK; i += Pack<T>::SIZE) {
-                store_pack(out + first + i, *reinterpret_cast<Pack<T>*>(weights + i));
-            }
+            store(out + first, weights);
         } else {
 #pragma unroll
             for (int i = 0; i < PACK; i++) {
-                if (first + i < numel) out[first + i] = weights[i];
+                if (first + i < numel) out[first + i] = narrow<T>(weights[i]);
             }
         }
     }

@@ -54,9 +54,10 @@ __device__ __forceinline__ void forward(
 #pragma unroll
             for (int p = 0; p < PER<T>; p++) {
                 if (first + p * stride >= width) break;
+                float out[N];
 #pragma unroll
-                for (int j = 0; j < N; j++) kept[p].at[j] = narrow<T>(wide(kept[p].at[j]) * scale * w[p][j]);
-                store_pack(y + start + first + p * stride, kept[p]);
+                for (int j = 0; j < N; j++) out[j] = wide(kept[p].at[j]) * scale * w[p][j];
+                store(y + start + first + p * stride, out);
             }
         }
     } else {
@@ -112,17 +113,16 @@ __device__ __forceinline__ void backward(
             for (int p = 0; p < PER<T>; p++) {
                 if (first + p * stride >= width) break;
                 T* target = dx + start + first + p * stride;
-                Pack<T> out = load_pack(target);
+                float out[N], w[N];
+                load(target, out);
 #pragma unroll
-                for (int j = 0; j < N; j++)
-                    out.at[j] = narrow<T>(wide(out.at[j]) + scale * (products[p][j] - wide(xs[p].at[j]) * mean));
-                store_pack(target, out);
+                for (int j = 0; j < N; j++) out[j] += scale * (products[p][j] - wide(xs[p].at[j]) * mean);
+                store(target, out);
                 if (!y) continue;
-                float w[N];
                 load_any(weight, type, first + p * stride, w);
 #pragma unroll
-                for (int j = 0; j < N; j++) out.at[j] = narrow<T>(wide(xs[p].at[j]) * scale * w[j]);
-                store_pack(y + start + first + p * stride, out);
+                for (int j = 0; j < N; j++) out[j] = wide(xs[p].at[j]) * scale * w[j];
+                store(y + start + first + p * stride, out);
             }
         }
     } else {
