@@ -64,13 +64,6 @@ template <int THREADS> __device__ __forceinline__ void meet(int id) {
 // What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four 8x8 matrices of 16-bit elements to shared memory: the inverse of load_matrices.
-__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
-}
-
 // Writes a warp's 16 rows of a warpgroup's sums [64, D], row l / 4 of lane l times `low` and row l / 4 + 8 times `high`, to
 // `valid` rows `stride` elements apart in global memory, by way of 16·D elements of shared memory that are its own.
 template <typename T, int D>

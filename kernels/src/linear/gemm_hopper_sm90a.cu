@@ -41,14 +41,14 @@ struct Sizes {
 };
 
 // Waits for the last products of a tile, whose stage is free then, and makes a warp's part of the result.
-template <int BN, typename RESULT>
+template <typename WRITER, typename RESULT, int SUMS>
 __device__ __forceinline__ void finish_tile(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0,
-                                            float (&sums)[BN / 2], float* slab, u32 stage_empty) {
-    Writer<BN, RESULT> writer(result, sizes.m, sizes.n, row0, column0);
+                                            float (&sums)[SUMS], u8* exchange, u32 stage_empty) {
+    WRITER writer(result, sizes.m, sizes.n, row0, column0);
     products_wait<0>();
     pin(sums);
     if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
-    writer.write(sums, sizes.scale, slab);
+    writer.write(sums, sizes.scale, exchange);
 }
 
 // `depths`: the contraction of each pair, or 0.
@@ -61,8 +61,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     // Swizzle atoms start at multiples of 1024 bytes.
     u8* ring = shared + (-shared_address(shared) & 1023);
     const u32 ring_address = shared_address(ring);
-    float* slabs = reinterpret_cast<float*>(ring + RING);
-    const u32 full = ring_address + RING + CONSUMERS * 4 * SLAB_BYTES, empty = full + MAX_STAGES * 8; // + 8 stage
+    const u32 full = ring_address + RING + CONSUMERS * 4 * EXCHANGE_BYTES, empty = full + MAX_STAGES * 8; // + 8 stage
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
 
     if (threadIdx.x == 0) {
@@ -127,7 +126,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warpgroup - 1;
-    float* slab = slabs + (consumer * 4 + warp) * (SLAB_BYTES / 4);
+    u8* const exchange = ring + RING + (consumer * 4 + warp) * EXCHANGE_BYTES;
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
@@ -157,10 +156,15 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         }
         const u32 row0 = m0 + consumer * 64 + warp * 16, stage_empty = empty + 8 * last;
         if constexpr (RESULT::EITHER) {
-            if (result.wide) finish_tile<BN>(result.template of<float>(), sizes, row0, n0, sums, slab, stage_empty);
-            else finish_tile<BN>(result.template of<T>(), sizes, row0, n0, sums, slab, stage_empty);
+            if (result.wide) {
+                finish_tile<WideWriter<BN, Plus<float>>>(result.template plus<float>(), sizes, row0, n0, sums, exchange, stage_empty);
+            } else if (result.in) {
+                finish_tile<WideWriter<BN, Plus<T>>>(result.template plus<T>(), sizes, row0, n0, sums, exchange, stage_empty);
+            } else {
+                finish_tile<Writer<BN, T, Plain<T>>>(result.plain(), sizes, row0, n0, sums, exchange, stage_empty);
+            }
         } else {
-            finish_tile<BN>(result, sizes, row0, n0, sums, slab, stage_empty);
+            finish_tile<Writer<BN, T, RESULT>>(result, sizes, row0, n0, sums, exchange, stage_empty);
         }
     }
 }

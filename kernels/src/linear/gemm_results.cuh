@@ -42,7 +42,7 @@ template <> struct Neighbours<float> {
     }
 };
 
-// out = sums + in.
+// What a result does with a place's sums as they are in f32: out = sums + in.
 template <typename O> struct Plus {
     O* out;
     const O* in; // or null; may be `out`
@@ -65,16 +65,26 @@ template <typename O> struct Plus {
         y.store(out + at);
     }
 };
-// The same, of f32 where that is `wide`, or else of T.
+
+// What others do with them rounded to T: out = sums.
+template <typename T> struct Plain {
+    T* out;
+    struct Loaded {};
+
+    __device__ __forceinline__ void load(Loaded&, u64) const {}
+    __device__ __forceinline__ void finish(const Loaded&, u64 at, const Neighbours<T>& y) const { y.store(out + at); }
+};
+// The one or the other; `out` and `in` are f32 where that is `wide`, or else of T.
 template <typename T> struct PlusAny {
     static constexpr bool EITHER = true;
     void* out;
     const void* in;
     bool wide;
 
-    template <typename O> __device__ __forceinline__ Plus<O> of() const {
+    template <typename O> __device__ __forceinline__ Plus<O> plus() const {
         return {static_cast<O*>(out), static_cast<const O*>(in)};
     }
+    __device__ __forceinline__ Plain<T> plain() const { return {static_cast<T*>(out)}; }
     __device__ __forceinline__ void prefetch(u32, u32, u32) const {}
 };
 
@@ -84,7 +94,7 @@ __device__ __forceinline__ void prefetch_boxes(const TensorMap* map, u32 row, u3
     for (u32 at = 0; at < columns; at += 64) prefetch_box(map, column + at, row);
 }
 
-// The sums are `up` of SwiGLU: up, and output = silu(gate) · up.
+// The sums are `up` of SwiGLU, rounded as if SwiGLU were a pass of its own: up, and output = silu(gate) · up.
 template <typename T> struct Gated {
     static constexpr bool EITHER = false;
     const TensorMap* gates; // in boxes of 128 x 64
@@ -98,12 +108,9 @@ template <typename T> struct Gated {
         prefetch_boxes(gates, row, column, columns);
     }
     __device__ __forceinline__ void load(Loaded& loaded, u64 at) const { loaded.gate.load(gate + at); }
-    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, float (&x)[8]) const {
-        Neighbours<T> y;
-        y.set(x);
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y) const {
         y.store(up + at);
-        // Rounded, as if SwiGLU were a pass of its own.
-        float gates[8];
+        float x[8], gates[8];
         y.get(x);
         loaded.gate.get(gates);
 #pragma unroll
@@ -113,7 +120,8 @@ template <typename T> struct Gated {
     }
 };
 
-// The sums are the gradient of SwiGLU's output: gate and up become their gradients; output = silu(gate) · up.
+// The sums are the gradient of SwiGLU's output, rounded as if its gradients were a pass of their own: gate and up become their
+// gradients; output = silu(gate) · up.
 template <typename T> struct Differentiated {
     static constexpr bool EITHER = false;
     const TensorMap *gates, *ups; // in boxes of 128 x 64
@@ -130,11 +138,8 @@ template <typename T> struct Differentiated {
         loaded.gate.load(gate + at);
         loaded.up.load(up + at);
     }
-    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, float (&x)[8]) const {
-        // Rounded, as if SwiGLU's gradients were a pass of their own.
-        float gates[8], ups[8];
-        Neighbours<T> y;
-        y.set(x);
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y) const {
+        float x[8], gates[8], ups[8];
         y.get(x);
         loaded.gate.get(gates);
         loaded.up.get(ups);
@@ -149,18 +154,20 @@ template <typename T> struct Differentiated {
     }
 };
 
-constexpr int SLAB = 32, PITCH = SLAB + 8; // columns that a warp writes at a time; PITCH: lanes fall into different banks
-constexpr int SLAB_BYTES = 16 * PITCH * 4;
+constexpr int EXCHANGE_BYTES = 4096; // of a warp
 
-// The place of a warp's sums in the result [m, n]: 16 rows of BN columns from (row0, column0) on.
-template <int BN, typename RESULT> struct Writer {
+// The place of a warp's sums in the result [m, n]: 16 rows of BN columns from (row0, column0) on, which go through shared
+// memory as they are, so that a lane has neighbours of a row.
+template <int BN, typename RESULT> struct WideWriter {
+    static constexpr int SLAB = 32, PITCH = SLAB + 8; // columns at a time; PITCH: lanes fall into different banks
+    static_assert(16 * PITCH * 4 <= EXCHANGE_BYTES);
     const RESULT& result;
     const u32 n, column; // `column`: this lane's in the first slab
     const bool inside[2];
     const u64 first, eight_rows;
     typename RESULT::Loaded next[2];
 
-    __device__ __forceinline__ Writer(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
+    __device__ __forceinline__ WideWriter(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
         : result(result), n(n), column(column0 + threadIdx.x % 4 * 8),
           inside{row0 + threadIdx.x % WARP / 4 < m, row0 + threadIdx.x % WARP / 4 + 8 < m},
           first((u64)(row0 + threadIdx.x % WARP / 4) * n + column), eight_rows((u64)8 * n) {
@@ -171,9 +178,10 @@ template <int BN, typename RESULT> struct Writer {
     __device__ __forceinline__ void load(int half, int s) {
         if (there(half, s)) result.load(next[half], at(half, s));
     }
-    // `slab`: 16 rows of PITCH floats in shared memory that are the warp's own.
-    __device__ __forceinline__ void write(const float (&sums)[BN / 2], float scale, float* slab) {
+    // `exchange`: shared memory of the warp's own.
+    __device__ __forceinline__ void write(const float (&sums)[BN / 2], float scale, u8* exchange) {
         const int lane = threadIdx.x % WARP, row = lane / 4, odd = row & 1;
+        float* const slab = reinterpret_cast<float*>(exchange);
         float* to = slab + row * PITCH + lane % 4 * 2;
         const float4* from = reinterpret_cast<const float4*>(slab + row * PITCH + lane % 4 * 8);
 #pragma unroll
@@ -194,6 +202,57 @@ template <int BN, typename RESULT> struct Writer {
                 float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
                 if (there(half, s)) result.finish(next[half], at(half, s), x);
                 if (s + 1 < BN / SLAB) load(half, s + 1);
+            }
+        }
+    }
+};
+
+// The same, rounded to T before: half of the bytes, and fewer instructions, for which the tensor cores wait. A slab is 64
+// columns, rows of 128 bytes swizzled; there is room for two. A warp reads and stores four rows of a slab at a time: a part.
+template <int BN, typename T, typename RESULT> struct Writer {
+    static constexpr int SLAB = 64, SLAB_BYTES = 16 * SLAB * 2, PARTS = 4, ALL = BN / SLAB * PARTS, AHEAD = 2;
+    static_assert(2 * SLAB_BYTES <= EXCHANGE_BYTES);
+    const RESULT& result;
+    const u32 n, column, rows; // `column`: this lane's in the first slab; `rows` of the result from this lane's first on
+    const u64 first, four_rows;
+    typename RESULT::Loaded next[AHEAD];
+
+    __device__ __forceinline__ Writer(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
+        : result(result), n(n), column(column0 + threadIdx.x % 8 * 8),
+          rows(max((int)m - (int)(row0 + threadIdx.x % WARP / 8), 0)),
+          first((u64)(row0 + threadIdx.x % WARP / 8) * n + column), four_rows((u64)4 * n) {
+#pragma unroll
+        for (int part = 0; part < AHEAD; part++) load(part);
+    }
+    __device__ __forceinline__ bool there(int part) const {
+        return (u32)(part % PARTS * 4) < rows && column + part / PARTS * SLAB < n;
+    }
+    __device__ __forceinline__ u64 at(int part) const { return first + part % PARTS * four_rows + part / PARTS * SLAB; }
+    __device__ __forceinline__ void load(int part) {
+        if (part < ALL && there(part)) result.load(next[part % AHEAD], at(part));
+    }
+    // `exchange`: shared memory of the warp's own.
+    __device__ __forceinline__ void write(const float (&sums)[BN / 2], float scale, u8* exchange) {
+        const u32 lane = threadIdx.x % WARP, row = lane % 16;
+#pragma unroll
+        for (int s = 0; s < BN / SLAB; s++) {
+            // This one of the two has been read before the other one was written.
+            const u32 slab = shared_address(exchange) + s % 2 * SLAB_BYTES;
+#pragma unroll
+            for (int i = 0; i < SLAB / 16; i++) {
+                const float* x = sums + (s * (SLAB / 16) + i) * 8;
+                store_matrices(slab + row * (SLAB * 2) + ((2 * i + lane / 16) ^ row % 8) * 16,
+                               pair<T>(x[0] * scale, x[1] * scale), pair<T>(x[2] * scale, x[3] * scale),
+                               pair<T>(x[4] * scale, x[5] * scale), pair<T>(x[6] * scale, x[7] * scale));
+            }
+            __syncwarp();
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+                const int part = s * PARTS + p;
+                const u32 r = p * 4 + lane / 8;
+                const Neighbours<T> y{load_shared_uint4(slab + r * (SLAB * 2) + (lane % 8 ^ r % 8) * 16)};
+                if (there(part)) result.finish(next[part % AHEAD], at(part), y);
+                load(part + AHEAD);
             }
         }
     }

@@ -85,6 +85,13 @@ template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Four 8x8 matrices of 16-bit elements to shared memory: the inverse of load_matrices.
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
 // Describes an operand in shared memory that the TMA has written with 128-byte swizzle, at a multiple of 1024 bytes
 // (plus 32 for each 16 elements along the contraction where that is contiguous). See the PTX ISA, "matrix descriptor".
 // `leading` and `stride` in bytes:

@@ -18,3 +18,7 @@ template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_share
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
 inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { emulator::copy_bulk(to, from, bytes, barrier); }
+inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    const u32 from[4] = {a, b, c, d};
+    emulator::store_matrices(address, from);
+}
