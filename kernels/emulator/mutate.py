@@ -22,6 +22,8 @@ MUTATIONS = [
     ('no wait for the products of the step before', 'gemm', GEMM, 'products_wait<1>();', ''),
     ('two steps of products under way', 'gemm', GEMM, 'products_wait<1>();', 'products_wait<2>();'),
     ('no wait for the last products', 'gemm', GEMM, 'products_wait<0>();\n        pin', 'pin'),
+    ('the second warpgroup waits for one that does not lead', 'gemm', GEMM, 'if (leads) barrier_arrive(lead);', ''),
+    ('an exchange is read before it is written', 'gemm', RESULTS, '            __syncwarp();\n#pragma unroll\n            for (int p', '#pragma unroll\n            for (int p'),
     ('no wait for a stage to be full', 'gemm', GEMM, 'barrier_wait(full + 8 * stage, phase);', ''),
     ('no wait for a stage to be empty', 'gemm', GEMM, 'barrier_wait(empty + 8 * stage, phase ^ 1);', ''),
     ('waits for the wrong parity', 'gemm', GEMM, 'stage, phase ^ 1);', 'stage, phase);'),
