@@ -51,18 +51,30 @@ pub(crate) static RING_HOPPER: Module = Module {
     name: "decoding_ring_sm90a",
     ptx: include_str!("../../ptx/decoding_ring_sm90a.ptx"),
     entries: &[
-        one("decoding_ring_plain_8_f16", PRODUCT),
-        one("decoding_ring_plain_16_f16", PRODUCT),
-        one("decoding_ring_turn_8_f16", PRODUCT),
-        one("decoding_ring_turn_16_f16", PRODUCT),
-        one("decoding_ring_gate_8_f16", PRODUCT),
-        one("decoding_ring_gate_16_f16", PRODUCT),
-        one("decoding_ring_plain_8_bf16", PRODUCT),
-        one("decoding_ring_plain_16_bf16", PRODUCT),
-        one("decoding_ring_turn_8_bf16", PRODUCT),
-        one("decoding_ring_turn_16_bf16", PRODUCT),
-        one("decoding_ring_gate_8_bf16", PRODUCT),
-        one("decoding_ring_gate_16_bf16", PRODUCT),
+        one("decoding_ring4_plain_8_f16", PRODUCT),
+        one("decoding_ring4_plain_16_f16", PRODUCT),
+        one("decoding_ring8_plain_8_f16", PRODUCT),
+        one("decoding_ring8_plain_16_f16", PRODUCT),
+        one("decoding_ring4_turn_8_f16", PRODUCT),
+        one("decoding_ring4_turn_16_f16", PRODUCT),
+        one("decoding_ring8_turn_8_f16", PRODUCT),
+        one("decoding_ring8_turn_16_f16", PRODUCT),
+        one("decoding_ring4_gate_8_f16", PRODUCT),
+        one("decoding_ring4_gate_16_f16", PRODUCT),
+        one("decoding_ring8_gate_8_f16", PRODUCT),
+        one("decoding_ring8_gate_16_f16", PRODUCT),
+        one("decoding_ring4_plain_8_bf16", PRODUCT),
+        one("decoding_ring4_plain_16_bf16", PRODUCT),
+        one("decoding_ring8_plain_8_bf16", PRODUCT),
+        one("decoding_ring8_plain_16_bf16", PRODUCT),
+        one("decoding_ring4_turn_8_bf16", PRODUCT),
+        one("decoding_ring4_turn_16_bf16", PRODUCT),
+        one("decoding_ring8_turn_8_bf16", PRODUCT),
+        one("decoding_ring8_turn_16_bf16", PRODUCT),
+        one("decoding_ring4_gate_8_bf16", PRODUCT),
+        one("decoding_ring4_gate_16_bf16", PRODUCT),
+        one("decoding_ring8_gate_8_bf16", PRODUCT),
+        one("decoding_ring8_gate_16_bf16", PRODUCT),
     ],
 };
 
@@ -96,27 +108,31 @@ const MOST_PARTS: usize = 32;
 /// How Hopper's own kernel takes a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Ring {
-    blocks: u32,
+    /// Blocks of a cluster, which share the inner dimension.
+    cluster: u32,
+    clusters: u32,
     threads: u32,
     /// Bytes.
     shared: usize,
 }
 
 impl Ring {
-    /// The largest inner dimension of which a block holds x.
-    const INNER: usize = 4096;
-
     /// Of `rows` rows with weights in `tiles`; `None` where product.cuh's kernel takes it.
     fn of(chip: Chip, rows: usize, k: usize, tiles: u32) -> Option<Ring> {
-        if !hopper(chip) || !k.is_multiple_of(256) || k > Ring::INNER {
+        if !hopper(chip) || !k.is_multiple_of(256) {
             return None;
         }
-        // Blocks of up to 8 rows are two on a multiprocessor.
-        let (columns, stages, at_once) = if rows <= 8 { (1, 2, 2) } else { (2, 4, 1) };
-        let warps = 8 * columns;
-        let shared = 256 * 128 + warps * columns * 512 + 256 + stages * (16 * (2048 + 32) + 4096);
-        let blocks = tiles.min(at_once * chip.sms.max(1));
-        Some(Ring { blocks, threads: 32 * (warps + 2 * columns) as u32, shared })
+        // Of a block: warps that multiply, stages; blocks of a cluster, and on a multiprocessor.
+        let (warps, stages, cluster, at_once) = match k {
+            ..=4096 => (8, 3, 4, 2),
+            ..=14336 => (14, 4, 8, 1),
+            _ => return None,
+        };
+        let fragments = 2 * rows.div_ceil(8);
+        let stage = 32 * (64 * warps + 32) + 256 * warps;
+        let shared = 256 * 128 + (warps * fragments + 2 * cluster) * 512 + 128 + stages * stage;
+        let clusters = tiles.div_ceil(2).min((at_once * chip.sms / cluster as u32).max(1));
+        Some(Ring { cluster: cluster as u32, clusters, threads: 32 * (warps + 2) as u32, shared })
     }
 }
 
@@ -274,9 +290,9 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
     let args = args.u32(size(OP, length)?).u32(tiles);
     let ring = if words_of_scales(parts)? { Ring::of(gpu.chip(), rows, k, tiles) } else { None };
     let args = Args::new().structure(args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0));
-    if let Some(Ring { blocks, threads, shared }) = ring {
-        let name = entry(&format!("decoding_ring_{}_{padded}", into.kernel), dtype)?;
-        return gpu.launch(&RING_HOPPER, &name, [blocks, 1, 1], [threads, 1, 1], shared, args.early());
+    if let Some(Ring { cluster, clusters, threads, shared }) = ring {
+        let name = entry(&format!("decoding_ring{cluster}_{}_{padded}", into.kernel), dtype)?;
+        return gpu.launch(&RING_HOPPER, &name, [cluster * clusters, 1, 1], [threads, 1, 1], shared, args.early());
     }
     let name = entry(&format!("decoding_{}_{padded}", into.kernel), dtype)?;
     let module = linear(gpu);
@@ -437,12 +453,12 @@ mod tests {
     #[test]
     fn rings_suit_the_shape() {
         let chip = |capability| Chip { capability, sms: 132 };
-        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| ring.blocks);
-        assert_eq!((ring(1, 4096, 1792), ring(16, 4096, 1792), ring(1, 4096, 40)), (Some(264), Some(132), Some(40)));
-        assert_eq!((ring(1, 576, 36), ring(1, 14336, 256)), (None, None));
+        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| (ring.cluster, ring.clusters));
+        assert_eq!((ring(1, 4096, 1792), ring(16, 4096, 1792), ring(1, 4096, 39)), (Some((4, 66)), Some((4, 66)), Some((4, 20))));
+        assert_eq!((ring(16, 14336, 256), ring(1, 576, 36), ring(1, 14592, 256)), (Some((8, 16)), None, None));
         assert_eq!(Ring::of(chip((8, 0)), 1, 4096, 256), None);
-        // Two blocks a multiprocessor of up to 8 rows, with tables of scales and what each block takes beside.
-        let shared = |rows| Ring::of(chip((9, 0)), rows, 4096, 256).unwrap().shared;
-        assert!(2 * (shared(8) + 3200 + 1024) <= 228 << 10 && shared(16) + 3200 <= 227 << 10);
+        // Two blocks a multiprocessor where the inner dimension is small, with tables of scales and what each block takes beside.
+        let shared = |k| Ring::of(chip((9, 0)), 16, k, 256).unwrap().shared;
+        assert!(2 * (shared(4096) + 3200 + 1024) <= 228 << 10 && shared(14336) + 3200 <= 227 << 10);
     }
 }

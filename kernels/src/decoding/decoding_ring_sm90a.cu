@@ -1,13 +1,15 @@
 // The products of a decoding step on Hopper.
 #include "decoding/product_hopper.cuh"
 
-#define PRODUCT(NAME, T, NT, KIND)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS<NT>, 3 - NT) NAME(const __grid_constant__ Product p) {        \
-        product<T, NT, KIND>(p);                                                                                       \
+// W warps that multiply: 8, two blocks a multiprocessor, or 14.
+#define PRODUCT(NAME, T, NT, W, KIND)                                                                                  \
+    extern "C" __global__ void __cluster_dims__(CLUSTER<W>, 1, 1) __launch_bounds__(THREADS<W>, W == 8 ? 2 : 1)        \
+        NAME(const __grid_constant__ Product p) {                                                                      \
+        product<T, NT, W, KIND>(p);                                                                                    \
     }
-#define ENTRIES(T)                                                                                                     \
-    PRODUCT(decoding_ring_plain_8_##T, T, 1, PLAIN) PRODUCT(decoding_ring_plain_16_##T, T, 2, PLAIN)                   \
-    PRODUCT(decoding_ring_turn_8_##T, T, 1, TURN) PRODUCT(decoding_ring_turn_16_##T, T, 2, TURN)                       \
-    PRODUCT(decoding_ring_gate_8_##T, T, 1, GATE) PRODUCT(decoding_ring_gate_16_##T, T, 2, GATE)
+#define SIZES(T, NAME, KIND)                                                                                           \
+    PRODUCT(decoding_ring4_##NAME##_8_##T, T, 1, 8, KIND) PRODUCT(decoding_ring4_##NAME##_16_##T, T, 2, 8, KIND)       \
+    PRODUCT(decoding_ring8_##NAME##_8_##T, T, 1, 14, KIND) PRODUCT(decoding_ring8_##NAME##_16_##T, T, 2, 14, KIND)
+#define ENTRIES(T) SIZES(T, plain, PLAIN) SIZES(T, turn, TURN) SIZES(T, gate, GATE)
 ENTRIES(f16)
 ENTRIES(bf16)

@@ -1,139 +1,162 @@
 // The products of product.cuh on Hopper, whose asynchronous copies keep more bytes of codes on their way than registers hold.
 //
-// A block has warps of three kinds:
+// The blocks of a cluster share the inner index: each has a part of it, the same of all tiles, and so x is read once by a
+// cluster, not by every multiprocessor. (x of 16 tokens is 128 KiB; read by all of them it was more than a small weight.) A
+// block has warps of three kinds, and does two tiles (32 rows) a turn:
 //
 // | warps | what they do |
 // |---|---|
-// | 8, or 16 for more than 8 tokens | decode and multiply. Each has a part of the inner index, the same of all tiles, and keeps x of it in registers as right operands: x is read once |
-// | a producer | keeps a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which it computes |
-// | a closer | adds up the sums of a tile and does what follows them |
+// | W | decode and multiply. Each has two times 64 of the inner index and keeps x of it in registers as right operands |
+// | a producer | keeps a ring full: 32 rows of codes by bulk copies, and their scales, which it computes |
+// | a closer | adds up the sums of the block's warps and sends them to the blocks that own them; what this block owns it adds up in the order of ranks, and does what follows |
 //
-// What a launch before has not written does not wait for it: tables, and the first tiles of the ring. Registers hold x of an
-// inner index of up to 4096.
+// What a launch before has not written does not wait for it: tables, and the first turns of the ring.
+//
+// Eight warps with clusters of four take an inner index of up to 4096 and half of a multiprocessor, so that there are two
+// blocks, as one hides little of the latencies; 14 with clusters of eight take up to 14336 and all of it.
 //
 // Rows of codes lie 32 bytes more than a multiple of 128 apart, so that 4 rows of 32 bytes are in all banks: a lane reads 16
-// codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
+// codes of a block of 64. The scale of block j, line l of tile m and half h is number 32 j + 4 l + 2 m + h.
 //
-// Up to 8 tokens take half of a multiprocessor's registers and shared memory: it has two blocks, because what bounds a warp is
-// the latency of its look-ups and products. More take all of it; two warps more make the others a warpgroup, which gives
-// registers to those that multiply.
+// Bound by the bytes of the codes. A look-up in the table is a product of bytes, which adds up the address, and a load.
 //
-// Bound by the bytes of the codes. A look-up in the table is a product of bytes, which adds up the address, and a load: 62
-// instructions for 64 codes of 16 rows and 8 tokens, 81 for 16.
-//
-// Wants: k a multiple of 256 and at most 4096, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
+// Wants: k a multiple of 256, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
 #pragma once
+#include "decoding/cluster.cuh"
 #include "decoding/dependent.cuh"
 #include "decoding/tile.cuh"
 #include "linear/hopper.cuh"
 
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
-constexpr u32 MOST_QUADS = 16; // times 256 codes
 constexpr int TABLE_PITCH = 128;
-constexpr u32 CODES_PITCH = MOST_QUADS * 128 + 32, CODES_BYTES = 16 * CODES_PITCH;
-constexpr u32 STAGE = CODES_BYTES + MOST_QUADS * 4 * 16 * sizeof(float); // bytes: codes, then scales
-constexpr u32 FRAGMENT = WARP * 16;                                      // bytes: sums of 16 rows and 8 tokens
-template <int NT> constexpr u32 CONSUMERS = 8 * NT;
-template <int NT> constexpr u32 THREADS = (CONSUMERS<NT> + 2 * NT) * WARP;
-// Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
-constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
-template <int NT> constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS<NT>; // of 64, of a warp
-template <int NT> constexpr u32 STAGES = 2 * NT;
+constexpr u32 ROWS = 32;            // of a turn
+constexpr u32 FRAGMENT = WARP * 16; // bytes: sums of 16 rows and 8 tokens
 
-// The places of shared memory: the table, sums of warps, barriers, the ring. Barriers: stages are full, or empty; sums of a tile
-// are summed, or taken.
-template <int NT> struct Places {
-    static constexpr u32 SUMS = 256 * TABLE_PITCH, BARRIERS = SUMS + CONSUMERS<NT> * NT * FRAGMENT;
-    static constexpr u32 RING = BARRIERS + 256;
-    u32 table, sums, full, empty, summed, taken, ring;
+template <u32 W> constexpr u32 CLUSTER = W == 8 ? 4 : 8; // blocks
+template <u32 W> constexpr u32 THREADS = (W + 2) * WARP;
+template <u32 W> constexpr u32 MOST_QUADS = W / 2; // times 256 codes, of a block
+template <u32 W> constexpr u32 CODES_PITCH = MOST_QUADS<W> * 128 + 32;
+template <u32 W> constexpr u32 CODES_BYTES = ROWS * CODES_PITCH<W>;
+template <u32 W> constexpr u32 STAGE = CODES_BYTES<W> + MOST_QUADS<W> * 4 * ROWS * sizeof(float); // codes, then scales
+template <u32 W> constexpr u32 STAGES = W == 8 ? 3 : 4;
+
+// The places of shared memory: the table, sums of warps, sums that blocks sent, barriers, the ring. Barriers: stages are full, or
+// empty; sums of a turn are summed, or taken; those sent have arrived.
+template <int NT, u32 W> struct Places {
+    static constexpr u32 FRAGMENTS = 2 * NT; // of a turn
+    static constexpr u32 SUMS = 256 * TABLE_PITCH, SENT = SUMS + W * FRAGMENTS * FRAGMENT;
+    static constexpr u32 BARRIERS = SENT + 2 * CLUSTER<W> * FRAGMENT, RING = BARRIERS + 128;
+    u32 table, sums, sent, full, empty, summed, taken, arrived, ring;
 
     __device__ __forceinline__ Places() {
         table = shared_address(dynamic_shared);
-        sums = table + SUMS;
-        full = table + BARRIERS, empty = full + 8 * STAGES<NT>;
-        summed = empty + 8 * STAGES<NT>, taken = summed + 8;
+        sums = table + SUMS, sent = table + SENT;
+        full = table + BARRIERS, empty = full + 8 * STAGES<W>;
+        summed = empty + 8 * STAGES<W>, taken = summed + 8, arrived = taken + 8;
         ring = table + RING;
     }
     __device__ __forceinline__ void init_barriers() const {
-        for (u32 s = 0; s < STAGES<NT>; s++) {
+        for (u32 s = 0; s < STAGES<W>; s++) {
             barrier_init(full + 8 * s, 2);
-            barrier_init(empty + 8 * s, CONSUMERS<NT>);
+            barrier_init(empty + 8 * s, W);
         }
-        barrier_init(summed, CONSUMERS<NT>);
+        barrier_init(summed, W);
         barrier_init(taken, 1);
+        barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
         barriers_ready();
     }
 };
-static_assert(8 * (2 * STAGES<2> + 2) <= 256, "barriers");
+static_assert(8 * (2 * 4 + 4) <= 128, "barriers");
 
-// Has the codes of a tile brought. A whole warp, a lane a row; rows beyond the last are the last, and not stored.
-template <int NT, Kind KIND>
-__device__ __forceinline__ void bring(const Product& p, const Places<NT>& places, u32 tile, u32 stage) {
-    const u32 lane = threadIdx.x % WARP, bytes = p.k / 2, full = places.full + 8 * stage;
-    if (lane == 0) barrier_expect(full, 16 * bytes);
-    __syncwarp();
-    if (lane >= 16) return;
-    const Tile at = locate<KIND>(p, tile);
-    const Part& part = p.parts[lane < 8 ? at.part[0] : at.part[1]];
-    const u32 row = min((lane < 8 ? at.row[0] : at.row[1]) + lane % 8, part.n - 1);
-    const u8* from = part.codes + row * p.k / 2;
-    copy_bulk(places.ring + stage * STAGE + lane * CODES_PITCH, from, bytes, full);
+// What a block does: turns `first`, `first + step`, ..; of the inner index `quads` times 256 from the `quad`-th on.
+struct Share {
+    u32 rank, first, step, turns, quad, quads;
+};
+template <u32 W> __device__ __forceinline__ Share find_share(const Product& p) {
+    const u32 rank = cluster_rank(), all = p.k / 256, quad = rank * all / CLUSTER<W>;
+    const u32 quads = (rank + 1) * all / CLUSTER<W> - quad;
+    return {rank, blockIdx.x / CLUSTER<W>, gridDim.x / CLUSTER<W>, (p.tiles + 1) / 2, quad, quads};
 }
 
-// What scales of a tile are made of, on its way: of lane l, every other quad of the row that scales l % 16 are of.
-struct RawScales {
-    u32 part, absmax[MOST_QUADS / 2];
-    float nested[MOST_QUADS / 2];
+// The part and the row of it that a lane has of a turn; rows beyond the last are the last, and not stored.
+template <Kind KIND> __device__ __forceinline__ void row_of(const Product& p, u32 turn, u32& part, u32& row) {
+    const u32 lane = threadIdx.x % WARP;
+    const Tile at = locate<KIND>(p, min(2 * turn + lane / 16, p.tiles - 1));
+    const bool lower = lane & 8;
+    part = lower ? at.part[1] : at.part[0];
+    row = min((lower ? at.row[1] : at.row[0]) + lane % 8, p.parts[part].n - 1);
+}
 
-    __device__ __forceinline__ void fetch(const Product& p, const Tile& at) {
-        const u32 lane = threadIdx.x % WARP, h = lane % 2;
-        part = h ? at.part[1] : at.part[0];
+// Has the codes of a turn brought. A whole warp, a lane a row.
+template <int NT, u32 W, Kind KIND>
+__device__ __forceinline__ void bring(const Product& p, const Places<NT, W>& places, const Share& share, u32 turn, u32 stage) {
+    const u32 lane = threadIdx.x % WARP, bytes = share.quads * 128, full = places.full + 8 * stage;
+    u32 part, row;
+    row_of<KIND>(p, turn, part, row);
+    if (lane == 0) barrier_expect(full, ROWS * bytes);
+    __syncwarp();
+    if (bytes == 0) return;
+    const u8* from = p.parts[part].codes + (row * (p.k / 2) + share.quad * 128);
+    copy_bulk(places.ring + stage * STAGE<W> + lane * CODES_PITCH<W>, from, bytes, full);
+}
+
+// What the scales of a lane's row of a turn are made of, on its way.
+template <u32 W> struct RawScales {
+    u32 part, absmax[MOST_QUADS<W>];
+    float nested[MOST_QUADS<W>];
+
+    template <Kind KIND> __device__ __forceinline__ void fetch(const Product& p, const Share& share, u32 turn) {
+        u32 row;
+        row_of<KIND>(p, turn, part, row);
         const Part& of = p.parts[part];
-        const u32 row = min((h ? at.row[1] : at.row[0]) + lane % 16 / 2, of.n - 1);
-        const u32 block = row * (p.k / 64) + lane / 16 * 4, quads = p.k / 256;
+        const u32 block = row * (p.k / 64) + share.quad * 4;
 #pragma unroll
-        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
-            if (2 * j + lane / 16 >= quads) continue;
-            absmax[j] = __ldg((const u32*)(of.absmax + block + 8 * j));
-            nested[j] = __ldg(of.nested + (block + 8 * j) / 256);
+        for (u32 q = 0; q < MOST_QUADS<W>; q++) {
+            if (q >= share.quads) continue;
+            absmax[q] = __ldg((const u32*)(of.absmax + block + 4 * q));
+            nested[q] = __ldg(of.nested + (block + 4 * q) / 256);
         }
     }
     __device__ __forceinline__ void make(u32 to, u32 quads, const float (*maps)[256], const float* offsets) const {
         const u32 lane = threadIdx.x % WARP;
-        to += (lane / 16 * 4 * 16 + lane % 16) * 4;
+        to += (lane % 8 * 4 + lane / 8) * 4;
 #pragma unroll
-        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
-            if (2 * j + lane / 16 >= quads) continue;
+        for (u32 q = 0; q < MOST_QUADS<W>; q++) {
+            if (q >= quads) continue;
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 // Two roundings, as the reference: no fused multiply-add.
-                const float v = __fmul_rn(maps[part][absmax[j] >> 8 * i & 255], nested[j]);
-                store_float(to + (8 * j + i) * 64, __fadd_rn(v, offsets[part]));
+                const float v = __fmul_rn(maps[part][absmax[q] >> 8 * i & 255], nested[q]);
+                store_float(to + (4 * q + i) * 128, __fadd_rn(v, offsets[part]));
             }
         }
     }
 };
 
-// The producer, after it has brought the first tiles. `scales`: the first tile's.
-template <int NT, Kind KIND>
-__device__ __forceinline__ void produce(const Product& p, const Places<NT>& places,
-                                        RawScales& scales, const float (*maps)[256], const float* offsets) {
-    u32 tile = blockIdx.x;
+// The producer, after it has brought the first turns. `scales`: of the first two, then of every other.
+template <int NT, u32 W, Kind KIND>
+__device__ __forceinline__ void produce(const Product& p, const Places<NT, W>& places, const Share& share,
+                                        RawScales<W> (&scales)[2], const float (*maps)[256], const float* offsets) {
+    u32 stage = 0, parity = 1;
 #pragma unroll 1
-    for (u32 turn = 0; tile < p.tiles; turn++) {
-        const u32 stage = turn % STAGES<NT>;
-        if (turn >= STAGES<NT>) {
-            barrier_wait(places.empty + 8 * stage, turn / STAGES<NT> % 2 ^ 1);
-            bring<NT, KIND>(p, places, tile, stage);
+    for (u32 turn = share.first, count = 0; turn < share.turns; count += 2) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            if (turn >= share.turns) break;
+            if (count + i >= STAGES<W>) {
+                barrier_wait(places.empty + 8 * stage, parity);
+                bring<NT, W, KIND>(p, places, share, turn, stage);
+            }
+            scales[i].make(places.ring + stage * STAGE<W> + CODES_BYTES<W>, share.quads, maps, offsets);
+            __syncwarp();
+            if (threadIdx.x % WARP == 0) barrier_arrive(places.full + 8 * stage);
+            const u32 later = turn + 2 * share.step;
+            if (later < share.turns) scales[i].template fetch<KIND>(p, share, later);
+            turn += share.step;
+            if (++stage == STAGES<W>) stage = 0, parity ^= 1;
         }
-        scales.make(places.ring + stage * STAGE + CODES_BYTES, p.k / 256, maps, offsets);
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(places.full + 8 * stage);
-        tile += gridDim.x;
-        if (tile < p.tiles) scales.fetch(p, locate<KIND>(p, tile));
     }
-    let_next();
 }
 
 // The two values of a byte of codes, which `which` has 128 for. `bank`: the table's address and 4 · lane.
@@ -143,69 +166,79 @@ __device__ __forceinline__ u32 look_up(u32 codes, u32 which, u32 bank) {
     return value;
 }
 
-// sum += the products of 64 codes a row with x, each row's times its scale, or times 0 if they are not `there`.
-template <typename T, int NT>
+// sum += the products of 64 codes of each row with x, times the rows' scales, or times 0 if they are not `there`. Both tiles at
+// once: two chains of products for each 8 tokens.
+template <typename T, int NT, u32 W>
 __device__ __forceinline__ void multiply_group(u32 codes, u32 scales, bool there, const uint4 (&x)[NT][2], u32 bank,
-                                               float (&sum)[NT][4]) {
-    const uint2 upper = load_shared_uint2(codes), lower = load_shared_uint2(codes + 8 * CODES_PITCH);
-    float group[NT][4] = {};
+                                               float (&sum)[2][NT][4]) {
+    uint2 upper[2], lower[2];
+#pragma unroll
+    for (u32 m = 0; m < 2; m++) {
+        upper[m] = load_shared_uint2(codes + 16 * m * CODES_PITCH<W>);
+        lower[m] = load_shared_uint2(codes + (16 * m + 8) * CODES_PITCH<W>);
+    }
+    float group[2][NT][4] = {};
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
-        const u32 top = s < 2 ? upper.x : upper.y, low = s < 2 ? lower.x : lower.y, byte = s % 2 ? 128u << 16 : 128u;
-        const u32 a[4] = {look_up(top, byte, bank), look_up(low, byte, bank), look_up(top, byte << 8, bank),
-                          look_up(low, byte << 8, bank)};
+        const u32 byte = s % 2 ? 128u << 16 : 128u;
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const uint4& v = x[n][s / 2];
-            multiply<T>(group[n], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
+        for (u32 m = 0; m < 2; m++) {
+            const u32 top = s < 2 ? upper[m].x : upper[m].y, low = s < 2 ? lower[m].x : lower[m].y;
+            const u32 a[4] = {look_up(top, byte, bank), look_up(low, byte, bank), look_up(top, byte << 8, bank),
+                              look_up(low, byte << 8, bank)};
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const uint4& v = x[n][s / 2];
+                multiply<T>(group[m][n], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
+            }
         }
     }
-    const uint2 scale = load_shared_uint2(scales);
-    const float top_scale = there ? __uint_as_float(scale.x) : 0.0f, low_scale = there ? __uint_as_float(scale.y) : 0.0f;
-    add_scaled(sum, group, top_scale, low_scale);
+    const float4 scale = load_float4(scales);
+    add_scaled(sum[0], group[0], there ? scale.x : 0.0f, there ? scale.y : 0.0f);
+    add_scaled(sum[1], group[1], there ? scale.z : 0.0f, there ? scale.w : 0.0f);
 }
 
 // A warp that decodes and multiplies.
-template <typename T, int NT>
-__device__ __forceinline__ void consume(const Product& p, const Places<NT>& places) {
-    constexpr u32 MOST = MOST_GROUPS<NT>;
+template <typename T, int NT, u32 W>
+__device__ __forceinline__ void consume(const Product& p, const Places<NT, W>& places, const Share& share) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, i = lane % 4;
-    const u32 groups = p.k / 64, begin = warp * groups / CONSUMERS<NT>, count = (warp + 1) * groups / CONSUMERS<NT> - begin;
+    const u32 groups = share.quads * 4, begin = warp * groups / W, count = (warp + 1) * groups / W - begin;
     wait_before();
     // Zeros beyond the last group and token.
-    uint4 x[MOST][NT][2];
+    uint4 x[2][NT][2];
 #pragma unroll
-    for (u32 u = 0; u < MOST; u++) {
+    for (u32 u = 0; u < 2; u++) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const T* from = (const T*)p.x + (u64)(8 * n + g) * p.k + (begin + u) * 64 + 16 * i;
+            const T* from = (const T*)p.x + (u64)(8 * n + g) * p.k + share.quad * 256 + (begin + u) * 64 + 16 * i;
             const bool there = u < count && 8 * n + g < p.tokens;
             x[u][n][0] = load_now(from, there), x[u][n][1] = load_now(from + 8, there);
         }
     }
-    const u32 bank = places.table + 4 * lane, sums = places.sums + warp * NT * FRAGMENT + lane * 16;
-    const u32 first = places.ring + g * CODES_PITCH + begin * 32 + i * 8;
-    const u32 first_scale = places.ring + CODES_BYTES + begin * 64 + g * 8;
+    const u32 bank = places.table + 4 * lane, sums = places.sums + warp * 2 * NT * FRAGMENT + lane * 16;
+    const u32 codes = places.ring + g * CODES_PITCH<W> + begin * 32 + i * 8;
+    const u32 scales = places.ring + CODES_BYTES<W> + begin * 128 + g * 16;
+    u32 stage = 0, parity = 0, taken = 1;
 #pragma unroll 1
-    for (u32 turn = 0, tile = blockIdx.x; tile < p.tiles; turn++, tile += gridDim.x) {
-        float sum[NT][4] = {};
-        const u32 stage = turn % STAGES<NT>, codes = first + stage * STAGE, scales = first_scale + stage * STAGE;
-        barrier_wait(places.full + 8 * stage, turn / STAGES<NT> % 2);
-        // Two at a time; the second may be beyond the last, where what lies there is multiplied by zeros.
-#pragma unroll
-        for (u32 u = 0; u < MOST; u += 2) {
-            if (u >= count) break;
-            multiply_group<T, NT>(codes + u * 32, scales + u * 64, true, x[u], bank, sum);
-            multiply_group<T, NT>(codes + (u + 1) * 32, scales + (u + 1) * 64, u + 1 < count, x[u + 1], bank, sum);
+    for (u32 turn = share.first; turn < share.turns; turn += share.step) {
+        float sum[2][NT][4] = {};
+        const u32 at = stage * STAGE<W>;
+        barrier_wait(places.full + 8 * stage, parity);
+        // The second 64 may be beyond the last, where what lies there is multiplied by zeros.
+        if (count > 0) {
+            multiply_group<T, NT, W>(codes + at, scales + at, true, x[0], bank, sum);
+            multiply_group<T, NT, W>(codes + at + 32, scales + at + 128, count > 1, x[1], bank, sum);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(places.empty + 8 * stage);
-        barrier_wait(places.taken, turn % 2 ^ 1);
+        if (++stage == STAGES<W>) stage = 0, parity ^= 1;
+        barrier_wait(places.taken, taken);
+        taken ^= 1;
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            store16(sums + n * FRAGMENT, __float_as_uint(sum[n][0]), __float_as_uint(sum[n][1]), __float_as_uint(sum[n][2]),
-                    __float_as_uint(sum[n][3]));
+        for (u32 f = 0; f < 2 * NT; f++) {
+            const float(&v)[4] = sum[f / NT][f % NT];
+            store16(sums + f * FRAGMENT, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(places.summed);
@@ -214,47 +247,66 @@ __device__ __forceinline__ void consume(const Product& p, const Places<NT>& plac
 
 __device__ __forceinline__ void add(float (&to)[4], const float4& v) { to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w; }
 
-// The closer.
-template <typename T, int NT, Kind KIND>
-__device__ __forceinline__ void close(const Product& p, const Places<NT>& places) {
+// The closer. A turn's fragments, 16 rows and 8 tokens, go round among the blocks, so that every block owns one in `PERIOD` turns,
+// and has places for those of two: who sends to the one has had sums of its own from all blocks since they were read.
+template <typename T, int NT, u32 W, Kind KIND>
+__device__ __forceinline__ void close(const Product& p, const Places<NT, W>& places, const Share& share) {
+    constexpr u32 BLOCKS = CLUSTER<W>, FRAGMENTS = 2 * NT, PERIOD = BLOCKS / FRAGMENTS;
     const u32 lane = threadIdx.x % WARP;
     wait_before();
 #pragma unroll 1
-    for (u32 turn = 0, tile = blockIdx.x; tile < p.tiles; turn++, tile += gridDim.x) {
-        const Tile at = locate<KIND>(p, tile);
-        float sum[NT][4] = {};
-        add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 1, sum);
-        barrier_wait(places.summed, turn % 2);
+    for (u32 turn = share.first, count = 0; turn < share.turns; turn += share.step, count++) {
+        const u32 shift = count * FRAGMENTS, slot = count / PERIOD % 2;
+        const u32 own = (share.rank - shift) % BLOCKS, tile = 2 * turn + own / NT, first = own % NT * 8;
+        const u32 arrived = places.arrived + 8 * slot, sent = places.sent + slot * BLOCKS * FRAGMENT + lane * 16;
+        const bool owner = own < FRAGMENTS;
+        const Tile at = locate<KIND>(p, min(tile, p.tiles - 1));
+        float sum[1][4] = {};
+        if (owner) {
+            if (lane == 0) barrier_expect(arrived, BLOCKS * FRAGMENT);
+            add_branch<T, 1, KIND, 4>(p, at, first, 0, 1, sum);
+        }
+        barrier_wait(places.summed, count % 2);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
+        for (u32 f = 0; f < FRAGMENTS; f++) {
+            float total[4] = {};
 #pragma unroll
-            for (u32 warp = 0; warp < CONSUMERS<NT>; warp++)
-                add(sum[n], load_float4(places.sums + (warp * NT + n) * FRAGMENT + lane * 16));
+            for (u32 warp = 0; warp < W; warp++)
+                add(total, load_float4(places.sums + (warp * FRAGMENTS + f) * FRAGMENT + lane * 16));
+            const u32 to = (f + shift) % BLOCKS;
+            send(of_block(sent + share.rank * FRAGMENT, to), total, of_block(arrived, to));
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(places.taken);
+        if (!owner) continue;
+        wait_sent(arrived, count / PERIOD / 2 % 2);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const u32 token = 8 * n + lane % 4 * 2;
-            if (token < p.tokens) finish<T, KIND>(p, at, lane / 4, token, sum[n][0], sum[n][2]);
-            if (token + 1 < p.tokens) finish<T, KIND>(p, at, lane / 4, token + 1, sum[n][1], sum[n][3]);
-        }
+        for (u32 from = 0; from < BLOCKS; from++) add(sum[0], load_float4(sent + from * FRAGMENT));
+        const u32 token = first + lane % 4 * 2;
+        if (tile < p.tiles && token < p.tokens) finish<T, KIND>(p, at, lane / 4, token, sum[0][0], sum[0][2]);
+        if (tile < p.tiles && token + 1 < p.tokens) finish<T, KIND>(p, at, lane / 4, token + 1, sum[0][1], sum[0][3]);
         __syncwarp();
     }
 }
 
-template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
-    constexpr u32 PRODUCER = CONSUMERS<NT>, PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
+template <typename T, int NT, u32 W, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
+    constexpr u32 PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
     __shared__ float maps[PARTS][256], offsets[PARTS];
     const u32 warp = threadIdx.x / WARP;
-    const Places<NT> places;
-    RawScales scales; // the producer's
-    if (warp == PRODUCER) {
+    const Places<NT, W> places;
+    const Share share = find_share<W>(p);
+    RawScales<W> scales[2]; // the producer's
+    if (warp == W) {
         if (threadIdx.x % WARP == 0) places.init_barriers();
         __syncwarp();
-        for (u32 stage = 0, tile = blockIdx.x; stage < STAGES<NT> && tile < p.tiles; stage++, tile += gridDim.x)
-            bring<NT, KIND>(p, places, tile, stage);
-        if (blockIdx.x < p.tiles) scales.fetch(p, locate<KIND>(p, blockIdx.x));
+        u32 turn = share.first;
+        for (u32 stage = 0; stage < STAGES<W> && turn < share.turns; stage++, turn += share.step)
+            bring<NT, W, KIND>(p, places, share, turn, stage);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            if (share.first + i * share.step < share.turns) scales[i].template fetch<KIND>(p, share, share.first + i * share.step);
+        }
+        let_next();
     }
     fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
 #pragma unroll
@@ -262,13 +314,9 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
         if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
         if (threadIdx.x == 0) offsets[part] = *p.parts[part].offset;
     }
-    __syncthreads();
-    if (warp < PRODUCER) {
-        if constexpr (NT == 2) take_registers<CONSUMER_REGISTERS>();
-        consume<T, NT>(p, places);
-    } else {
-        if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
-        if (warp == PRODUCER) produce<NT, KIND>(p, places, scales, maps, offsets);
-        else if (warp == PRODUCER + 1) close<T, NT, KIND>(p, places);
-    }
+    __syncwarp();
+    cluster_sync();
+    if (warp < W) consume<T, NT, W>(p, places, share);
+    else if (warp == W) produce<NT, W, KIND>(p, places, share, scales, maps, offsets);
+    else close<T, NT, W, KIND>(p, places, share);
 }
