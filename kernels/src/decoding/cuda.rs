@@ -51,30 +51,30 @@ pub(crate) static RING_HOPPER: Module = Module {
     name: "decoding_ring_sm90a",
     ptx: include_str!("../../ptx/decoding_ring_sm90a.ptx"),
     entries: &[
+        one("decoding_ring1_plain_8_f16", PRODUCT),
+        one("decoding_ring1_plain_16_f16", PRODUCT),
         one("decoding_ring4_plain_8_f16", PRODUCT),
         one("decoding_ring4_plain_16_f16", PRODUCT),
-        one("decoding_ring8_plain_8_f16", PRODUCT),
-        one("decoding_ring8_plain_16_f16", PRODUCT),
+        one("decoding_ring1_turn_8_f16", PRODUCT),
+        one("decoding_ring1_turn_16_f16", PRODUCT),
         one("decoding_ring4_turn_8_f16", PRODUCT),
         one("decoding_ring4_turn_16_f16", PRODUCT),
-        one("decoding_ring8_turn_8_f16", PRODUCT),
-        one("decoding_ring8_turn_16_f16", PRODUCT),
+        one("decoding_ring1_gate_8_f16", PRODUCT),
+        one("decoding_ring1_gate_16_f16", PRODUCT),
         one("decoding_ring4_gate_8_f16", PRODUCT),
         one("decoding_ring4_gate_16_f16", PRODUCT),
-        one("decoding_ring8_gate_8_f16", PRODUCT),
-        one("decoding_ring8_gate_16_f16", PRODUCT),
+        one("decoding_ring1_plain_8_bf16", PRODUCT),
+        one("decoding_ring1_plain_16_bf16", PRODUCT),
         one("decoding_ring4_plain_8_bf16", PRODUCT),
         one("decoding_ring4_plain_16_bf16", PRODUCT),
-        one("decoding_ring8_plain_8_bf16", PRODUCT),
-        one("decoding_ring8_plain_16_bf16", PRODUCT),
+        one("decoding_ring1_turn_8_bf16", PRODUCT),
+        one("decoding_ring1_turn_16_bf16", PRODUCT),
         one("decoding_ring4_turn_8_bf16", PRODUCT),
         one("decoding_ring4_turn_16_bf16", PRODUCT),
-        one("decoding_ring8_turn_8_bf16", PRODUCT),
-        one("decoding_ring8_turn_16_bf16", PRODUCT),
+        one("decoding_ring1_gate_8_bf16", PRODUCT),
+        one("decoding_ring1_gate_16_bf16", PRODUCT),
         one("decoding_ring4_gate_8_bf16", PRODUCT),
         one("decoding_ring4_gate_16_bf16", PRODUCT),
-        one("decoding_ring8_gate_8_bf16", PRODUCT),
-        one("decoding_ring8_gate_16_bf16", PRODUCT),
     ],
 };
 
@@ -110,29 +110,35 @@ const MOST_PARTS: usize = 32;
 struct Ring {
     /// Blocks of a cluster, which share the inner dimension.
     cluster: u32,
-    clusters: u32,
-    threads: u32,
-    /// Bytes.
+    /// Bytes of a block.
     shared: usize,
 }
 
 impl Ring {
-    /// Of `rows` rows with weights in `tiles`; `None` where product.cuh's kernel takes it.
-    fn of(chip: Chip, rows: usize, k: usize, tiles: u32) -> Option<Ring> {
-        if !hopper(chip) || !k.is_multiple_of(256) {
+    /// The largest inner dimension of which a block holds x.
+    const INNER: usize = 4096;
+    const THREADS: u32 = 640;
+
+    /// Of `rows` rows; `None` where product.cuh's kernel takes it.
+    fn of(chip: Chip, rows: usize, k: usize) -> Option<Ring> {
+        if !hopper(chip) || !k.is_multiple_of(256) || k > 4 * Ring::INNER {
             return None;
         }
-        // Of a block: warps that multiply, stages; blocks of a cluster, and on a multiprocessor.
-        let (warps, stages, cluster, at_once) = match k {
-            ..=4096 => (8, 3, 4, 2),
-            ..=14336 => (14, 4, 8, 1),
-            _ => return None,
+        let (columns, cluster) = (rows.div_ceil(8), if k <= Ring::INNER { 1 } else { 4 });
+        let shared = 256 * 128 + (2 * 16 * columns + 2 * 4) * 512 + 128 + 4 * (16 * (2048 + 32) + 4096);
+        Some(Ring { cluster, shared })
+    }
+
+    /// Launches `kernel` for weights in `tiles`.
+    fn launch(self, gpu: &Gpu, kernel: &str, dtype: DType, tiles: u32, args: Args) -> Result<()> {
+        let Ring { cluster, shared } = self;
+        let (module, threads) = (&RING_HOPPER, Ring::THREADS);
+        let name = entry(&format!("decoding_ring{cluster}_{kernel}"), dtype)?;
+        let at_once = match cluster {
+            1 => gpu.sm_count(),
+            _ => gpu.clusters_at_once(module, &name, cluster, threads, shared)?,
         };
-        let fragments = 2 * rows.div_ceil(8);
-        let stage = 32 * (64 * warps + 32) + 256 * warps;
-        let shared = 256 * 128 + (warps * fragments + 2 * cluster) * 512 + 128 + stages * stage;
-        let clusters = tiles.div_ceil(2).min((at_once * chip.sms / cluster as u32).max(1));
-        Some(Ring { cluster: cluster as u32, clusters, threads: 32 * (warps + 2) as u32, shared })
+        gpu.launch(module, &name, [cluster * tiles.min(at_once.max(1)), 1, 1], [threads, 1, 1], shared, args.early())
     }
 }
 
@@ -288,13 +294,12 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
     size(OP, length * half)?;
     let args = args.u32(size(OP, k)?).u32(rows as u32).u32(size(OP, columns)?).u32(size(OP, half)?);
     let args = args.u32(size(OP, length)?).u32(tiles);
-    let ring = if words_of_scales(parts)? { Ring::of(gpu.chip(), rows, k, tiles) } else { None };
     let args = Args::new().structure(args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0));
-    if let Some(Ring { cluster, clusters, threads, shared }) = ring {
-        let name = entry(&format!("decoding_ring{cluster}_{}_{padded}", into.kernel), dtype)?;
-        return gpu.launch(&RING_HOPPER, &name, [cluster * clusters, 1, 1], [threads, 1, 1], shared, args.early());
+    let kernel = format!("{}_{padded}", into.kernel);
+    if let (Some(ring), true) = (Ring::of(gpu.chip(), rows, k), words_of_scales(parts)?) {
+        return ring.launch(gpu, &kernel, dtype, tiles, args);
     }
-    let name = entry(&format!("decoding_{}_{padded}", into.kernel), dtype)?;
+    let name = entry(&format!("decoding_{kernel}"), dtype)?;
     let module = linear(gpu);
     let args = if std::ptr::eq(module, &LINEAR_HOPPER) { args.early() } else { args };
     gpu.launch(module, &name, [tiles.min(gpu.sm_count()), 1, 1], [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
@@ -452,13 +457,12 @@ mod tests {
 
     #[test]
     fn rings_suit_the_shape() {
-        let chip = |capability| Chip { capability, sms: 132 };
-        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| (ring.cluster, ring.clusters));
-        assert_eq!((ring(1, 4096, 1792), ring(16, 4096, 1792), ring(1, 4096, 39)), (Some((4, 66)), Some((4, 66)), Some((4, 20))));
-        assert_eq!((ring(16, 14336, 256), ring(1, 576, 36), ring(1, 14592, 256)), (Some((8, 16)), None, None));
-        assert_eq!(Ring::of(chip((8, 0)), 1, 4096, 256), None);
-        // Two blocks a multiprocessor where the inner dimension is small, with tables of scales and what each block takes beside.
-        let shared = |k| Ring::of(chip((9, 0)), 16, k, 256).unwrap().shared;
-        assert!(2 * (shared(4096) + 3200 + 1024) <= 228 << 10 && shared(14336) + 3200 <= 227 << 10);
+        let ring = |rows, k| Ring::of(Chip { capability: (9, 0), sms: 132 }, rows, k);
+        let cluster = |rows, k| ring(rows, k).map(|ring| ring.cluster);
+        assert_eq!((cluster(1, 4096), cluster(16, 14336)), (Some(1), Some(4)));
+        assert_eq!((cluster(1, 576), cluster(1, 16640)), (None, None));
+        assert_eq!(Ring::of(Chip { capability: (8, 0), sms: 108 }, 1, 4096), None);
+        // With tables of scales.
+        assert!(ring(16, 4096).unwrap().shared + 3200 <= 227 << 10);
     }
 }

@@ -1,15 +1,15 @@
 // The products of a decoding step on Hopper.
 #include "decoding/product_hopper.cuh"
 
-// W warps that multiply: 8, two blocks a multiprocessor, or 14.
-#define PRODUCT(NAME, T, NT, W, KIND)                                                                                  \
-    extern "C" __global__ void __cluster_dims__(CLUSTER<W>, 1, 1) __launch_bounds__(THREADS<W>, W == 8 ? 2 : 1)        \
+// Of the inner index that one block takes, or a cluster of four.
+#define PRODUCT(NAME, BLOCKS, T, NT, KIND)                                                                             \
+    extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                            \
         NAME(const __grid_constant__ Product p) {                                                                      \
-        product<T, NT, W, KIND>(p);                                                                                    \
+        product<T, NT, BLOCKS, KIND>(p);                                                                               \
     }
 #define SIZES(T, NAME, KIND)                                                                                           \
-    PRODUCT(decoding_ring4_##NAME##_8_##T, T, 1, 8, KIND) PRODUCT(decoding_ring4_##NAME##_16_##T, T, 2, 8, KIND)       \
-    PRODUCT(decoding_ring8_##NAME##_8_##T, T, 1, 14, KIND) PRODUCT(decoding_ring8_##NAME##_16_##T, T, 2, 14, KIND)
+    PRODUCT(decoding_ring1_##NAME##_8_##T, 1, T, 1, KIND) PRODUCT(decoding_ring1_##NAME##_16_##T, 1, T, 2, KIND)       \
+    PRODUCT(decoding_ring4_##NAME##_8_##T, 4, T, 1, KIND) PRODUCT(decoding_ring4_##NAME##_16_##T, 4, T, 2, KIND)
 #define ENTRIES(T) SIZES(T, plain, PLAIN) SIZES(T, turn, TURN) SIZES(T, gate, GATE)
 ENTRIES(f16)
 ENTRIES(bf16)
