@@ -40,3 +40,7 @@ __device__ __forceinline__ void wait_sent(u32 barrier, u32 parity) {
                      : "memory");
     } while (!done);
 }
+// Arrives at a barrier of another block.
+__device__ __forceinline__ void arrive_at(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}

@@ -35,7 +35,7 @@ constexpr int TABLE_PITCH = 128;
 constexpr u32 CODES_PITCH = MOST_QUADS * 128 + 32, CODES_BYTES = 16 * CODES_PITCH;
 constexpr u32 STAGE = CODES_BYTES + MOST_QUADS * 4 * 16 * sizeof(float); // bytes: codes, then scales
 constexpr u32 FRAGMENT = WARP * 16;                                      // bytes: sums of 16 rows and 8 tokens
-constexpr u32 CONSUMERS = 16, PRODUCERS = 3, THREADS = (CONSUMERS + PRODUCERS + 1) * WARP;
+constexpr u32 CONSUMERS = 16, PRODUCERS = 2, CLOSERS = 2, THREADS = (CONSUMERS + PRODUCERS + CLOSERS) * WARP;
 // Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
 constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
 constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS; // of 64, of a warp
@@ -46,14 +46,14 @@ constexpr u32 STAGES = 4;
 template <int NT> struct Places {
     static constexpr u32 SUMS_BYTES = CONSUMERS * NT * FRAGMENT;
     static constexpr u32 SUMS = 256 * TABLE_PITCH, SENT = SUMS + 2 * SUMS_BYTES, BARRIERS = SENT + 2 * 4 * FRAGMENT;
-    static constexpr u32 RING = BARRIERS + 128;
-    u32 table, sums, sent, full, empty, summed, taken, arrived, ring;
+    static constexpr u32 RING = BARRIERS + 256;
+    u32 table, sums, sent, full, empty, summed, taken, arrived, read, ring;
 
     __device__ __forceinline__ Places() {
         table = shared_address(dynamic_shared);
         sums = table + SUMS, sent = table + SENT;
         full = table + BARRIERS, empty = full + 8 * STAGES;
-        summed = empty + 8 * STAGES, taken = summed + 16, arrived = taken + 16;
+        summed = empty + 8 * STAGES, taken = summed + 16, arrived = taken + 16, read = arrived + 16;
         ring = table + RING;
     }
     __device__ __forceinline__ void init_barriers() const {
@@ -66,10 +66,16 @@ template <int NT> struct Places {
             barrier_init(taken + 8 * s, 1);
             barrier_init(arrived + 8 * s, 1);
         }
+        for (u32 s = 0; s < 2 * 4; s++) barrier_init(read + 8 * s, 1);
         barriers_ready();
     }
 };
-static_assert(8 * (2 * STAGES + 6) <= 128, "barriers");
+static_assert(8 * (2 * STAGES + 14) <= 256, "barriers");
+
+// Waits for all of the WARPS warps that share barrier `id`.
+template <u32 WARPS> __device__ __forceinline__ void meet(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS * WARP) : "memory");
+}
 
 // What a block does: tiles `first`, `first + step`, ..; of the inner index `quads` times 256 from the `quad`-th on.
 struct Share {
@@ -107,6 +113,7 @@ struct RawScales {
         const u32 block = row * (p.k / 64) + share.quad * 4 + lane / 16 * 4;
 #pragma unroll
         for (u32 j = 0; j < MOST_QUADS / 2; j++) {
+            absmax[j] = 0, nested[j] = 0.0f;
             if (2 * j + lane / 16 >= share.quads) continue;
             absmax[j] = __ldg((const u32*)(of.absmax + block + 8 * j));
             nested[j] = __ldg(of.nested + (block + 8 * j) / 256);
@@ -115,14 +122,22 @@ struct RawScales {
     __device__ __forceinline__ void make(u32 to, u32 quads, const float (*maps)[256], const float* offsets) const {
         const u32 lane = threadIdx.x % WARP;
         to += (lane / 16 * 4 * 16 + lane % 16) * 4;
+        // 16 look-ups under way at once: a store after each would keep the next one waiting.
 #pragma unroll
-        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
-            if (2 * j + lane / 16 >= quads) continue;
+        for (u32 first = 0; first < MOST_QUADS / 2; first += 4) {
+            float v[4][4];
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
+            for (u32 j = 0; j < 4; j++) {
+#pragma unroll
                 // Two roundings, as the reference: no fused multiply-add.
-                const float v = __fmul_rn(maps[part][absmax[j] >> 8 * i & 255], nested[j]);
-                store_float(to + (8 * j + i) * 64, __fadd_rn(v, offsets[part]));
+                for (u32 i = 0; i < 4; i++)
+                    v[j][i] = __fadd_rn(__fmul_rn(maps[part][absmax[first + j] >> 8 * i & 255], nested[first + j]), offsets[part]);
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                if (2 * (first + j) + lane / 16 >= quads) continue;
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) store_float(to + (8 * (first + j) + i) * 64, v[j][i]);
             }
         }
     }
@@ -155,36 +170,27 @@ __device__ __forceinline__ u32 look_up(u32 codes, u32 which, u32 bank) {
     return value;
 }
 
-// sum += the products of BOTH times 64 codes a row with x, each row's times its scale, or times 0 if they are not `there`.
-template <typename T, int NT, int BOTH>
-__device__ __forceinline__ void multiply_groups(u32 codes, u32 scales, const bool (&there)[BOTH], const uint4 (*x)[NT][2], u32 bank,
-                                                float (&sum)[NT][4]) {
-    uint2 upper[BOTH], lower[BOTH];
-#pragma unroll
-    for (int u = 0; u < BOTH; u++)
-        upper[u] = load_shared_uint2(codes + u * 32), lower[u] = load_shared_uint2(codes + u * 32 + 8 * CODES_PITCH);
-    float group[BOTH][NT][4] = {};
+// sum += the products of 64 codes a row with x, each row's times its scale, or times 0 if they are not `there`.
+template <typename T, int NT>
+__device__ __forceinline__ void multiply_group(u32 codes, u32 scales, bool there, const uint4 (&x)[NT][2], u32 bank,
+                                               float (&sum)[NT][4]) {
+    const uint2 upper = load_shared_uint2(codes), lower = load_shared_uint2(codes + 8 * CODES_PITCH);
+    float group[NT][4] = {};
 #pragma unroll
     for (int s = 0; s < 4; s++) {
+        // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
+        const u32 top = s < 2 ? upper.x : upper.y, low = s < 2 ? lower.x : lower.y, byte = s % 2 ? 128u << 16 : 128u;
+        const u32 a[4] = {look_up(top, byte, bank), look_up(low, byte, bank), look_up(top, byte << 8, bank),
+                          look_up(low, byte << 8, bank)};
 #pragma unroll
-        for (int u = 0; u < BOTH; u++) {
-            // Codes 4s..4s + 4 of the lane's 16: bytes 2s and 2s + 1.
-            const u32 top = s < 2 ? upper[u].x : upper[u].y, low = s < 2 ? lower[u].x : lower[u].y;
-            const u32 byte = s % 2 ? 128u << 16 : 128u;
-            const u32 a[4] = {look_up(top, byte, bank), look_up(low, byte, bank), look_up(top, byte << 8, bank),
-                              look_up(low, byte << 8, bank)};
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const uint4& v = x[u][n][s / 2];
-                multiply<T>(group[u][n], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
-            }
+        for (int n = 0; n < NT; n++) {
+            const uint4& v = x[n][s / 2];
+            multiply<T>(group[n], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
         }
     }
-#pragma unroll
-    for (int u = 0; u < BOTH; u++) {
-        const uint2 scale = load_shared_uint2(scales + u * 64);
-        add_scaled(sum, group[u], there[u] ? __uint_as_float(scale.x) : 0.0f, there[u] ? __uint_as_float(scale.y) : 0.0f);
-    }
+    const uint2 scale = load_shared_uint2(scales);
+    const float top_scale = there ? __uint_as_float(scale.x) : 0.0f, low_scale = there ? __uint_as_float(scale.y) : 0.0f;
+    add_scaled(sum, group, top_scale, low_scale);
 }
 
 // A warp that decodes and multiplies.
@@ -192,6 +198,7 @@ template <typename T, int NT>
 __device__ __forceinline__ void consume(const Product& p, const Places<NT>& places, const Share& share) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, i = lane % 4;
     const u32 groups = share.quads * 4, begin = warp * groups / CONSUMERS, count = (warp + 1) * groups / CONSUMERS - begin;
+    fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
     wait_before();
     // Zeros beyond the last group and token.
     uint4 x[MOST_GROUPS][NT][2];
@@ -204,6 +211,7 @@ __device__ __forceinline__ void consume(const Product& p, const Places<NT>& plac
             x[u][n][0] = load_now(from, there), x[u][n][1] = load_now(from + 8, there);
         }
     }
+    meet<CONSUMERS>(1); // the table is there, while x is on its way
     const u32 bank = places.table + 4 * lane, sums = places.sums + warp * NT * FRAGMENT + lane * 16;
     const u32 first = places.ring + g * CODES_PITCH + begin * 32 + i * 8;
     const u32 first_scale = places.ring + CODES_BYTES + begin * 64 + g * 8;
@@ -216,19 +224,8 @@ __device__ __forceinline__ void consume(const Product& p, const Places<NT>& plac
 #pragma unroll
         for (u32 u = 0; u < MOST_GROUPS; u += 2) {
             if (u >= count) break;
-#ifndef PAIRS
-#define PAIRS 2
-#endif
-#if PAIRS
-            if constexpr (NT <= PAIRS) {
-                const bool there[2] = {true, u + 1 < count};
-                multiply_groups<T, NT, 2>(codes + u * 32, scales + u * 64, there, x + u, bank, sum);
-                continue;
-            }
-#endif
-            const bool one[1] = {true}, other[1] = {u + 1 < count};
-            multiply_groups<T, NT, 1>(codes + u * 32, scales + u * 64, one, x + u, bank, sum);
-            multiply_groups<T, NT, 1>(codes + (u + 1) * 32, scales + (u + 1) * 64, other, x + u + 1, bank, sum);
+            multiply_group<T, NT>(codes + u * 32, scales + u * 64, true, x[u], bank, sum);
+            multiply_group<T, NT>(codes + (u + 1) * 32, scales + (u + 1) * 64, u + 1 < count, x[u + 1], bank, sum);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(places.empty + 8 * stage);
@@ -253,49 +250,89 @@ __device__ __forceinline__ void finish_fragment(const Product& p, const Tile& at
     if (token + 1 < p.tokens) finish<T, KIND>(p, at, line, token + 1, sum[1], sum[3]);
 }
 
-// The closer. Where a cluster shares the inner index, its blocks own a tile's fragments (16 rows, 8 tokens) in turn: each has
-// one in PERIOD tiles, and places for the sums of two. Who sends to the one has had all blocks' sums of a later tile than it
-// was used for, and they send them after they have read it.
-template <typename T, int NT, u32 BLOCKS, Kind KIND>
-__device__ __forceinline__ void close(const Product& p, const Places<NT>& places, const Share& share) {
-    constexpr u32 PERIOD = BLOCKS > 1 ? BLOCKS / NT : 1;
-    const u32 lane = threadIdx.x % WARP;
+// The sums of all warps of 16 rows and 8 tokens.
+template <int NT> __device__ __forceinline__ void add_warps(float (&sum)[4], const Places<NT>& places, u32 turn, int n) {
+    const u32 sums = places.sums + turn % 2 * Places<NT>::SUMS_BYTES + threadIdx.x % WARP * 16;
+#pragma unroll
+    for (u32 warp = 0; warp < CONSUMERS; warp++) add(sum, load_float4(sums + (warp * NT + n) * FRAGMENT));
+}
+
+// A closer: of every other tile.
+template <typename T, int NT, Kind KIND>
+__device__ __forceinline__ void close(const Product& p, const Places<NT>& places, const Share& share, u32 which) {
     wait_before();
 #pragma unroll 1
-    for (u32 turn = 0, tile = share.first; tile < p.tiles; turn++, tile += share.step) {
-        const Tile at = locate<KIND>(p, tile);
-        const u32 sums = places.sums + turn % 2 * Places<NT>::SUMS_BYTES + lane * 16;
-        const u32 own = (share.rank - turn * NT) % BLOCKS, slot = turn / PERIOD % 2; // a fragment, if there is such a one
-        const u32 arrived = places.arrived + 8 * slot, sent = places.sent + slot * BLOCKS * FRAGMENT + lane * 16;
-        float sum[NT][4] = {}, owned[1][4] = {};
-        if constexpr (BLOCKS == 1) add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 0, 1, sum);
-        else if (own < NT) {
-            if (lane == 0) barrier_expect(arrived, BLOCKS * FRAGMENT);
-            add_branch<T, 1, KIND, 4>(p, at, 8 * own, 0, 1, owned);
-        }
+    for (u32 turn = which; share.first + turn * share.step < p.tiles; turn += 2) {
+        const Tile at = locate<KIND>(p, share.first + turn * share.step);
+        float sum[NT][4] = {};
+        add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 0, 1, sum);
+        barrier_wait(places.summed + 8 * which, turn / 2 % 2);
+#pragma unroll
+        for (int n = 0; n < NT; n++) add_warps(sum[n], places, turn, n);
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) barrier_arrive(places.taken + 8 * which);
+#pragma unroll
+        for (int n = 0; n < NT; n++) finish_fragment<T, KIND>(p, at, 8 * n, sum[n]);
+        __syncwarp();
+    }
+}
+
+// Where a cluster shares the inner index its blocks own a tile's fragments (16 rows, 8 tokens) in turn: each has one in PERIOD
+// tiles, and places for those of two times as many. One closer sends the block's sums to the owners, when these have read what was
+// in their place; the other adds up what the block owns, in the order of ranks.
+template <int NT, u32 BLOCKS> struct Turns {
+    static constexpr u32 PERIOD = BLOCKS / NT;
+    static __device__ __forceinline__ u32 owner(u32 turn, u32 n) { return (n + turn * NT) % BLOCKS; }
+    // The fragment of a tile that a block owns, if there is such a one.
+    static __device__ __forceinline__ u32 owned(u32 turn, u32 rank) { return (rank - turn * NT) % BLOCKS; }
+    static __device__ __forceinline__ u32 slot(u32 turn) { return turn / PERIOD % 2; }
+    static __device__ __forceinline__ u32 parity(u32 turn) { return turn / PERIOD / 2 % 2; }
+};
+
+template <int NT, u32 BLOCKS>
+__device__ __forceinline__ void send_sums(const Product& p, const Places<NT>& places, const Share& share) {
+    typedef Turns<NT, BLOCKS> At;
+    const u32 lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (u32 turn = 0; share.first + turn * share.step < p.tiles; turn++) {
+        const u32 slot = At::slot(turn);
+        float sum[NT][4] = {};
         barrier_wait(places.summed + turn % 2 * 8, turn / 2 % 2);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (u32 warp = 0; warp < CONSUMERS; warp++) add(sum[n], load_float4(sums + (warp * NT + n) * FRAGMENT));
-        }
+        for (int n = 0; n < NT; n++) add_warps(sum[n], places, turn, n);
         __syncwarp();
         if (lane == 0) barrier_arrive(places.taken + turn % 2 * 8);
-        if constexpr (BLOCKS == 1) {
 #pragma unroll
-            for (int n = 0; n < NT; n++) finish_fragment<T, KIND>(p, at, 8 * n, sum[n]);
-        } else {
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const u32 to = (n + turn * NT) % BLOCKS;
-                send(of_block(sent + share.rank * FRAGMENT, to), sum[n], of_block(arrived, to));
-            }
-            if (own >= NT) continue;
-            wait_sent(arrived, turn / PERIOD / 2 % 2);
-#pragma unroll
-            for (u32 from = 0; from < BLOCKS; from++) add(owned[0], load_float4(sent + from * FRAGMENT));
-            finish_fragment<T, KIND>(p, at, 8 * own, owned[0]);
+        for (int n = 0; n < NT; n++) {
+            const u32 to = At::owner(turn, n), place = places.sent + (slot * BLOCKS + share.rank) * FRAGMENT + lane * 16;
+            wait_sent(places.read + (slot * BLOCKS + to) * 8, At::parity(turn) ^ 1);
+            send(of_block(place, to), sum[n], of_block(places.arrived + 8 * slot, to));
         }
+    }
+}
+
+template <typename T, int NT, u32 BLOCKS, Kind KIND>
+__device__ __forceinline__ void close_owned(const Product& p, const Places<NT>& places, const Share& share) {
+    typedef Turns<NT, BLOCKS> At;
+    const u32 lane = threadIdx.x % WARP, turns = (p.tiles - share.first + share.step - 1) / share.step;
+    wait_before();
+#pragma unroll 1
+    for (u32 turn = 0; turn < turns; turn++) {
+        const u32 own = At::owned(turn, share.rank), slot = At::slot(turn), arrived = places.arrived + 8 * slot;
+        if (own >= NT) continue;
+        if (lane == 0) barrier_expect(arrived, BLOCKS * FRAGMENT);
+        const Tile at = locate<KIND>(p, share.first + turn * share.step);
+        float sum[1][4] = {};
+        add_branch<T, 1, KIND, 4>(p, at, 8 * own, 0, 1, sum);
+        wait_sent(arrived, At::parity(turn));
+#pragma unroll
+        for (u32 from = 0; from < BLOCKS; from++)
+            add(sum[0], load_float4(places.sent + (slot * BLOCKS + from) * FRAGMENT + lane * 16));
+        __syncwarp();
+        // A block that has nothing to send there any more may have ended.
+        if (lane < BLOCKS && turn + 2 * At::PERIOD < turns)
+            arrive_at(of_block(places.read + (slot * BLOCKS + share.rank) * 8, lane));
+        finish_fragment<T, KIND>(p, at, 8 * own, sum[0]);
         __syncwarp();
     }
 }
@@ -303,35 +340,39 @@ __device__ __forceinline__ void close(const Product& p, const Places<NT>& places
 template <typename T, int NT, u32 BLOCKS, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
     constexpr u32 PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
     __shared__ float maps[PARTS][256], offsets[PARTS];
-    const u32 warp = threadIdx.x / WARP, producer = warp - CONSUMERS; // if it is one
+    const u32 warp = threadIdx.x / WARP;
     const Places<NT> places;
     const Share share = find_share<BLOCKS>(p);
-    RawScales scales; // a producer's
-    if (producer < PRODUCERS) {
-        if (producer == 0) {
-            if (threadIdx.x % WARP == 0) places.init_barriers();
-            __syncwarp();
-            for (u32 stage = 0, tile = share.first; stage < STAGES && tile < p.tiles; stage++, tile += share.step)
-                bring<NT, KIND>(p, places, share, tile, stage);
-        }
-        const u32 tile = share.first + producer * share.step;
-        if (tile < p.tiles) scales.fetch(p, share, locate<KIND>(p, tile));
-        let_next();
-    }
-    fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
-#pragma unroll
-    for (u32 part = 0; part < PARTS; part++) {
-        if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
-        if (threadIdx.x == 0) offsets[part] = *p.parts[part].offset;
-    }
-    __syncthreads();
-    if constexpr (BLOCKS > 1) cluster_sync();
+    if (threadIdx.x == CONSUMERS * WARP) places.init_barriers();
+    if constexpr (BLOCKS == 1) __syncthreads();
+    else cluster_sync();
     if (warp < CONSUMERS) {
         if constexpr (NT == 2) take_registers<CONSUMER_REGISTERS>();
         consume<T, NT>(p, places, share);
-    } else {
-        if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
-        if (producer < PRODUCERS) produce<NT, KIND>(p, places, share, producer, scales, maps, offsets);
-        else close<T, NT, BLOCKS, KIND>(p, places, share);
+        return;
     }
+    if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
+    const u32 which = (warp - CONSUMERS) % 2;
+    if (warp < CONSUMERS + PRODUCERS) {
+        RawScales scales;
+        const u32 tile = share.first + which * share.step;
+        if (tile < p.tiles) scales.fetch(p, share, locate<KIND>(p, tile));
+#pragma unroll
+        for (u32 part = 0; part < PARTS; part++) {
+            for (u32 i = threadIdx.x - CONSUMERS * WARP; i < 256; i += PRODUCERS * WARP) maps[part][i] = p.parts[part].map[i];
+            if (threadIdx.x == CONSUMERS * WARP) offsets[part] = *p.parts[part].offset;
+        }
+        meet<PRODUCERS>(2);
+        produce<NT, KIND>(p, places, share, which, scales, maps, offsets);
+        return;
+    }
+    // A closer has nothing to do yet.
+    if (which == 0) {
+        for (u32 stage = 0, tile = share.first; stage < STAGES && tile < p.tiles; stage++, tile += share.step)
+            bring<NT, KIND>(p, places, share, tile, stage);
+        let_next();
+    }
+    if constexpr (BLOCKS == 1) close<T, NT, KIND>(p, places, share, which);
+    else if (which == 0) send_sums<NT, BLOCKS>(p, places, share);
+    else close_owned<T, NT, BLOCKS, KIND>(p, places, share);
 }
