@@ -61,13 +61,13 @@ MUTATIONS = [
     ('dS is read before both halves are there', 'attention', BACKWARD, 'meet<256>(1);\n            make_dq(last);', 'make_dq(last);'),
     ('a part of dQ is made anew while it is added', 'attention', BACKWARD, 'part_read();', ''),
     ('dQ is copied where it should be added', 'attention', BACKWARD, 'work.turn == 0);', 'true);'),
-    ('codes and scales are not waited for', 'decoding', RING, 'barrier_wait(places.full + 8 * stage, parity);', ''),
-    ('codes are brought too early', 'decoding', RING, 'barrier_wait(places.empty + 8 * stage, parity);', ''),
-    ('sums of a turn are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken, taken);', ''),
-    ('sums of a turn are not waited for', 'decoding', RING, 'barrier_wait(places.summed, count % 2);', ''),
-    ('sums of other blocks are not waited for', 'decoding', RING, 'wait_sent(arrived, count / PERIOD / 2 % 2);', ''),
-    ('sums of two turns have one place', 'decoding', RING, 'slot = count / PERIOD % 2;', 'slot = 0;'),
-    ('scales beyond a warp\'s last are used', 'decoding', RING, 'count > 1, x[1]', 'true, x[1]'),
+    ('codes and scales are not waited for', 'decoding', RING, 'barrier_wait(places.full + 8 * stage, turn / STAGES % 2);', ''),
+    ('codes are brought too early', 'decoding', RING, 'if (turn >= STAGES) barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);', ''),
+    ('sums of a tile are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken + turn % 2 * 8, turn / 2 % 2 ^ 1);', ''),
+    ('sums of other blocks are not waited for', 'decoding', RING, 'wait_sent(arrived, At::parity(turn));', ''),
+    ('sums are sent before others are read', 'decoding', RING, 'wait_sent(places.read + (slot * BLOCKS + to) * 8, At::parity(turn) ^ 1);', ''),
+    ('a block is told of places when it may have ended', 'decoding', RING, ' && turn + 2 * At::PERIOD < turns', ''),
+    ('scales beyond a warp\'s last are used', 'decoding', RING, 'u + 1 < count, x', 'true, x'),
 ]
 
 

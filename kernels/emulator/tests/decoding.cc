@@ -65,7 +65,7 @@ template <typename T> struct Inputs {
 };
 
 // As cuda.rs has it.
-static u32 shared_bytes(u32 nt) { return 256 * 128 + (2 * 16 * nt + 2 * 4) * 512 + 256 + 4 * (16 * 2080 + 4096); }
+static u32 shared_bytes(u32 nt) { return 256 * 128 + (2 * 16 * nt + 2 * 4) * 512 + 256 + 3 * (16 * 2080 + 4096); }
 #define RUN(KIND)                                                                                                      \
     template <typename T> static void run_##KIND(const Shape& shape, const Product& p) {                               \
         const bool half = std::is_same_v<T, f16>, small = shape.tokens <= 8;                                           \

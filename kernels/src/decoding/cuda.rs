@@ -125,7 +125,7 @@ impl Ring {
             return None;
         }
         let (columns, cluster) = (rows.div_ceil(8), if k <= Ring::INNER { 1 } else { 4 });
-        let shared = 256 * 128 + (2 * 16 * columns + 2 * 4) * 512 + 256 + 4 * (16 * (2048 + 32) + 4096);
+        let shared = 256 * 128 + (2 * 16 * columns + 2 * 4) * 512 + 256 + 3 * (16 * (2048 + 32) + 4096);
         Some(Ring { cluster, shared })
     }
 

@@ -5,12 +5,15 @@
 // | warps | what they do |
 // |---|---|
 // | 16 | decode and multiply. Each has a part of the inner index, the same of all tiles, and keeps x of it in registers as right operands: x is read once |
-// | 3 producers | keep a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which they compute. One after another has a tile, because what it fetches for the scales takes as long to come as three tiles to go |
-// | a closer | adds up the sums of a tile and does what follows them |
+// | 2 producers | keep a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which they compute |
+// | 2 closers | add up the sums of a tile and do what follows them |
+//
+// Producers and closers have every other tile, because what they read for one takes longer to come than a tile takes to be
+// multiplied.
 //
 // What a launch before has not written does not wait for it: tables, and the first tiles of the ring. Registers hold x of an
-// inner index of up to 4096. Up to four times as much is shared by the blocks of a cluster: its closers send their sums to the
-// one that owns them, which adds them up in the order of ranks.
+// inner index of up to 4096. Up to four times as much is shared by the blocks of a cluster: one closer sends the sums of its block to the
+// block that owns them, whose other closer adds them up in the order of ranks.
 //
 // Rows of codes lie 32 bytes more than a multiple of 128 apart, so that 4 rows of 32 bytes are in all banks: a lane reads 16
 // codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
@@ -39,7 +42,10 @@ constexpr u32 CONSUMERS = 16, PRODUCERS = 2, CLOSERS = 2, THREADS = (CONSUMERS +
 // Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
 constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
 constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS; // of 64, of a warp
-constexpr u32 STAGES = 4;
+// As few as keep memory busy: what they leave of 256 KiB is the first-level cache, through which x comes (128 KiB for 16 tokens).
+constexpr u32 STAGES = 3;
+// Stages whose codes are asked for at once; the others a little later, so that x does not come behind all of them.
+constexpr u32 FIRST = 2;
 
 // The places of shared memory: the table, sums of warps of two tiles, sums that blocks sent, barriers, the ring. Barriers: stages
 // are full, or empty; sums of a tile are summed, or taken; those sent have arrived.
@@ -151,10 +157,8 @@ __device__ __forceinline__ void produce(const Product& p, const Places<NT>& plac
 #pragma unroll 1
     for (u32 turn = which; tile < p.tiles; turn += PRODUCERS) {
         const u32 stage = turn % STAGES;
-        if (turn >= STAGES) {
-            barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);
-            bring<NT, KIND>(p, places, share, tile, stage);
-        }
+        if (turn >= STAGES) barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);
+        if (turn >= FIRST) bring<NT, KIND>(p, places, share, tile, stage);
         scales.make(places.ring + stage * STAGE + CODES_BYTES, share.quads, maps, offsets);
         __syncwarp();
         if (threadIdx.x % WARP == 0) barrier_arrive(places.full + 8 * stage);
@@ -368,7 +372,7 @@ template <typename T, int NT, u32 BLOCKS, Kind KIND> __device__ __forceinline__ 
     }
     // A closer has nothing to do yet.
     if (which == 0) {
-        for (u32 stage = 0, tile = share.first; stage < STAGES && tile < p.tiles; stage++, tile += share.step)
+        for (u32 stage = 0, tile = share.first; stage < FIRST && tile < p.tiles; stage++, tile += share.step)
             bring<NT, KIND>(p, places, share, tile, stage);
         let_next();
     }
