@@ -65,7 +65,6 @@ MUTATIONS = [
     ('codes are brought too early', 'decoding', RING, 'if (turn >= STAGES) barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);', ''),
     ('sums of a tile are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken + turn % 2 * 8, turn / 2 % 2 ^ 1);', ''),
     ('sums of other blocks are not waited for', 'decoding', RING, 'wait_sent(arrived, At::parity(turn));', ''),
-    ('sums are sent before others are read', 'decoding', RING, 'wait_sent(places.read + (slot * BLOCKS + to) * 8, At::parity(turn) ^ 1);', ''),
     ('a block is told of places when it may have ended', 'decoding', RING, ' && turn + 2 * At::PERIOD < turns', ''),
     ('scales beyond a warp\'s last are used', 'decoding', RING, 'u + 1 < count, x', 'true, x'),
 ]

@@ -12,8 +12,8 @@
 // multiplied.
 //
 // What a launch before has not written does not wait for it: tables, and the first tiles of the ring. Registers hold x of an
-// inner index of up to 4096. Up to four times as much is shared by the blocks of a cluster: one closer sends the sums of its block to the
-// block that owns them, whose other closer adds them up in the order of ranks.
+// inner index of up to 4096. Up to four times as much is shared by the blocks of a cluster: one closer sends the sums of its
+// block to the block that owns them, whose other closer adds them up in the order of ranks.
 //
 // Rows of codes lie 32 bytes more than a multiple of 128 apart, so that 4 rows of 32 bytes are in all banks: a lane reads 16
 // codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
@@ -42,13 +42,14 @@ constexpr u32 CONSUMERS = 16, PRODUCERS = 2, CLOSERS = 2, THREADS = (CONSUMERS +
 // Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
 constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
 constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS; // of 64, of a warp
-// As few as keep memory busy: what they leave of 256 KiB is the first-level cache, through which x comes (128 KiB for 16 tokens).
+// As few as keep memory busy: what they leave of 256 KiB is the first-level cache, through which x comes (128 KiB for 16
+// tokens).
 constexpr u32 STAGES = 3;
 // Stages whose codes are asked for at once; the others a little later, so that x does not come behind all of them.
 constexpr u32 FIRST = 2;
 
-// The places of shared memory: the table, sums of warps of two tiles, sums that blocks sent, barriers, the ring. Barriers: stages
-// are full, or empty; sums of a tile are summed, or taken; those sent have arrived.
+// The places of shared memory: the table, sums of warps of two tiles, sums that blocks sent, barriers, the ring. Barriers:
+// stages are full, or empty; sums of a tile are summed, or taken; those sent have arrived, or (of each block) been read.
 template <int NT> struct Places {
     static constexpr u32 SUMS_BYTES = CONSUMERS * NT * FRAGMENT;
     static constexpr u32 SUMS = 256 * TABLE_PITCH, SENT = SUMS + 2 * SUMS_BYTES, BARRIERS = SENT + 2 * 4 * FRAGMENT;
@@ -282,8 +283,8 @@ __device__ __forceinline__ void close(const Product& p, const Places<NT>& places
 }
 
 // Where a cluster shares the inner index its blocks own a tile's fragments (16 rows, 8 tokens) in turn: each has one in PERIOD
-// tiles, and places for those of two times as many. One closer sends the block's sums to the owners, when these have read what was
-// in their place; the other adds up what the block owns, in the order of ranks.
+// tiles, and places for those of two times as many. One closer sends the block's sums to the owners, when these have read what
+// was in their place; the other adds up what the block owns, in the order of ranks.
 template <int NT, u32 BLOCKS> struct Turns {
     static constexpr u32 PERIOD = BLOCKS / NT;
     static __device__ __forceinline__ u32 owner(u32 turn, u32 n) { return (n + turn * NT) % BLOCKS; }
