@@ -8,6 +8,7 @@
 #define __shared__ thread_local // a block is an OS thread
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(N) __attribute__((aligned(N)))
 #define __CUDA_ARCH__ 900

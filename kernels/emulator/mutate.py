@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES, COPY = ROOT / 'kernels/src', ROOT / 'target/emulator/mutant'
-GEMM, HOPPER = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh'
+GEMM, HOPPER, RESULTS = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh', 'linear/gemm_results.cuh'
 NARROW, QUANT = 'linear/narrow_hopper_sm90a.cu', 'linear/gemm.cuh'
 RING = 'decoding/product_hopper.cuh'
 FORWARD, BACKWARD = 'attention/hopper_forward.cuh', 'attention/hopper_backward.cuh'
@@ -40,7 +40,7 @@ MUTATIONS = [
     ('barriers overlap', 'gemm', GEMM, 'full + MAX_STAGES * 8', 'full + (STAGES - 1) * 8'),
     ('the ring is where shared memory begins', 'gemm', GEMM, 'shared + (-shared_address(shared) & 1023)', 'shared'),
     ('no products_begin', 'gemm', GEMM, 'products_begin();', ''),
-    ('sums are kept from tile to tile', 'gemm', GEMM, 'step + part);', '1);'),
+    ('sums are kept from tile to tile', 'gemm', GEMM, 'part == 0 ? step : 1);', '1);'),
     ('another swizzle', 'gemm', HOPPER, 'SWIZZLE_128 = 1', 'SWIZZLE_128 = 2'),
     ('parts of a are half as far apart', 'gemm', GEMM, 'A_PART = 16 * 2 / 16', 'A_PART = 8 * 2 / 16'),
     ('parts of b by columns are half as far apart', 'gemm', GEMM, ': 16 * ROW / 16;', ': 8 * ROW / 16;'),
@@ -63,9 +63,11 @@ MUTATIONS = [
     ('dS is read before both halves are there', 'attention', BACKWARD, 'meet<256>(1);\n            make_dq(last);', 'make_dq(last);'),
     ('a part of dQ is made anew while it is added', 'attention', BACKWARD, 'part_read();', ''),
     ('dQ is copied where it should be added', 'attention', BACKWARD, 'work.turn == 0);', 'true);'),
-    ('codes and scales are not waited for', 'decoding', RING, 'barrier_wait(places.full + 8 * stage, turn / STAGES<NT> % 2);', ''),
-    ('codes are brought too early', 'decoding', RING, 'barrier_wait(places.empty + 8 * stage, turn / STAGES<NT> % 2 ^ 1);', ''),
-    ('sums of a tile are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken, turn % 2 ^ 1);', ''),
+    ('codes and scales are not waited for', 'decoding', RING, 'barrier_wait(places.full + 8 * stage, turn / STAGES % 2);', ''),
+    ('codes are brought too early', 'decoding', RING, 'if (turn >= STAGES) barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);', ''),
+    ('sums of a tile are made anew while they are read', 'decoding', RING, 'barrier_wait(places.taken + turn % 2 * 8, turn / 2 % 2 ^ 1);', ''),
+    ('sums of other blocks are not waited for', 'decoding', RING, 'wait_sent(arrived, At::parity(turn));', ''),
+    ('a block is told of places when it may have ended', 'decoding', RING, ' && turn + 2 * At::PERIOD < turns', ''),
     ('scales beyond a warp\'s last are used', 'decoding', RING, 'u + 1 < count, x', 'true, x'),
 ]
 

@@ -29,7 +29,7 @@ template <typename T> struct Side {
 };
 
 struct Shape {
-    u32 tokens, k, blocks; // of the grid, at most
+    u32 tokens, k, clusters; // of the grid, at most
     u32 ranks[3], adapters;
 };
 
@@ -64,15 +64,17 @@ template <typename T> struct Inputs {
     double roundings() const { return shape.k / 16 + columns + 100; }
 };
 
-// As cuda.rs has them.
-static u32 shared_bytes(u32 nt) { return 256 * 128 + 8 * nt * nt * 512 + 256 + 2 * nt * (16 * 2080 + 4096); }
+// As cuda.rs has it.
+static u32 shared_bytes(u32 nt) { return 256 * 128 + (2 * 16 * nt + 2 * 4) * 512 + 256 + 3 * (16 * 2080 + 4096); }
 #define RUN(KIND)                                                                                                      \
     template <typename T> static void run_##KIND(const Shape& shape, const Product& p) {                               \
         const bool half = std::is_same_v<T, f16>, small = shape.tokens <= 8;                                           \
-        auto kernel = small ? (half ? decoding_ring_##KIND##_8_f16 : decoding_ring_##KIND##_8_bf16)                    \
-                            : (half ? decoding_ring_##KIND##_16_f16 : decoding_ring_##KIND##_16_bf16);                 \
-        const u32 blocks = std::min(shape.blocks, p.tiles);                                                            \
-        launch(kernel, blocks, small ? THREADS<1> : THREADS<2>, shared_bytes(small ? 1 : 2), 1, p);                    \
+        auto one = small ? (half ? decoding_ring1_##KIND##_8_f16 : decoding_ring1_##KIND##_8_bf16)                     \
+                         : (half ? decoding_ring1_##KIND##_16_f16 : decoding_ring1_##KIND##_16_bf16);                  \
+        auto four = small ? (half ? decoding_ring4_##KIND##_8_f16 : decoding_ring4_##KIND##_8_bf16)                    \
+                          : (half ? decoding_ring4_##KIND##_16_f16 : decoding_ring4_##KIND##_16_bf16);                 \
+        const u32 cluster = shape.k > 4096 ? 4 : 1, blocks = cluster * std::min(shape.clusters, p.tiles);              \
+        launch(cluster == 1 ? one : four, blocks, THREADS, shared_bytes(small ? 1 : 2), cluster, p);                   \
     }
 RUN(plain)
 RUN(turn)
@@ -80,7 +82,7 @@ RUN(gate)
 
 static char name[200];
 static const char* describe(const char* kind, const Shape& s, u32 n) {
-    snprintf(name, sizeof name, "%s: %u x %u x %u, %u blocks, ranks %u %u %u, %u adapters", kind, s.tokens, n, s.k, s.blocks,
+    snprintf(name, sizeof name, "%s: %u x %u x %u, %u clusters, ranks %u %u %u, %u adapters", kind, s.tokens, n, s.k, s.clusters,
              s.ranks[0], s.ranks[1], s.ranks[2], s.adapters);
     return name;
 }
@@ -175,11 +177,14 @@ int main() {
     good &= plain<bf16>({1, 4096, 2, {16, 0, 0}, 0}, 16 * 9, false, false);
     good &= plain<bf16>({16, 4096, 2, {16, 0, 0}, 2}, 16 * 11 + 5, true, true);
     good &= plain<bf16>({1, 256, 3, {0, 0, 0}, 0}, 3, false, false);
+    good &= plain<bf16>({2, 14336, 1, {16, 0, 0}, 0}, 16 * 11, true, false);
+    good &= plain<f16>({13, 11008, 1, {16, 0, 0}, 1}, 16 * 9 + 2, true, false);
     good &= plain<f16>(shape(up_to(8)), up_to(150), true, false);
     good &= plain<bf16>(shape(8 + up_to(8)), up_to(150), true, true);
     good &= gate<bf16>({4, 4096, 2, {16, 16, 0}, 0}, 40);
     good &= gate<bf16>(shape(up_to(8)), up_to(80));
     good &= gate<f16>(shape(8 + up_to(8)), up_to(40));
+    good &= gate<bf16>({10, 4096 + 256 * up_to(40), 2, {16, 16, 0}, 1}, 8 * 7);
     good &= turn<bf16>({3, 4096, 2, {16, 16, 16}, 0}, 2, 1, 32);
     good &= turn<f16>(shape(up_to(8)), 2, 1, 8 * up_to(4));
     good &= turn<bf16>(shape(8 + up_to(8)), 3, 1, 24);

@@ -51,18 +51,30 @@ pub(crate) static RING_HOPPER: Module = Module {
     name: "decoding_ring_sm90a",
     ptx: include_str!("../../ptx/decoding_ring_sm90a.ptx"),
     entries: &[
-        one("decoding_ring_plain_8_f16", PRODUCT),
-        one("decoding_ring_plain_16_f16", PRODUCT),
-        one("decoding_ring_turn_8_f16", PRODUCT),
-        one("decoding_ring_turn_16_f16", PRODUCT),
-        one("decoding_ring_gate_8_f16", PRODUCT),
-        one("decoding_ring_gate_16_f16", PRODUCT),
-        one("decoding_ring_plain_8_bf16", PRODUCT),
-        one("decoding_ring_plain_16_bf16", PRODUCT),
-        one("decoding_ring_turn_8_bf16", PRODUCT),
-        one("decoding_ring_turn_16_bf16", PRODUCT),
-        one("decoding_ring_gate_8_bf16", PRODUCT),
-        one("decoding_ring_gate_16_bf16", PRODUCT),
+        one("decoding_ring1_plain_8_f16", PRODUCT),
+        one("decoding_ring1_plain_16_f16", PRODUCT),
+        one("decoding_ring4_plain_8_f16", PRODUCT),
+        one("decoding_ring4_plain_16_f16", PRODUCT),
+        one("decoding_ring1_turn_8_f16", PRODUCT),
+        one("decoding_ring1_turn_16_f16", PRODUCT),
+        one("decoding_ring4_turn_8_f16", PRODUCT),
+        one("decoding_ring4_turn_16_f16", PRODUCT),
+        one("decoding_ring1_gate_8_f16", PRODUCT),
+        one("decoding_ring1_gate_16_f16", PRODUCT),
+        one("decoding_ring4_gate_8_f16", PRODUCT),
+        one("decoding_ring4_gate_16_f16", PRODUCT),
+        one("decoding_ring1_plain_8_bf16", PRODUCT),
+        one("decoding_ring1_plain_16_bf16", PRODUCT),
+        one("decoding_ring4_plain_8_bf16", PRODUCT),
+        one("decoding_ring4_plain_16_bf16", PRODUCT),
+        one("decoding_ring1_turn_8_bf16", PRODUCT),
+        one("decoding_ring1_turn_16_bf16", PRODUCT),
+        one("decoding_ring4_turn_8_bf16", PRODUCT),
+        one("decoding_ring4_turn_16_bf16", PRODUCT),
+        one("decoding_ring1_gate_8_bf16", PRODUCT),
+        one("decoding_ring1_gate_16_bf16", PRODUCT),
+        one("decoding_ring4_gate_8_bf16", PRODUCT),
+        one("decoding_ring4_gate_16_bf16", PRODUCT),
     ],
 };
 
@@ -96,27 +108,37 @@ const MOST_PARTS: usize = 32;
 /// How Hopper's own kernel takes a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Ring {
-    blocks: u32,
-    threads: u32,
-    /// Bytes.
+    /// Blocks of a cluster, which share the inner dimension.
+    cluster: u32,
+    /// Bytes of a block.
     shared: usize,
 }
 
 impl Ring {
     /// The largest inner dimension of which a block holds x.
     const INNER: usize = 4096;
+    const THREADS: u32 = 640;
 
-    /// Of `rows` rows with weights in `tiles`; `None` where product.cuh's kernel takes it.
-    fn of(chip: Chip, rows: usize, k: usize, tiles: u32) -> Option<Ring> {
-        if !hopper(chip) || !k.is_multiple_of(256) || k > Ring::INNER {
+    /// Of `rows` rows; `None` where product.cuh's kernel takes it.
+    fn of(chip: Chip, rows: usize, k: usize) -> Option<Ring> {
+        if !hopper(chip) || !k.is_multiple_of(256) || k > 4 * Ring::INNER {
             return None;
         }
-        // Blocks of up to 8 rows are two on a multiprocessor.
-        let (columns, stages, at_once) = if rows <= 8 { (1, 2, 2) } else { (2, 4, 1) };
-        let warps = 8 * columns;
-        let shared = 256 * 128 + warps * columns * 512 + 256 + stages * (16 * (2048 + 32) + 4096);
-        let blocks = tiles.min(at_once * chip.sms.max(1));
-        Some(Ring { blocks, threads: 32 * (warps + 2 * columns) as u32, shared })
+        let (columns, cluster) = (rows.div_ceil(8), if k <= Ring::INNER { 1 } else { 4 });
+        let shared = 256 * 128 + (2 * 16 * columns + 2 * 4) * 512 + 256 + 3 * (16 * (2048 + 32) + 4096);
+        Some(Ring { cluster, shared })
+    }
+
+    /// Launches `kernel` for weights in `tiles`.
+    fn launch(self, gpu: &Gpu, kernel: &str, dtype: DType, tiles: u32, args: Args) -> Result<()> {
+        let Ring { cluster, shared } = self;
+        let (module, threads) = (&RING_HOPPER, Ring::THREADS);
+        let name = entry(&format!("decoding_ring{cluster}_{kernel}"), dtype)?;
+        let at_once = match cluster {
+            1 => gpu.sm_count(),
+            _ => gpu.clusters_at_once(module, &name, cluster, threads, shared)?,
+        };
+        gpu.launch(module, &name, [cluster * tiles.min(at_once.max(1)), 1, 1], [threads, 1, 1], shared, args.early())
     }
 }
 
@@ -272,13 +294,12 @@ fn product(x: &Tensor, parts: &[Part], t: Option<&Tensor>, tokens: &Tensor, into
     size(OP, length * half)?;
     let args = args.u32(size(OP, k)?).u32(rows as u32).u32(size(OP, columns)?).u32(size(OP, half)?);
     let args = args.u32(size(OP, length)?).u32(tiles);
-    let ring = if words_of_scales(parts)? { Ring::of(gpu.chip(), rows, k, tiles) } else { None };
     let args = Args::new().structure(args.u32(u32::from(quant_type == QuantType::Fp4)).u32(0));
-    if let Some(Ring { blocks, threads, shared }) = ring {
-        let name = entry(&format!("decoding_ring_{}_{padded}", into.kernel), dtype)?;
-        return gpu.launch(&RING_HOPPER, &name, [blocks, 1, 1], [threads, 1, 1], shared, args.early());
+    let kernel = format!("{}_{padded}", into.kernel);
+    if let (Some(ring), true) = (Ring::of(gpu.chip(), rows, k), words_of_scales(parts)?) {
+        return ring.launch(gpu, &kernel, dtype, tiles, args);
     }
-    let name = entry(&format!("decoding_{}_{padded}", into.kernel), dtype)?;
+    let name = entry(&format!("decoding_{kernel}"), dtype)?;
     let module = linear(gpu);
     let args = if std::ptr::eq(module, &LINEAR_HOPPER) { args.early() } else { args };
     gpu.launch(module, &name, [tiles.min(gpu.sm_count()), 1, 1], [PRODUCT_THREADS, 1, 1], TABLE_BYTES, args)
@@ -436,13 +457,12 @@ mod tests {
 
     #[test]
     fn rings_suit_the_shape() {
-        let chip = |capability| Chip { capability, sms: 132 };
-        let ring = |rows, k, tiles| Ring::of(chip((9, 0)), rows, k, tiles).map(|ring| ring.blocks);
-        assert_eq!((ring(1, 4096, 1792), ring(16, 4096, 1792), ring(1, 4096, 40)), (Some(264), Some(132), Some(40)));
-        assert_eq!((ring(1, 576, 36), ring(1, 14336, 256)), (None, None));
-        assert_eq!(Ring::of(chip((8, 0)), 1, 4096, 256), None);
-        // Two blocks a multiprocessor of up to 8 rows, with tables of scales and what each block takes beside.
-        let shared = |rows| Ring::of(chip((9, 0)), rows, 4096, 256).unwrap().shared;
-        assert!(2 * (shared(8) + 3200 + 1024) <= 228 << 10 && shared(16) + 3200 <= 227 << 10);
+        let ring = |rows, k| Ring::of(Chip { capability: (9, 0), sms: 132 }, rows, k);
+        let cluster = |rows, k| ring(rows, k).map(|ring| ring.cluster);
+        assert_eq!((cluster(1, 4096), cluster(16, 14336)), (Some(1), Some(4)));
+        assert_eq!((cluster(1, 576), cluster(1, 16640)), (None, None));
+        assert_eq!(Ring::of(Chip { capability: (8, 0), sms: 108 }, 1, 4096), None);
+        // With tables of scales.
+        assert!(ring(16, 4096).unwrap().shared + 3200 <= 227 << 10);
     }
 }

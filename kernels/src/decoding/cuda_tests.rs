@@ -116,9 +116,11 @@ fn halves() -> impl Strategy<Value = DType> {
     prop_oneof![Just(DType::F16), Just(DType::BF16)]
 }
 
-/// Blocks of 64 of an inner dimension: any; and what Hopper's own kernel takes, which may be too few for its warps.
+/// Blocks of 64 of an inner dimension: any; and what Hopper's own kernel takes, which may be too few for its warps, or for a
+/// cluster.
 fn inner(most: usize) -> impl Strategy<Value = usize> {
-    prop_oneof![1..most, (1usize..17).prop_map(|quads| 4 * quads)]
+    let quads = |range: std::ops::Range<usize>| range.prop_map(|quads| 4 * quads);
+    prop_oneof![1..most, quads(1..17), quads(17..65)]
 }
 
 fn ranks() -> impl Strategy<Value = Vec<usize>> {
@@ -160,6 +162,31 @@ proptest! {
             crate::elementwise::add_assign(&mut expected, &rest).unwrap();
         }
         same(&y, &expected, 1e-2);
+    }
+
+    /// The same bits for a row alone and among others.
+    #[test]
+    fn rows_do_not_depend_on_their_batch(
+        dtype in halves(), tokens in 2usize..17, n in 1usize..120, blocks in inner(90), seed: u64,
+    ) {
+        let Some(gpu) = gpu() else { return Ok(()) };
+        let k = 64 * blocks;
+        let sides = [side(n, k, &[8], false, false, dtype, seed)];
+        let x = random_as(&[tokens, k], dtype, seed ^ 5).to_device(gpu, TAG).unwrap();
+        let product = |x: &Tensor| {
+            let rows = vec![[0, 0, 0, 0]; x.shape()[0]];
+            let mut there = There::new(&sides, &rows, dtype, gpu);
+            low_rank(x, None, Some((&there.factors, &mut there.t)), &there.tokens).unwrap();
+            let [part] = there.parts();
+            let mut y = Tensor::empty(&[rows.len(), n], dtype, gpu, TAG).unwrap();
+            add(x, part, Some(&there.t), None, &there.tokens, &mut y).unwrap();
+            y.to_device(Device::Cpu, TAG).unwrap()
+        };
+        let together = product(&x);
+        for row in 0..tokens {
+            let alone = product(&x.rows(row, 1).unwrap());
+            same(&alone, &together.rows(row, 1).unwrap(), 0.0);
+        }
     }
 
     #[test]

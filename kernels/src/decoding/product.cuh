@@ -158,7 +158,7 @@ template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product
     for (; tile < p.tiles; tile += step) {
         const Tile at = locate<KIND>(p, tile);
         float sum[NT][4] = {}, scale[2];
-        add_branch<T, NT, KIND, 1>(p, at, warp, WARPS, sum);
+        add_branch<T, NT, KIND, 1>(p, at, 0, warp, WARPS, sum);
         // Columns beyond the last token are zeros.
         const T* x[NT];
 #pragma unroll

@@ -1,83 +1,109 @@
 // The products of product.cuh on Hopper, whose asynchronous copies keep more bytes of codes on their way than registers hold.
 //
-// A block has warps of three kinds:
+// A block has a multiprocessor, and warps of three kinds:
 //
 // | warps | what they do |
 // |---|---|
-// | 8, or 16 for more than 8 tokens | decode and multiply. Each has a part of the inner index, the same of all tiles, and keeps x of it in registers as right operands: x is read once |
-// | a producer | keeps a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which it computes |
-// | a closer | adds up the sums of a tile and does what follows them |
+// | 16 | decode and multiply. Each has a part of the inner index, the same of all tiles, and keeps x of it in registers as right operands: x is read once |
+// | 2 producers | keep a ring of tiles full: 16 rows of codes by bulk copies, and their scales, which they compute |
+// | 2 closers | add up the sums of a tile and do what follows them |
+//
+// Producers and closers have every other tile, because what they read for one takes longer to come than a tile takes to be
+// multiplied.
 //
 // What a launch before has not written does not wait for it: tables, and the first tiles of the ring. Registers hold x of an
-// inner index of up to 4096.
+// inner index of up to 4096. Up to four times as much is shared by the blocks of a cluster: one closer sends the sums of its
+// block to the block that owns them, whose other closer adds them up in the order of ranks.
 //
 // Rows of codes lie 32 bytes more than a multiple of 128 apart, so that 4 rows of 32 bytes are in all banks: a lane reads 16
 // codes of a block of 64. The scale of block j of line l and half h of a tile is number 16 j + 2 l + h.
 //
-// Up to 8 tokens take half of a multiprocessor's registers and shared memory: it has two blocks, because what bounds a warp is
-// the latency of its look-ups and products. More take all of it; two warps more make the others a warpgroup, which gives
-// registers to those that multiply.
+// For more than 8 tokens x takes more registers than there are for each; four warps that do not multiply are a warpgroup, which
+// gives some of its own.
 //
 // Bound by the bytes of the codes. A look-up in the table is a product of bytes, which adds up the address, and a load: 62
 // instructions for 64 codes of 16 rows and 8 tokens, 81 for 16.
 //
-// Wants: k a multiple of 256 and at most 4096, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
+// Wants: k a multiple of 256, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
 #pragma once
+#include "decoding/cluster.cuh"
 #include "decoding/dependent.cuh"
 #include "decoding/tile.cuh"
 #include "linear/hopper.cuh"
 
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
-constexpr u32 MOST_QUADS = 16; // times 256 codes
+constexpr u32 MOST_QUADS = 16; // times 256 codes, of a block
 constexpr int TABLE_PITCH = 128;
 constexpr u32 CODES_PITCH = MOST_QUADS * 128 + 32, CODES_BYTES = 16 * CODES_PITCH;
 constexpr u32 STAGE = CODES_BYTES + MOST_QUADS * 4 * 16 * sizeof(float); // bytes: codes, then scales
 constexpr u32 FRAGMENT = WARP * 16;                                      // bytes: sums of 16 rows and 8 tokens
-template <int NT> constexpr u32 CONSUMERS = 8 * NT;
-template <int NT> constexpr u32 THREADS = (CONSUMERS<NT> + 2 * NT) * WARP;
+constexpr u32 CONSUMERS = 16, PRODUCERS = 2, CLOSERS = 2, THREADS = (CONSUMERS + PRODUCERS + CLOSERS) * WARP;
 // Registers of a thread, where 640 start with 96: 512 · 104 + 128 · 64 are as many.
 constexpr int CONSUMER_REGISTERS = 104, OTHER_REGISTERS = 64;
-template <int NT> constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS<NT>; // of 64, of a warp
-template <int NT> constexpr u32 STAGES = 2 * NT;
+constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS; // of 64, of a warp
+// As few as keep memory busy: what they leave of 256 KiB is the first-level cache, through which x comes (128 KiB for 16
+// tokens).
+constexpr u32 STAGES = 3;
+// Stages whose codes are asked for at once; the others a little later, so that x does not come behind all of them.
+constexpr u32 FIRST = 2;
 
-// The places of shared memory: the table, sums of warps, barriers, the ring. Barriers: stages are full, or empty; sums of a tile
-// are summed, or taken.
+// The places of shared memory: the table, sums of warps of two tiles, sums that blocks sent, barriers, the ring. Barriers:
+// stages are full, or empty; sums of a tile are summed, or taken; those sent have arrived, or (of each block) been read.
 template <int NT> struct Places {
-    static constexpr u32 SUMS = 256 * TABLE_PITCH, BARRIERS = SUMS + CONSUMERS<NT> * NT * FRAGMENT;
+    static constexpr u32 SUMS_BYTES = CONSUMERS * NT * FRAGMENT;
+    static constexpr u32 SUMS = 256 * TABLE_PITCH, SENT = SUMS + 2 * SUMS_BYTES, BARRIERS = SENT + 2 * 4 * FRAGMENT;
     static constexpr u32 RING = BARRIERS + 256;
-    u32 table, sums, full, empty, summed, taken, ring;
+    u32 table, sums, sent, full, empty, summed, taken, arrived, read, ring;
 
     __device__ __forceinline__ Places() {
         table = shared_address(dynamic_shared);
-        sums = table + SUMS;
-        full = table + BARRIERS, empty = full + 8 * STAGES<NT>;
-        summed = empty + 8 * STAGES<NT>, taken = summed + 8;
+        sums = table + SUMS, sent = table + SENT;
+        full = table + BARRIERS, empty = full + 8 * STAGES;
+        summed = empty + 8 * STAGES, taken = summed + 16, arrived = taken + 16, read = arrived + 16;
         ring = table + RING;
     }
     __device__ __forceinline__ void init_barriers() const {
-        for (u32 s = 0; s < STAGES<NT>; s++) {
+        for (u32 s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 2);
-            barrier_init(empty + 8 * s, CONSUMERS<NT>);
+            barrier_init(empty + 8 * s, CONSUMERS);
         }
-        barrier_init(summed, CONSUMERS<NT>);
-        barrier_init(taken, 1);
+        for (u32 s = 0; s < 2; s++) {
+            barrier_init(summed + 8 * s, CONSUMERS);
+            barrier_init(taken + 8 * s, 1);
+            barrier_init(arrived + 8 * s, 1);
+        }
+        for (u32 s = 0; s < 2 * 4; s++) barrier_init(read + 8 * s, 1);
         barriers_ready();
     }
 };
-static_assert(8 * (2 * STAGES<2> + 2) <= 256, "barriers");
+static_assert(8 * (2 * STAGES + 14) <= 256, "barriers");
+
+// Waits for all of the WARPS warps that share barrier `id`.
+template <u32 WARPS> __device__ __forceinline__ void meet(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS * WARP) : "memory");
+}
+
+// What a block does: tiles `first`, `first + step`, ..; of the inner index `quads` times 256 from the `quad`-th on.
+struct Share {
+    u32 rank, first, step, quad, quads;
+};
+template <u32 BLOCKS> __device__ __forceinline__ Share find_share(const Product& p) {
+    const u32 rank = BLOCKS > 1 ? cluster_rank() : 0, all = p.k / 256, quad = rank * all / BLOCKS;
+    return {rank, blockIdx.x / BLOCKS, gridDim.x / BLOCKS, quad, (rank + 1) * all / BLOCKS - quad};
+}
 
 // Has the codes of a tile brought. A whole warp, a lane a row; rows beyond the last are the last, and not stored.
 template <int NT, Kind KIND>
-__device__ __forceinline__ void bring(const Product& p, const Places<NT>& places, u32 tile, u32 stage) {
-    const u32 lane = threadIdx.x % WARP, bytes = p.k / 2, full = places.full + 8 * stage;
+__device__ __forceinline__ void bring(const Product& p, const Places<NT>& places, const Share& share, u32 tile, u32 stage) {
+    const u32 lane = threadIdx.x % WARP, bytes = share.quads * 128, full = places.full + 8 * stage;
     if (lane == 0) barrier_expect(full, 16 * bytes);
     __syncwarp();
     if (lane >= 16) return;
     const Tile at = locate<KIND>(p, tile);
     const Part& part = p.parts[lane < 8 ? at.part[0] : at.part[1]];
     const u32 row = min((lane < 8 ? at.row[0] : at.row[1]) + lane % 8, part.n - 1);
-    const u8* from = part.codes + row * p.k / 2;
+    const u8* from = part.codes + (row * (p.k / 2) + share.quad * 128);
     copy_bulk(places.ring + stage * STAGE + lane * CODES_PITCH, from, bytes, full);
 }
 
@@ -86,15 +112,16 @@ struct RawScales {
     u32 part, absmax[MOST_QUADS / 2];
     float nested[MOST_QUADS / 2];
 
-    __device__ __forceinline__ void fetch(const Product& p, const Tile& at) {
+    __device__ __forceinline__ void fetch(const Product& p, const Share& share, const Tile& at) {
         const u32 lane = threadIdx.x % WARP, h = lane % 2;
         part = h ? at.part[1] : at.part[0];
         const Part& of = p.parts[part];
         const u32 row = min((h ? at.row[1] : at.row[0]) + lane % 16 / 2, of.n - 1);
-        const u32 block = row * (p.k / 64) + lane / 16 * 4, quads = p.k / 256;
+        const u32 block = row * (p.k / 64) + share.quad * 4 + lane / 16 * 4;
 #pragma unroll
         for (u32 j = 0; j < MOST_QUADS / 2; j++) {
-            if (2 * j + lane / 16 >= quads) continue;
+            absmax[j] = 0, nested[j] = 0.0f;
+            if (2 * j + lane / 16 >= share.quads) continue;
             absmax[j] = __ldg((const u32*)(of.absmax + block + 8 * j));
             nested[j] = __ldg(of.nested + (block + 8 * j) / 256);
         }
@@ -102,38 +129,43 @@ struct RawScales {
     __device__ __forceinline__ void make(u32 to, u32 quads, const float (*maps)[256], const float* offsets) const {
         const u32 lane = threadIdx.x % WARP;
         to += (lane / 16 * 4 * 16 + lane % 16) * 4;
+        // 16 look-ups under way at once: a store after each would keep the next one waiting.
 #pragma unroll
-        for (u32 j = 0; j < MOST_QUADS / 2; j++) {
-            if (2 * j + lane / 16 >= quads) continue;
+        for (u32 first = 0; first < MOST_QUADS / 2; first += 4) {
+            float v[4][4];
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
+            for (u32 j = 0; j < 4; j++) {
+#pragma unroll
                 // Two roundings, as the reference: no fused multiply-add.
-                const float v = __fmul_rn(maps[part][absmax[j] >> 8 * i & 255], nested[j]);
-                store_float(to + (8 * j + i) * 64, __fadd_rn(v, offsets[part]));
+                for (u32 i = 0; i < 4; i++)
+                    v[j][i] = __fadd_rn(__fmul_rn(maps[part][absmax[first + j] >> 8 * i & 255], nested[first + j]), offsets[part]);
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                if (2 * (first + j) + lane / 16 >= quads) continue;
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) store_float(to + (8 * (first + j) + i) * 64, v[j][i]);
             }
         }
     }
 };
 
-// The producer, after it has brought the first tiles. `scales`: the first tile's.
+// Producer `which`, after the first tiles have been brought. `scales`: of its first tile.
 template <int NT, Kind KIND>
-__device__ __forceinline__ void produce(const Product& p, const Places<NT>& places,
+__device__ __forceinline__ void produce(const Product& p, const Places<NT>& places, const Share& share, u32 which,
                                         RawScales& scales, const float (*maps)[256], const float* offsets) {
-    u32 tile = blockIdx.x;
+    u32 tile = share.first + which * share.step;
 #pragma unroll 1
-    for (u32 turn = 0; tile < p.tiles; turn++) {
-        const u32 stage = turn % STAGES<NT>;
-        if (turn >= STAGES<NT>) {
-            barrier_wait(places.empty + 8 * stage, turn / STAGES<NT> % 2 ^ 1);
-            bring<NT, KIND>(p, places, tile, stage);
-        }
-        scales.make(places.ring + stage * STAGE + CODES_BYTES, p.k / 256, maps, offsets);
+    for (u32 turn = which; tile < p.tiles; turn += PRODUCERS) {
+        const u32 stage = turn % STAGES;
+        if (turn >= STAGES) barrier_wait(places.empty + 8 * stage, turn / STAGES % 2 ^ 1);
+        if (turn >= FIRST) bring<NT, KIND>(p, places, share, tile, stage);
+        scales.make(places.ring + stage * STAGE + CODES_BYTES, share.quads, maps, offsets);
         __syncwarp();
         if (threadIdx.x % WARP == 0) barrier_arrive(places.full + 8 * stage);
-        tile += gridDim.x;
-        if (tile < p.tiles) scales.fetch(p, locate<KIND>(p, tile));
+        tile += PRODUCERS * share.step;
+        if (tile < p.tiles) scales.fetch(p, share, locate<KIND>(p, tile));
     }
-    let_next();
 }
 
 // The two values of a byte of codes, which `which` has 128 for. `bank`: the table's address and 4 · lane.
@@ -168,107 +200,184 @@ __device__ __forceinline__ void multiply_group(u32 codes, u32 scales, bool there
 
 // A warp that decodes and multiplies.
 template <typename T, int NT>
-__device__ __forceinline__ void consume(const Product& p, const Places<NT>& places) {
-    constexpr u32 MOST = MOST_GROUPS<NT>;
+__device__ __forceinline__ void consume(const Product& p, const Places<NT>& places, const Share& share) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, i = lane % 4;
-    const u32 groups = p.k / 64, begin = warp * groups / CONSUMERS<NT>, count = (warp + 1) * groups / CONSUMERS<NT> - begin;
+    const u32 groups = share.quads * 4, begin = warp * groups / CONSUMERS, count = (warp + 1) * groups / CONSUMERS - begin;
+    fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
     wait_before();
     // Zeros beyond the last group and token.
-    uint4 x[MOST][NT][2];
+    uint4 x[MOST_GROUPS][NT][2];
 #pragma unroll
-    for (u32 u = 0; u < MOST; u++) {
+    for (u32 u = 0; u < MOST_GROUPS; u++) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const T* from = (const T*)p.x + (u64)(8 * n + g) * p.k + (begin + u) * 64 + 16 * i;
+            const T* from = (const T*)p.x + (u64)(8 * n + g) * p.k + share.quad * 256 + (begin + u) * 64 + 16 * i;
             const bool there = u < count && 8 * n + g < p.tokens;
             x[u][n][0] = load_now(from, there), x[u][n][1] = load_now(from + 8, there);
         }
     }
+    meet<CONSUMERS>(1); // the table is there, while x is on its way
     const u32 bank = places.table + 4 * lane, sums = places.sums + warp * NT * FRAGMENT + lane * 16;
     const u32 first = places.ring + g * CODES_PITCH + begin * 32 + i * 8;
     const u32 first_scale = places.ring + CODES_BYTES + begin * 64 + g * 8;
 #pragma unroll 1
-    for (u32 turn = 0, tile = blockIdx.x; tile < p.tiles; turn++, tile += gridDim.x) {
+    for (u32 turn = 0, tile = share.first; tile < p.tiles; turn++, tile += share.step) {
         float sum[NT][4] = {};
-        const u32 stage = turn % STAGES<NT>, codes = first + stage * STAGE, scales = first_scale + stage * STAGE;
-        barrier_wait(places.full + 8 * stage, turn / STAGES<NT> % 2);
+        const u32 stage = turn % STAGES, codes = first + stage * STAGE, scales = first_scale + stage * STAGE;
+        barrier_wait(places.full + 8 * stage, turn / STAGES % 2);
         // Two at a time; the second may be beyond the last, where what lies there is multiplied by zeros.
 #pragma unroll
-        for (u32 u = 0; u < MOST; u += 2) {
+        for (u32 u = 0; u < MOST_GROUPS; u += 2) {
             if (u >= count) break;
             multiply_group<T, NT>(codes + u * 32, scales + u * 64, true, x[u], bank, sum);
             multiply_group<T, NT>(codes + (u + 1) * 32, scales + (u + 1) * 64, u + 1 < count, x[u + 1], bank, sum);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(places.empty + 8 * stage);
-        barrier_wait(places.taken, turn % 2 ^ 1);
+        barrier_wait(places.taken + turn % 2 * 8, turn / 2 % 2 ^ 1);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            store16(sums + n * FRAGMENT, __float_as_uint(sum[n][0]), __float_as_uint(sum[n][1]), __float_as_uint(sum[n][2]),
-                    __float_as_uint(sum[n][3]));
+            store16(sums + turn % 2 * Places<NT>::SUMS_BYTES + n * FRAGMENT, __float_as_uint(sum[n][0]), __float_as_uint(sum[n][1]),
+                    __float_as_uint(sum[n][2]), __float_as_uint(sum[n][3]));
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(places.summed);
+        if (lane == 0) barrier_arrive(places.summed + turn % 2 * 8);
     }
 }
 
 __device__ __forceinline__ void add(float (&to)[4], const float4& v) { to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w; }
 
-// The closer.
+// Eight tokens from `first` on of a tile to where they go.
+template <typename T, Kind KIND>
+__device__ __forceinline__ void finish_fragment(const Product& p, const Tile& at, u32 first, const float (&sum)[4]) {
+    const u32 line = threadIdx.x % WARP / 4, token = first + threadIdx.x % 4 * 2;
+    if (token < p.tokens) finish<T, KIND>(p, at, line, token, sum[0], sum[2]);
+    if (token + 1 < p.tokens) finish<T, KIND>(p, at, line, token + 1, sum[1], sum[3]);
+}
+
+// The sums of all warps of 16 rows and 8 tokens.
+template <int NT> __device__ __forceinline__ void add_warps(float (&sum)[4], const Places<NT>& places, u32 turn, int n) {
+    const u32 sums = places.sums + turn % 2 * Places<NT>::SUMS_BYTES + threadIdx.x % WARP * 16;
+#pragma unroll
+    for (u32 warp = 0; warp < CONSUMERS; warp++) add(sum, load_float4(sums + (warp * NT + n) * FRAGMENT));
+}
+
+// A closer: of every other tile.
 template <typename T, int NT, Kind KIND>
-__device__ __forceinline__ void close(const Product& p, const Places<NT>& places) {
-    const u32 lane = threadIdx.x % WARP;
+__device__ __forceinline__ void close(const Product& p, const Places<NT>& places, const Share& share, u32 which) {
     wait_before();
 #pragma unroll 1
-    for (u32 turn = 0, tile = blockIdx.x; tile < p.tiles; turn++, tile += gridDim.x) {
-        const Tile at = locate<KIND>(p, tile);
+    for (u32 turn = which; share.first + turn * share.step < p.tiles; turn += 2) {
+        const Tile at = locate<KIND>(p, share.first + turn * share.step);
         float sum[NT][4] = {};
-        add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 1, sum);
-        barrier_wait(places.summed, turn % 2);
+        add_branch<T, NT, KIND, 4 / NT>(p, at, 0, 0, 1, sum);
+        barrier_wait(places.summed + 8 * which, turn / 2 % 2);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (u32 warp = 0; warp < CONSUMERS<NT>; warp++)
-                add(sum[n], load_float4(places.sums + (warp * NT + n) * FRAGMENT + lane * 16));
-        }
+        for (int n = 0; n < NT; n++) add_warps(sum[n], places, turn, n);
         __syncwarp();
-        if (lane == 0) barrier_arrive(places.taken);
+        if (threadIdx.x % WARP == 0) barrier_arrive(places.taken + 8 * which);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const u32 token = 8 * n + lane % 4 * 2;
-            if (token < p.tokens) finish<T, KIND>(p, at, lane / 4, token, sum[n][0], sum[n][2]);
-            if (token + 1 < p.tokens) finish<T, KIND>(p, at, lane / 4, token + 1, sum[n][1], sum[n][3]);
-        }
+        for (int n = 0; n < NT; n++) finish_fragment<T, KIND>(p, at, 8 * n, sum[n]);
         __syncwarp();
     }
 }
 
-template <typename T, int NT, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
-    constexpr u32 PRODUCER = CONSUMERS<NT>, PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
+// Where a cluster shares the inner index its blocks own a tile's fragments (16 rows, 8 tokens) in turn: each has one in PERIOD
+// tiles, and places for those of two times as many. One closer sends the block's sums to the owners, when these have read what
+// was in their place; the other adds up what the block owns, in the order of ranks.
+template <int NT, u32 BLOCKS> struct Turns {
+    static constexpr u32 PERIOD = BLOCKS / NT;
+    static __device__ __forceinline__ u32 owner(u32 turn, u32 n) { return (n + turn * NT) % BLOCKS; }
+    // The fragment of a tile that a block owns, if there is such a one.
+    static __device__ __forceinline__ u32 owned(u32 turn, u32 rank) { return (rank - turn * NT) % BLOCKS; }
+    static __device__ __forceinline__ u32 slot(u32 turn) { return turn / PERIOD % 2; }
+    static __device__ __forceinline__ u32 parity(u32 turn) { return turn / PERIOD / 2 % 2; }
+};
+
+template <int NT, u32 BLOCKS>
+__device__ __forceinline__ void send_sums(const Product& p, const Places<NT>& places, const Share& share) {
+    typedef Turns<NT, BLOCKS> At;
+    const u32 lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (u32 turn = 0; share.first + turn * share.step < p.tiles; turn++) {
+        const u32 slot = At::slot(turn);
+        float sum[NT][4] = {};
+        barrier_wait(places.summed + turn % 2 * 8, turn / 2 % 2);
+#pragma unroll
+        for (int n = 0; n < NT; n++) add_warps(sum[n], places, turn, n);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(places.taken + turn % 2 * 8);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const u32 to = At::owner(turn, n), place = places.sent + (slot * BLOCKS + share.rank) * FRAGMENT + lane * 16;
+            wait_sent(places.read + (slot * BLOCKS + to) * 8, At::parity(turn) ^ 1);
+            send(of_block(place, to), sum[n], of_block(places.arrived + 8 * slot, to));
+        }
+    }
+}
+
+template <typename T, int NT, u32 BLOCKS, Kind KIND>
+__device__ __forceinline__ void close_owned(const Product& p, const Places<NT>& places, const Share& share) {
+    typedef Turns<NT, BLOCKS> At;
+    const u32 lane = threadIdx.x % WARP, turns = (p.tiles - share.first + share.step - 1) / share.step;
+    wait_before();
+#pragma unroll 1
+    for (u32 turn = 0; turn < turns; turn++) {
+        const u32 own = At::owned(turn, share.rank), slot = At::slot(turn), arrived = places.arrived + 8 * slot;
+        if (own >= NT) continue;
+        if (lane == 0) barrier_expect(arrived, BLOCKS * FRAGMENT);
+        const Tile at = locate<KIND>(p, share.first + turn * share.step);
+        float sum[1][4] = {};
+        add_branch<T, 1, KIND, 4>(p, at, 8 * own, 0, 1, sum);
+        wait_sent(arrived, At::parity(turn));
+#pragma unroll
+        for (u32 from = 0; from < BLOCKS; from++)
+            add(sum[0], load_float4(places.sent + (slot * BLOCKS + from) * FRAGMENT + lane * 16));
+        __syncwarp();
+        // A block that has nothing to send there any more may have ended.
+        if (lane < BLOCKS && turn + 2 * At::PERIOD < turns)
+            arrive_at(of_block(places.read + (slot * BLOCKS + share.rank) * 8, lane));
+        finish_fragment<T, KIND>(p, at, 8 * own, sum[0]);
+        __syncwarp();
+    }
+}
+
+template <typename T, int NT, u32 BLOCKS, Kind KIND> __device__ __forceinline__ void product(const Product& p) {
+    constexpr u32 PARTS = KIND == PLAIN ? 1 : KIND == TURN ? 3 : 2;
     __shared__ float maps[PARTS][256], offsets[PARTS];
     const u32 warp = threadIdx.x / WARP;
     const Places<NT> places;
-    RawScales scales; // the producer's
-    if (warp == PRODUCER) {
-        if (threadIdx.x % WARP == 0) places.init_barriers();
-        __syncwarp();
-        for (u32 stage = 0, tile = blockIdx.x; stage < STAGES<NT> && tile < p.tiles; stage++, tile += gridDim.x)
-            bring<NT, KIND>(p, places, tile, stage);
-        if (blockIdx.x < p.tiles) scales.fetch(p, locate<KIND>(p, blockIdx.x));
-    }
-    fill_table<T, TABLE_PITCH>(places.table, p.quant_type);
-#pragma unroll
-    for (u32 part = 0; part < PARTS; part++) {
-        if (threadIdx.x < 256) maps[part][threadIdx.x] = p.parts[part].map[threadIdx.x];
-        if (threadIdx.x == 0) offsets[part] = *p.parts[part].offset;
-    }
-    __syncthreads();
-    if (warp < PRODUCER) {
+    const Share share = find_share<BLOCKS>(p);
+    if (threadIdx.x == CONSUMERS * WARP) places.init_barriers();
+    if constexpr (BLOCKS == 1) __syncthreads();
+    else cluster_sync();
+    if (warp < CONSUMERS) {
         if constexpr (NT == 2) take_registers<CONSUMER_REGISTERS>();
-        consume<T, NT>(p, places);
-    } else {
-        if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
-        if (warp == PRODUCER) produce<NT, KIND>(p, places, scales, maps, offsets);
-        else if (warp == PRODUCER + 1) close<T, NT, KIND>(p, places);
+        consume<T, NT>(p, places, share);
+        return;
     }
+    if constexpr (NT == 2) give_registers<OTHER_REGISTERS>();
+    const u32 which = (warp - CONSUMERS) % 2;
+    if (warp < CONSUMERS + PRODUCERS) {
+        RawScales scales;
+        const u32 tile = share.first + which * share.step;
+        if (tile < p.tiles) scales.fetch(p, share, locate<KIND>(p, tile));
+#pragma unroll
+        for (u32 part = 0; part < PARTS; part++) {
+            for (u32 i = threadIdx.x - CONSUMERS * WARP; i < 256; i += PRODUCERS * WARP) maps[part][i] = p.parts[part].map[i];
+            if (threadIdx.x == CONSUMERS * WARP) offsets[part] = *p.parts[part].offset;
+        }
+        meet<PRODUCERS>(2);
+        produce<NT, KIND>(p, places, share, which, scales, maps, offsets);
+        return;
+    }
+    // A closer has nothing to do yet.
+    if (which == 0) {
+        for (u32 stage = 0, tile = share.first; stage < FIRST && tile < p.tiles; stage++, tile += share.step)
+            bring<NT, KIND>(p, places, share, tile, stage);
+        let_next();
+    }
+    if constexpr (BLOCKS == 1) close<T, NT, KIND>(p, places, share, which);
+    else if (which == 0) send_sums<NT, BLOCKS>(p, places, share);
+    else close_owned<T, NT, BLOCKS, KIND>(p, places, share);
 }

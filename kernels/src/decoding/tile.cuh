@@ -76,10 +76,10 @@ __device__ __forceinline__ void add_scaled(float (&sum)[NT][4], const float (&gr
     }
 }
 
-// sum += t · Bᵀ of the tile: of the rank in steps of 16, every `sharers`-th from `which` on, which is a warp's; what BATCH steps
+// sum += t · Bᵀ of the tile, for the tokens from `first` on: of the rank in steps of 16, every `sharers`-th from `which` on, which is a warp's; what BATCH steps
 // read is on its way at once. The halves of a tile may be of two adapters with factors of their own.
 template <typename T, int NT, Kind KIND, int BATCH>
-__device__ __forceinline__ void add_branch(const Product& p, const Tile& at, u32 which, u32 sharers, float (&sum)[NT][4]) {
+__device__ __forceinline__ void add_branch(const Product& p, const Tile& at, u32 first, u32 which, u32 sharers, float (&sum)[NT][4]) {
     constexpr int OWN = KIND == GATE ? 2 : 1; // factors
     const u32 lane = threadIdx.x % WARP, g = lane / 4, i = lane % 4;
     const Part* const parts[2] = {&p.parts[at.part[0]], &p.parts[at.part[1]]};
@@ -98,8 +98,8 @@ __device__ __forceinline__ void add_branch(const Product& p, const Tile& at, u32
                 if (h >= OWN) continue;
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
-                    const T* factor = (const T*)p.t + (u64)(8 * n + g) * p.columns + part.column + r;
-                    const bool token = 8 * n + g < p.tokens;
+                    const T* factor = (const T*)p.t + (u64)(first + 8 * n + g) * p.columns + part.column + r;
+                    const bool token = first + 8 * n + g < p.tokens;
                     t[s][h][n][0] = load_now4(factor, token && low), t[s][h][n][1] = load_now4(factor + 8, token && high);
                 }
             }

@@ -132,6 +132,9 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warpgroup - 1;
     u8* const exchange = ring + RING + (consumer * 4 + warp) * EXCHANGE_BYTES;
+    // The operands of the first stage.
+    const u64 a_ring = describe(ring_address + consumer * BOX, 16, 8 * ROW);
+    const u64 b_ring = describe(ring_address + A_BYTES, FORWARD ? 16 : BOX, 8 * ROW);
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
@@ -145,16 +148,14 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         pin(sums);
 #pragma unroll 1
         for (u32 step = 0; step < steps; step++) {
-            const u32 at = ring_address + stage * STAGE;
-            const u64 a_tile = describe(at + consumer * BOX, 16, 8 * ROW);
-            const u64 b_tile = describe(at + A_BYTES, FORWARD ? 16 : BOX, 8 * ROW);
+            const u64 a_tile = a_ring + stage * (STAGE / 16), b_tile = b_ring + stage * (STAGE / 16);
             barrier_wait(full + 8 * stage, phase);
             products_begin();
 #pragma unroll
             for (int part = 0; part < DEPTH / 16; part++) {
                 // 16 elements of a row, or 16 rows; in units of 16 bytes.
                 constexpr int A_PART = 16 * 2 / 16, B_PART = FORWARD ? A_PART : 16 * ROW / 16;
-                multiply_shared<T, false, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, step + part);
+                multiply_shared<T, false, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, part == 0 ? step : 1);
             }
             products_commit();
             // The products of the step before are done; those of this one go on.

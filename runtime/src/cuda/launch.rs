@@ -350,6 +350,49 @@ impl Gpu {
         Ok(())
     }
 
+    /// How many clusters of kernel `entry` run at once, of `cluster` blocks as the kernel has them; the others as for
+    /// [`Gpu::launch`]. Blocks of a cluster are near one another, so that these may be fewer than multiprocessors have place for.
+    ///
+    /// # Errors
+    /// The PTX does not load, there is no such entry, or the driver refuses.
+    pub fn clusters_at_once(
+        &self,
+        module: &'static Module,
+        entry: &str,
+        cluster: u32,
+        threads: u32,
+        shared: usize,
+    ) -> Result<u32> {
+        self.bind()?;
+        let loaded = self.module(module)?;
+        let absent = || Error::invalid("clusters", format!("{entry}: not in module {}", module.name));
+        let function = *loaded.functions.get(entry).ok_or_else(absent)?;
+        let mut size = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster, y: 1, z: 1 },
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: cluster,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream().0,
+            attrs: &mut size,
+            numAttrs: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: the handle belongs to the current context, and the attribute outlives the call, which writes one int.
+        let status = unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, function.handle, &config) };
+        check("cuOccupancyMaxActiveClusters", status)?;
+        Ok(clusters.unsigned_abs())
+    }
+
     /// The compiled module, compiling it at its first use.
     fn module(&self, module: &'static Module) -> Result<Arc<Loaded>> {
         let find = |modules: &HashMap<_, _>| modules.get(module.name).map(Arc::clone);
