@@ -18,3 +18,21 @@ template <typename T, bool A_COLUMNS, bool B_COLUMNS, int S> void multiply_share
     emulator::product_shared<T, A_COLUMNS, B_COLUMNS>(d, a, b, keep);
 }
 inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { emulator::copy_bulk(to, from, bytes, barrier); }
+inline void pin(u32&) {}
+inline void pin(float&) {}
+template <int N> void pin(u32 (&)[N][4]) {}
+template <typename T, bool B_COLUMNS, int S> void multiply_held(float (&d)[S], const u32 (&a)[4], u64 b, u32 keep) {
+    emulator::product_held<T, B_COLUMNS>(d, a, b, keep);
+}
+template <int THREADS> void meet(int id) { emulator::bar_sync(id, THREADS); }
+// Blocks that wait for one another run as a cluster here, an OS thread each.
+inline void cluster_meet() { emulator::cluster_arrive(), emulator::cluster_wait(); }
+inline u32 in_block(u32 address, u32 rank) { return emulator::map_rank(address, rank); }
+inline uint4 load_there(u32 there, bool valid) { return valid ? emulator::load<uint4>(there) : uint4{}; }
+inline void arrive_at(u32* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+inline void wait_at(u32* counter, u32 blocks) {
+    emulator::wait_until([=] { return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= blocks; }, "wait_at (blocks)", blocks);
+}
+inline void leave(u32* counter, u32 blocks) {
+    if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) == 2 * blocks - 1) __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
+}
