@@ -204,6 +204,7 @@ static void round_of(Block& b) {
     blockIdx = b.index;
     if (b.living == 0) return;
     rounds++;
+    if (next_due() <= rounds) idle_rounds = 0; // what is finished now may be what another block waits for
     finish_due(b);
     for (Warp& w : b.warps) finish_some_products(*w.products);
     if (pass(b, false) || pass(b, true)) {

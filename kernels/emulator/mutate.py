@@ -14,6 +14,7 @@ SOURCES, COPY = ROOT / 'kernels/src', ROOT / 'target/emulator/mutant'
 GEMM, HOPPER, RESULTS = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh', 'linear/gemm_results.cuh'
 NARROW, QUANT = 'linear/narrow_hopper_sm90a.cu', 'linear/gemm.cuh'
 RING = 'decoding/product_hopper.cuh'
+CODES = 'linear/codes_hopper_sm90a.cu'
 FORWARD, BACKWARD = 'attention/hopper_forward.cuh', 'attention/hopper_backward.cuh'
 
 # Name, test, file, what stands there, what stands there instead. An empty text changes nothing, and must pass.
@@ -55,6 +56,15 @@ MUTATIONS = [
     ('slices overlap', 'narrow', NARROW, 'begin + sizes.slice,', 'begin + sizes.slice + 1,'),
     ('a copy is not waited for', 'quant', QUANT, 'wait_copies(r0 ? 0 : stages - 1);', ''),
     ('a tile is read by ldmatrix too early', 'quant', QUANT, '                wait_copies(stages - 2);', ''),
+    ('a step is decoded before it is there', 'codes', CODES, 'barrier_wait(places.full + 8 * turn.stage, turn.phase);', ''),
+    ('tables are made anew while they are read', 'codes', CODES, 'barrier_wait(places.empty + 8 * turn.stage, turn.phase ^ 1);', ''),
+    ('left operands are decoded anew while they are read', 'codes', CODES, 'multiply_step(step + 1, b, a);', 'multiply_step(step + 1, b, b);'),
+    ('the table of scales is read before it is there', 'codes', CODES, 'meet<128>(1 + CONSUMERS);', ''),
+    ('sums of other blocks are not waited for', 'codes', CODES, '        wait_at(counter, work.shares);', ''),
+    ('counters are left as they are', 'codes', CODES, 'if (thread % 128 == 0) leave(counter, work.shares);', ''),
+    ('a slab of shared sums is read before it is there', 'codes', CODES, 'meet<128>(barrier); // the slab', '// the slab'),
+    ('a stage is given back while it is multiplied', 'codes', CODES, 'products_wait<1>();\n        pin(next);', 'pin(next);'),
+    ('shares overlap', 'codes', CODES, 'last = steps * (share + 1) / shares;', 'last = (steps * (share + 1) + shares - 1) / shares;'),
     ('scores are read while they are made', 'attention', FORWARD, 'products_wait<1>();\n            pin(s);', 'pin(s);'),
     ('values are not waited for', 'attention', FORWARD, 'barrier_wait(v_full + 8 * v_stage, v_phase);', ''),
     ('Q is not given back', 'attention', FORWARD, 'if (block == 0) done_with(q_empty);', ''),

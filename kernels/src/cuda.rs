@@ -21,6 +21,7 @@ pub static MODULES: &[&Module] = &[
     &crate::attention::hopper::D128,
     &crate::attention::cuda::SIMPLE,
     &crate::cast::cuda::MODULE,
+    &crate::linear::CODES_HOPPER,
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
     &crate::linear::DECODE,

@@ -2,7 +2,7 @@
 // is in registers, barriers of some of a block's warps, and tiles in shared memory.
 #pragma once
 #include "attention/ptx.cuh"
-#include "decoding/dependent.cuh"
+#include "dependent.cuh"
 #include "linear/hopper.cuh"
 
 // A tile is boxes of 64 elements (128 bytes) of each row, one box after the other: chunk c of 16 bytes of row i of a box lies
@@ -28,26 +28,6 @@ template <int ROWS> using ByColumns = Operand<ROWS, true>;
 // The same in every lane, which the compiler does not see by itself.
 __device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(~0u, x, 0); }
 
-// As multiply_shared, with a in registers, as `mma.sync` takes it, and b by columns. The registers are read until the
-// product is done.
-#define REGISTER_PRODUCT(N, TYPE, SUMS, SUMS_LIST, A0, A1, A2, A3, B, KEEP)                                            \
-    asm volatile("{\n"                                                                                                 \
-                 ".reg .pred keep;\n"                                                                                  \
-                 "setp.ne.b32 keep, %" KEEP ", 0;\n"                                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" SUMS "}, {%" A0 ", %" A1 ", %"    \
-                 A2 ", %" A3 "}, %" B ", keep, 1, 1, 1;\n"                                                             \
-                 "}"                                                                                                   \
-                 : SUMS_LIST                                                                                           \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep))
-template <typename T> __device__ __forceinline__ void multiply_held(float (&d)[64], const u32 (&a)[4], u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) REGISTER_PRODUCT("128", "bf16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68", "69");
-    else REGISTER_PRODUCT("128", "f16", SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68", "69");
-}
-template <typename T> __device__ __forceinline__ void multiply_held(float (&d)[32], const u32 (&a)[4], u64 b, u32 keep) {
-    if constexpr (IS_BF16<T>) REGISTER_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36", "37");
-    else REGISTER_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36", "37");
-}
-
 // Sums of a warpgroup [64, 2·N] as left operands, 16 columns each. The two layouts agree lane by lane.
 template <typename T, int N> __device__ __forceinline__ void to_operands(u32 (&a)[N / 8][4], const float (&d)[N]) {
 #pragma unroll
@@ -57,10 +37,6 @@ template <typename T, int N> __device__ __forceinline__ void to_operands(u32 (&a
     }
 }
 
-// Waits for all of the `THREADS` threads that share barrier `id`.
-template <int THREADS> __device__ __forceinline__ void meet(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
-}
 // What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

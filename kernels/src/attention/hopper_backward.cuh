@@ -140,7 +140,7 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
             products_commit();
 #pragma unroll
             for (int step = 0; step < ROWS / 16; step++) {
-                multiply_held<T>(dv_sum, p[step], grad_columns.part(step, at), step + count);
+                multiply_held<T, true>(dv_sum, p[step], grad_columns.part(step, at), step + count);
             }
             products_commit();
             if (count > 0) hand_over_dq(last, (count - 1) / 2 % 2, true);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void multiply(u32 shared, const Work& work, u32 group
             products_begin();
 #pragma unroll
             for (int step = 0; step < ROWS / 16; step++) {
-                multiply_held<T>(dk_sum, ds[step], q_columns.part(step, at), step + count);
+                multiply_held<T, true>(dk_sum, ds[step], q_columns.part(step, at), step + count);
             }
             products_commit();
         }

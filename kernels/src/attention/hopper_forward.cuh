@@ -113,7 +113,7 @@ __device__ __forceinline__ void forward(const TensorMap* q, const TensorMap* k, 
         products_begin();
 #pragma unroll
         for (int step = 0; step < TILE / 16; step++) {
-            multiply_held<T>(acc, p[step], values.part(step, at * BYTES), step > 0 || keep);
+            multiply_held<T, true>(acc, p[step], values.part(step, at * BYTES), step > 0 || keep);
         }
         products_commit();
     };

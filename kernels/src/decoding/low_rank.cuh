@@ -4,7 +4,7 @@
 // A block has a row of x and a row of A: it sums up squares and products at once, since t = s · rstd · Σ x·w·a. The first
 // blocks of a row of x normalize a share of it, too. Bound by the start of a launch.
 #pragma once
-#include "decoding/dependent.cuh"
+#include "dependent.cuh"
 #include "decoding/token.cuh"
 #include "runs.cuh"
 

@@ -5,7 +5,7 @@
 // inner index is shared out over the 8 warps of a block. Its sums stay in the block until the layer's next step over single
 // elements is done too.
 #pragma once
-#include "decoding/dependent.cuh"
+#include "dependent.cuh"
 #include "decoding/tile.cuh"
 
 constexpr int WARPS = 8, TEAM = WARPS * WARP, TEAMS = 2, GROUPS = 4, CHUNK = 64 * GROUPS;

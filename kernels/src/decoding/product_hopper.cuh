@@ -26,8 +26,8 @@
 //
 // Wants: k a multiple of 256, codes at multiples of 16 bytes, bytes of scales at multiples of 4.
 #pragma once
-#include "decoding/cluster.cuh"
-#include "decoding/dependent.cuh"
+#include "cluster.cuh"
+#include "dependent.cuh"
 #include "decoding/tile.cuh"
 #include "linear/hopper.cuh"
 
@@ -79,10 +79,6 @@ template <int NT> struct Places {
 };
 static_assert(8 * (2 * STAGES + 14) <= 256, "barriers");
 
-// Waits for all of the WARPS warps that share barrier `id`.
-template <u32 WARPS> __device__ __forceinline__ void meet(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS * WARP) : "memory");
-}
 
 // What a block does: tiles `first`, `first + step`, ..; of the inner index `quads` times 256 from the `quad`-th on.
 struct Share {
@@ -216,7 +212,7 @@ __device__ __forceinline__ void consume(const Product& p, const Places<NT>& plac
             x[u][n][0] = load_now(from, there), x[u][n][1] = load_now(from + 8, there);
         }
     }
-    meet<CONSUMERS>(1); // the table is there, while x is on its way
+    meet<CONSUMERS * WARP>(1); // the table is there, while x is on its way
     const u32 bank = places.table + 4 * lane, sums = places.sums + warp * NT * FRAGMENT + lane * 16;
     const u32 first = places.ring + g * CODES_PITCH + begin * 32 + i * 8;
     const u32 first_scale = places.ring + CODES_BYTES + begin * 64 + g * 8;
@@ -367,7 +363,7 @@ template <typename T, int NT, u32 BLOCKS, Kind KIND> __device__ __forceinline__ 
             for (u32 i = threadIdx.x - CONSUMERS * WARP; i < 256; i += PRODUCERS * WARP) maps[part][i] = p.parts[part].map[i];
             if (threadIdx.x == CONSUMERS * WARP) offsets[part] = *p.parts[part].offset;
         }
-        meet<PRODUCERS>(2);
+        meet<PRODUCERS * WARP>(2);
         produce<NT, KIND>(p, places, share, which, scales, maps, offsets);
         return;
     }

@@ -3,7 +3,7 @@
 use super::{
     Terms, Weight,
     codes::Codes,
-    hopper,
+    codes_hopper, hopper,
     skinny::{self, Direction},
 };
 use crate::cuda::{entry, size};
@@ -115,7 +115,8 @@ fn product(forward: bool, a: &Tensor, weight: &Weight, scale: f32, terms: Terms,
     if m == 0 || n == 0 {
         return Ok(());
     }
-    if hopper::product(gpu, &hopper::Product { forward, a, weight, scale, terms, m, n, k }, out)? {
+    let large = hopper::Product { forward, a, weight, scale, terms, m, n, k };
+    if codes_hopper::product(gpu, &large, out)? || hopper::product(gpu, &large, out)? {
         return Ok(());
     }
 

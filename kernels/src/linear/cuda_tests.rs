@@ -1,6 +1,11 @@
 //! Products on the GPU against those on the CPU, on the same 16-bit operands.
 
-use super::{cuda::tests::TILE, hopper::tests::COLUMNS, *};
+use super::{
+    codes_hopper::{Shares, tests::SHARES},
+    cuda::tests::TILE,
+    hopper::tests::COLUMNS,
+    *,
+};
 use crate::{
     quantize::{QuantType, ScaleRounding, dequantize, quantize},
     swiglu,
@@ -22,11 +27,16 @@ fn moved_weight(weight: &Weight, device: Device) -> Weight {
     }
 }
 
-/// Makes this thread's products take a tile of gemm.cuh (0 to 2) or of Hopper's kernel (3, 4; where the GPU or the shape
-/// does not allow that, what they would take anyway).
+/// Ways that [`force`] knows.
+const TILES: usize = 11;
+
+/// Makes this thread's products take a tile of gemm.cuh (0 to 2), of Hopper's kernel (3, 4), or of the one for few rows of 4-bit
+/// weights, in so many shares (where the GPU or the shape does not allow that, what they would take anyway).
 fn force(tile: Option<usize>) {
+    let shares = [(256, 1), (128, 1), (64, 1), (256, 4), (128, 3), (64, 2)];
     TILE.set(tile.filter(|&tile| tile < 3));
     COLUMNS.set(tile.and_then(|tile| [256, 128].get(tile.checked_sub(3)?).copied()));
+    SHARES.set(tile.and_then(|tile| shares.get(tile.checked_sub(5)?).map(|&(rows, blocks)| Shares { rows, blocks })));
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +87,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let rank = prop_oneof![1 => Just(0), 1 => Just(16), 1 => 1usize..257];
-    let tile = prop_oneof![Just(None), (0usize..5).prop_map(Some)];
+    let tile = prop_oneof![Just(None), (0..TILES).prop_map(Some)];
     let dtype = prop_oneof![Just(DType::BF16), Just(DType::F16)];
     ((1usize..300, sizes(), sizes()), rank, kinds(), dtype, any::<bool>(), tile, any::<u64>()).prop_map(
         |((t, n, k), rank, kind, dtype, wide, tile, seed)| {
@@ -160,6 +170,40 @@ fn gpu_hopper_products_match_the_cpu() {
         check(of(1, 8, 8, 8, dtype), device);
         check(of(600, 1032, 64, 0, DType::F32), device);
         check(of(129, 264, 1096, 16, DType::F32), device);
+    }
+}
+
+/// The kernel for few rows on Hopper: several tiles each way, ragged or not, and shares of a contraction that are not even.
+#[test]
+fn gpu_few_rows_of_codes_match_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let kind = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (tile, dtype) in (5..TILES).zip([DType::BF16, DType::F16].into_iter().cycle()) {
+        let of = |t, n, k, rank, out| Case { t, n, k, rank, kind, dtype, out, tile: Some(tile), seed: 6 };
+        check(of(256, 1024, 1152, 16, dtype), device);
+        check(of(300, 320, 448, 72, DType::F32), device);
+        check(of(17, 64, 64, 0, DType::F32), device);
+    }
+    let of = |t, n, k, rank| Case { t, n, k, rank, kind, dtype: DType::BF16, out: DType::BF16, tile: None, seed: 7 };
+    check(of(17, 1024, 4096, 16), device);
+    check(of(256, 4096, 1024, 16), device);
+}
+
+/// What the rule chooses for any number of rows, and one way of sharing, for all kinds of codes.
+#[test]
+fn gpu_any_number_of_few_rows_matches_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let rows = [17, 31, 33, 63, 64, 65, 100, 127, 129, 191, 200, 255, 256, 257, 300, 383, 449, 511];
+    for (i, t) in rows.into_iter().enumerate() {
+        for (quant_type, double) in
+            [(QuantType::Nf4, true), (QuantType::Nf4, false), (QuantType::Fp4, true), (QuantType::Fp4, false)]
+        {
+            let kind = Kind::Quantized { quant_type, double, block_size: 64 << (i % 3) };
+            let dtype = if i % 4 == 3 { DType::F16 } else { DType::BF16 };
+            let of = |tile, n, k, out| Case { t, n, k, rank: [16, 0, 72][i % 3], kind, dtype, out, tile, seed: 8 };
+            check(of(None, 320, 448, DType::F32), device);
+            check(of(Some(5 + i % 6), 192, 576, dtype), device);
+        }
     }
 }
 
@@ -252,7 +296,7 @@ fn gpu_gated_products_are_those_of_two_passes() {
 #[test]
 fn gpu_decodes_exactly() {
     let Some(device) = gpu() else { return };
-    for tile in 0..5 {
+    for tile in 0..TILES {
         for (quant_type, double, block_size) in
             [(QuantType::Nf4, true, 64), (QuantType::Nf4, false, 32), (QuantType::Fp4, true, 128)]
         {
@@ -320,14 +364,17 @@ fn gpu_products_of_integers_are_exact() {
 #[test]
 fn gpu_products_repeat_and_may_be_empty() {
     let Some(device) = gpu() else { return };
-    let weight = Weight::Dense(moved(&random_as(&[520, 1032], DType::BF16, 1), device));
-    let x = moved(&random_as(&[700, 1032], DType::BF16, 2), device);
-    let run = || moved(&forward(&x, &weight, TAG).unwrap(), Device::Cpu);
-    let first = run();
-    for _ in 0..5 {
-        assert!(run().bytes().unwrap() == first.bytes().unwrap());
+    let nf4 = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (kind, t, k) in [(Kind::Dense, 700, 1032), (nf4, 700, 1024), (nf4, 256, 4096)] {
+        let weight = moved_weight(&weight(kind, [576, k], DType::BF16, 1), device);
+        let x = moved(&random_as(&[t, k], DType::BF16, 2), device);
+        let run = || moved(&forward(&x, &weight, TAG).unwrap(), Device::Cpu);
+        let first = run();
+        for _ in 0..5 {
+            assert!(run().bytes().unwrap() == first.bytes().unwrap());
+        }
+        assert_eq!(forward(&x.rows(0, 0).unwrap(), &weight, TAG).unwrap().shape(), [0, 576]);
     }
-    assert_eq!(forward(&x.rows(0, 0).unwrap(), &weight, TAG).unwrap().shape(), [0, 520]);
 }
 
 #[test]

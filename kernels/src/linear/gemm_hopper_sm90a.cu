@@ -23,7 +23,7 @@
 // tensor cores, which take most of them, are busy (95 to 98 % of the cycles): idle cycles want a higher clock for the rest.
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
-#include "decoding/dependent.cuh"
+#include "dependent.cuh"
 #include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;

@@ -85,6 +85,16 @@ template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps a value in its register, where the compiler would make it again for each use; and makes it here.
+__device__ __forceinline__ void pin(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
+// As for the sums for left operands in registers, which a product reads until it is done.
+template <int N> __device__ __forceinline__ void pin(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N * 4; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // Four 8x8 matrices of 16-bit elements to shared memory: the inverse of load_matrices.
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
@@ -154,4 +164,58 @@ template <typename T, bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, u32 keep) {
     if constexpr (IS_BF16<T>) SHARED_PRODUCT("64", "bf16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36");
     else SHARED_PRODUCT("64", "f16", SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36");
+}
+
+// The same with a in registers, as `mma.sync` takes it. They are read until the product is done.
+#define HELD_PRODUCT(N, TYPE, SUMS, SUMS_LIST, A0, A1, A2, A3, B, KEEP, B_T)                                           \
+    asm volatile("{\n"                                                                                                 \
+                 ".reg .pred keep;\n"                                                                                  \
+                 "setp.ne.b32 keep, %" KEEP ", 0;\n"                                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" SUMS "}, {%" A0 ", %" A1 ", %"    \
+                 A2 ", %" A3 "}, %" B ", keep, 1, 1, %" B_T ";\n"                                                      \
+                 "}"                                                                                                   \
+                 : SUMS_LIST                                                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(int(B_COLUMNS)))
+#define HELD_256(TYPE)                                                                                                 \
+    HELD_PRODUCT("256", TYPE, SUMS_128, SUMS_OF_128, "128", "129", "130", "131", "132", "133", "134")
+#define HELD_128(TYPE)                                                                                                 \
+    HELD_PRODUCT("128", TYPE, SUMS_64, SUMS_OF_64(0), "64", "65", "66", "67", "68", "69", "70")
+#define HELD_64(TYPE) HELD_PRODUCT("64", TYPE, SUMS_32, SUMS_OF_32(0), "32", "33", "34", "35", "36", "37", "38")
+template <typename T, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_held(float (&d)[128], const u32 (&a)[4], u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>) HELD_256("bf16");
+    else HELD_256("f16");
+}
+template <typename T, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_held(float (&d)[64], const u32 (&a)[4], u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>) HELD_128("bf16");
+    else HELD_128("f16");
+}
+template <typename T, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_held(float (&d)[32], const u32 (&a)[4], u64 b, u32 keep) {
+    if constexpr (IS_BF16<T>) HELD_64("bf16");
+    else HELD_64("f16");
+}
+
+// Waits for all of the `THREADS` threads that share barrier `id`.
+template <int THREADS> __device__ __forceinline__ void meet(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+// Blocks that wait for one another: each counts itself at `counter`, so that what its threads have written is seen by those who
+// find all there. They must fit on the GPU together. One thread.
+__device__ __forceinline__ void arrive_at(u32* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_at(u32* counter, u32 blocks) {
+    u32 found;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    } while (found < blocks);
+}
+// After it: the last of them sets the counter back to 0.
+__device__ __forceinline__ void leave(u32* counter, u32 blocks) {
+    u32 found;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(found) : "l"(counter) : "memory");
+    if (found == 2 * blocks - 1) asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(counter) : "memory");
 }

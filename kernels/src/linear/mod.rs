@@ -16,10 +16,12 @@
 //! operands of one 16-bit type are multiplied by tensor cores with sums in f32 (`gemm.cuh`), 4-bit weights rounded to that
 //! type once on the way; all others in f32 as on the CPU (`simt.cu`). A forward product of at most 16 rows reads the weight
 //! once and does not round 4-bit ones (`decode.cu`). Hopper multiplies large dense matrices with instructions of its own
-//! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time. SwiGLU and its
-//! gradients may be made within its products ([`forward_gated`], [`input_grad_gated`]).
+//! (`gemm_hopper_sm90a.cu`); from 512 rows on 4-bit weights are dequantized for that into workspace, one at a time. Of fewer
+//! rows it has another kernel, which decodes every weight once for up to 256 (`codes_hopper_sm90a.cu`). SwiGLU and its gradients
+//! may be made within its large products ([`forward_gated`], [`input_grad_gated`]).
 
 mod codes;
+mod codes_hopper;
 mod cpu;
 mod cuda;
 #[cfg(test)]
@@ -36,6 +38,7 @@ mod skinny_tests;
 pub(crate) use codes::Codes;
 pub(crate) use skinny::{DECODE, LORA, SIMT, WEIGHT_GRAD};
 
+pub(crate) use codes_hopper::CODES_HOPPER;
 pub(crate) use hopper::GEMM_HOPPER;
 pub(crate) use narrow::NARROW_HOPPER;
 
@@ -313,10 +316,13 @@ pub fn input_grad_lora_add(
 }
 
 /// Bytes of workspace that a product of 16-bit rows `[m, k]` with a 4-bit weight takes on this kind of GPU, into `[m, n]` with a
-/// low-rank branch of `rank` (or 0): the weight as a whole, or nothing.
-pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
+/// low-rank branch of `rank` (or 0): the weight as a whole, sums of blocks that share a tile, or nothing.
+pub fn product_workspace(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
     let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-    if hopper::columns_on(chip, true, sizes).is_some() { n * k * DType::BF16.size() } else { 0 }
+    if hopper::columns_on(chip, true, sizes).is_some() {
+        return n * k * DType::BF16.size();
+    }
+    codes_hopper::workspace(chip, sizes).unwrap_or(0)
 }
 
 /// Bytes of workspace of [`input_grads_lora`] for 16-bit rows and 4-bit weights on this kind of GPU, into `[m, n]`, of linears
@@ -324,7 +330,7 @@ pub fn dequantized_bytes(chip: Chip, m: usize, n: usize, k: usize, rank: usize) 
 pub fn input_grads_bytes(chip: Chip, m: usize, n: usize, parts: &[[usize; 2]]) -> usize {
     match hopper::sums_on(chip, true, m, n, parts) {
         Some(_) => parts.iter().map(|[k, _]| n * k * DType::BF16.size()).sum(),
-        None => parts.iter().map(|&[k, rank]| dequantized_bytes(chip, m, n, k, rank)).max().unwrap_or(0),
+        None => parts.iter().map(|&[k, rank]| product_workspace(chip, m, n, k, rank)).max().unwrap_or(0),
     }
 }
 

@@ -15,7 +15,7 @@
 // ring holds what DRAM's latency wants to be under way: some 64 KiB of x an SM. What lies outside of a matrix is zeros to the
 // TMA: ranks that are no multiple of 64 cost tensor cores time that they have, and no bytes.
 #include "attention/hopper.cuh"
-#include "decoding/dependent.cuh"
+#include "dependent.cuh"
 
 constexpr int BOX = 64, BOX_BYTES = BOX * 128;
 constexpr int MOST_GROUPS = 3, MOST_WARPGROUPS = 2, MOST_THREADS = MOST_WARPGROUPS * 128 + WARP;

@@ -57,6 +57,13 @@ template <> __device__ __forceinline__ void multiply<f16>(float (&d)[4], const u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Bytes of ones where the top bit of bytes 0 of y, 0 of x, 1 of y and 1 of x is set, of zeros where not.
+__device__ __forceinline__ u32 spread_tops(u32 x, u32 y) {
+    u32 spread;
+    asm("prmt.b32 %0, %1, %2, 0x9D8C;" : "=r"(spread) : "r"(x), "r"(y));
+    return spread;
+}
+
 // 16 bytes into shared memory.
 __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
@@ -65,12 +72,18 @@ __device__ __forceinline__ void store16(u32 address, u32 x, u32 y, u32 z, u32 w)
 template <typename T> __device__ __forceinline__ void store_element(u32 address, T x) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(*reinterpret_cast<unsigned short*>(&x)) : "memory");
 }
-// A float into shared memory.
+// Floats into shared memory.
 __device__ __forceinline__ void store_float(u32 address, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
+__device__ __forceinline__ void store_float2(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void store_float4(u32 address, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
 
-// From shared memory: 16 bytes, 8.
+// From shared memory: 16 bytes, 8, two 16-bit elements, one (in the low half).
 __device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -87,4 +100,14 @@ __device__ __forceinline__ uint2 load_shared_uint2(u32 address) {
     uint2 x;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
     return x;
+}
+__device__ __forceinline__ u32 load_pair(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 load_element(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
 }

@@ -97,6 +97,8 @@ pub struct Args {
     stream: Option<Stream>,
     /// Whether the kernel waits itself for the one before it.
     early: bool,
+    /// Blocks of a cluster, if not one.
+    cluster: Option<u32>,
     /// What was wrong with an argument.
     error: Option<Error>,
 }
@@ -138,6 +140,13 @@ impl Args {
         self
     }
 
+    /// So many blocks that follow one another are a cluster (Hopper): they run at once, and read each other's shared memory. At
+    /// most 8, and the grid has a multiple of that.
+    pub fn cluster(mut self, blocks: u32) -> Self {
+        self.cluster = (blocks > 1).then_some(blocks);
+        self
+    }
+
     /// So many floating-point operations are done, for [`Gpu::record_launches`].
     pub fn flops(mut self, flops: f64) -> Self {
         self.work.flops = flops;
@@ -176,11 +185,12 @@ impl Args {
         }
     }
 
-    /// A matrix of 16-bit elements to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`, the
-    /// rows of a box 128 bytes swizzled: a parameter of 128 bytes, CUDA's `CUtensorMap`.
+    /// A matrix to read by the tensor memory accelerator (Hopper), in boxes of `rows` × `columns`: a parameter of 128 bytes,
+    /// CUDA's `CUtensorMap`. Rows of a box are 128 bytes swizzled where its elements have 16 bits, and 32 bytes where it is
+    /// one of bytes.
     ///
     /// The launch is refused unless `tensor` is such a matrix on a GPU, with rows of a multiple of 16 bytes from an address
-    /// that is one too, and a box has 1 to 256 rows and 1 to 64 columns.
+    /// that is one too, and a box has 1 to 256 rows of 16 bytes or more, which a swizzled row holds.
     pub fn tensor_map(self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
         let mut args = self.touches(tensor);
         match TensorMap::new(tensor, rows, columns) {
@@ -316,11 +326,17 @@ impl Gpu {
         let stream = args.stream.unwrap_or(self.stream());
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let early = args.early.then(|| {
+            let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value)
+        });
+        let cluster = args.cluster.map(|blocks| {
+            let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+            let value = sys::CUlaunchAttributeValue { clusterDim: size };
+            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value)
+        });
+        let mut attributes: Vec<_> = early.into_iter().chain(cluster).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -330,8 +346,8 @@ impl Gpu {
             blockDimZ: block[2],
             sharedMemBytes: shared as u32,
             hStream: stream.0,
-            attrs: &mut overlap,
-            numAttrs: args.early.into(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the handle belongs to the current context; there is a pointer for each parameter, to a value of at
         // least its size (checked above against the table that a test holds against the PTX). That the kernel stays

@@ -9,9 +9,6 @@ use cudarc::driver::sys;
 #[repr(transparent)]
 pub(super) struct TensorMap(sys::CUtensorMap);
 
-/// Bytes of a row of a box, over which 16-byte chunks are swizzled.
-const SWIZZLE: usize = 128;
-
 impl TensorMap {
     /// `tensor` `[rows, columns]` in boxes of `box_rows` × `box_columns`, with zeros outside of it.
     ///
@@ -22,18 +19,22 @@ impl TensorMap {
     pub fn new(tensor: &Tensor, box_rows: u32, box_columns: u32) -> Result<TensorMap> {
         let op = "tensor map";
         let (rows, columns) = tensor.dims2(op)?;
-        let dtype = match tensor.dtype() {
-            DType::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            found => return Err(Error::DType { op, expected: "f16 or bf16".into(), found }),
+        use sys::{CUtensorMapDataType as Kind, CUtensorMapSwizzle as Swizzle};
+        // 16-byte chunks are swizzled over a row of a box.
+        let (kind, swizzle, row) = match tensor.dtype() {
+            DType::BF16 => (Kind::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Swizzle::CU_TENSOR_MAP_SWIZZLE_128B, 128),
+            DType::F16 => (Kind::CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Swizzle::CU_TENSOR_MAP_SWIZZLE_128B, 128),
+            DType::U8 => (Kind::CU_TENSOR_MAP_DATA_TYPE_UINT8, Swizzle::CU_TENSOR_MAP_SWIZZLE_32B, 32),
+            found => return Err(Error::DType { op, expected: "f16, bf16 or u8".into(), found }),
         };
-        let (address, pitch, width) = (tensor.device_pointer()?, columns * 2, box_columns as usize * 2);
+        let size = tensor.dtype().size();
+        let (address, pitch, width) = (tensor.device_pointer()?, columns * size, box_columns as usize * size);
         let fits = address % 16 == 0
             && pitch % 16 == 0
             && rows > 0
             && columns > 0
             && width % 16 == 0
-            && (1..=SWIZZLE).contains(&width)
+            && (1..=row).contains(&width)
             && (1..=256).contains(&box_rows);
         if !fits {
             let what = format!("{:?} at {address:#x} in boxes of {box_rows} x {box_columns}", tensor.shape());
@@ -47,7 +48,7 @@ impl TensorMap {
         let status = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map.0,
-                dtype,
+                kind,
                 2,
                 std::ptr::with_exposed_provenance_mut(address as usize),
                 sizes.as_ptr(),
@@ -55,7 +56,7 @@ impl TensorMap {
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

@@ -242,7 +242,7 @@ impl Walk<'_> {
     fn product(&self, n: usize, k: usize, rank: usize) -> Held {
         let bytes = match self.job.chip {
             Some(chip) if self.w == 2 && self.job.quantized.is_some() => {
-                linear::dequantized_bytes(chip, self.t.get(), n, k, rank)
+                linear::product_workspace(chip, self.t.get(), n, k, rank)
             }
             // An f32 weight alone is multiplied as it is.
             None if !self.trains.all => linear::panel_bytes(n, k),

@@ -3,4 +3,3 @@ inline u32 look_up(u32 codes, u32 which, u32 bank) {
     for (int i = 0; i < 4; i++) at += (codes >> 8 * i & 255) * (which >> 8 * i & 255);
     return emulator::load<u32>(at);
 }
-template <u32 WARPS> void meet(int id) { emulator::bar_sync(id, WARPS * 32); }

@@ -22,3 +22,18 @@ inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const u32 from[4] = {a, b, c, d};
     emulator::store_matrices(address, from);
 }
+inline void pin(u32&) {}
+inline void pin(float&) {}
+template <int N> void pin(u32 (&)[N][4]) {}
+template <typename T, bool B_COLUMNS, int S> void multiply_held(float (&d)[S], const u32 (&a)[4], u64 b, u32 keep) {
+    emulator::product_held<T, B_COLUMNS>(d, a, b, keep);
+}
+template <int THREADS> void meet(int id) { emulator::bar_sync(id, THREADS); }
+// Blocks that wait for one another run as a cluster here, an OS thread each.
+inline void arrive_at(u32* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+inline void wait_at(u32* counter, u32 blocks) {
+    emulator::wait_until([=] { return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= blocks; }, "wait_at (blocks)", blocks);
+}
+inline void leave(u32* counter, u32 blocks) {
+    if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) == 2 * blocks - 1) __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
+}

@@ -1,6 +1,6 @@
 // Blocks of a cluster (Hopper, PTX ISA 8.4), one function each: their ranks, and what they send one another.
 #pragma once
-#include "linear/ptx.cuh"
+#include "common.cuh"
 
 // The rank of this block in its cluster.
 __device__ __forceinline__ u32 cluster_rank() {
@@ -18,6 +18,16 @@ __device__ __forceinline__ u32 of_block(u32 address, u32 rank) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
+}
+// 16 bytes from there, or zeros.
+__device__ __forceinline__ uint4 load_there(u32 there, bool valid) {
+    uint4 v;
+    asm volatile("{.reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+                 "@q ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];}"
+                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+                 : "r"(there), "r"((u32)valid)
+                 : "memory");
+    return v;
 }
 // Starts to store 16 bytes in a block's shared memory; they count at `barrier`, which is that block's.
 __device__ __forceinline__ void send(u32 to, const float (&v)[4], u32 barrier) {
