@@ -46,7 +46,7 @@ constexpr u32 MOST_GROUPS = 4 * MOST_QUADS / CONSUMERS; // of 64, of a warp
 // tokens).
 constexpr u32 STAGES = 3;
 // Stages whose codes are asked for at once; the others a little later, so that x does not come behind all of them.
-constexpr u32 FIRST = 2;
+constexpr u32 FIRST = 1;
 
 // The places of shared memory: the table, sums of warps of two tiles, sums that blocks sent, barriers, the ring. Barriers:
 // stages are full, or empty; sums of a tile are summed, or taken; those sent have arrived, or (of each block) been read.
