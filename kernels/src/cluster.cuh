@@ -1,6 +1,6 @@
 // Blocks of a cluster (Hopper, PTX ISA 8.4), one function each: their ranks, and what they send one another.
 #pragma once
-#include "linear/hopper.cuh"
+#include "common.cuh"
 
 // The rank of this block in its cluster.
 __device__ __forceinline__ u32 cluster_rank() {
@@ -37,7 +37,19 @@ __device__ __forceinline__ void send(u32 to, const float (&v)[4], u32 barrier) {
                  : "memory");
 }
 // Waits as `barrier_wait`, for what other blocks have sent.
-__device__ __forceinline__ void wait_sent(u32 barrier, u32 parity) { WAIT_FOR_PHASE(".acquire.cluster") }
+__device__ __forceinline__ void wait_sent(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
 // Arrives at a barrier of another block.
 __device__ __forceinline__ void arrive_at(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

@@ -26,19 +26,19 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 }
 // Waits for the end of the present phase if its parity is `parity`; does not wait if that phase is over. A new barrier
 // is in phase 0, and counts as past a phase of parity 1.
-#define WAIT_FOR_PHASE(SEMANTICS)                                                                                      \
-    u32 done;                                                                                                          \
-    do {                                                                                                               \
-        asm volatile("{\n"                                                                                             \
-                     ".reg .pred done;\n"                                                                              \
-                     "mbarrier.try_wait.parity" SEMANTICS ".shared::cta.b64 done, [%1], %2;\n"                         \
-                     "selp.u32 %0, 1, 0, done;\n"                                                                      \
-                     "}"                                                                                               \
-                     : "=r"(done)                                                                                      \
-                     : "r"(barrier), "r"(parity)                                                                       \
-                     : "memory");                                                                                      \
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
     } while (!done);
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) { WAIT_FOR_PHASE("") }
+}
 
 // Starts to copy the box of `map` whose first element is (row, column) to shared memory; its bytes, of which those
 // outside of the matrix are zeros, count at `barrier`.
