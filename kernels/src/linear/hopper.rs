@@ -99,7 +99,7 @@ fn launch(gpu: &Gpu, name: &str, columns: u32, product: &Product, args: Args) ->
     let &Product { a, m, n, k, .. } = product;
     let entry = entry(&format!("gemm_hopper_{name}"), a.dtype())?;
     let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
-    let args = args.u32(m).u32(n).u32(k).u32(product.rank()).early();
+    let args = args.u32(m).u32(n).u32(k).u32(product.rank());
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)
 }
 
@@ -235,7 +235,7 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     for (.., depth) in &pairs {
         args = args.u32(size(op, *depth)?);
     }
-    let args = args.u32(wide.into()).early();
+    let args = args.u32(wide.into());
     let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
     let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
