@@ -33,6 +33,7 @@ const Launch* configuration;
 static const std::function<void()>* thread_body;
 u64 rounds;
 static u64 idle_rounds;
+static bool ended; // whether a copy has, since a thread last ran
 
 u32 thread_rank() { return fiber->rank; }
 u32 lane() { return fiber->rank % 32; }
@@ -204,17 +205,21 @@ static void round_of(Block& b) {
     blockIdx = b.index;
     if (b.living == 0) return;
     rounds++;
-    if (next_due() <= rounds) idle_rounds = 0; // what is finished now may be what another block waits for
+    ended |= next_due() <= rounds;
     finish_due(b);
     for (Warp& w : b.warps) finish_some_products(*w.products);
     if (pass(b, false) || pass(b, true)) {
-        idle_rounds = 0;
+        idle_rounds = 0, ended = false;
         return;
     }
     if (++idle_rounds <= blocks.size()) return;
-    // No block can go on before something is done.
+    // No block can go on before something is done. What has ended meanwhile may be what a block waits for that had its turn before.
     idle_rounds = 0;
     const u64 due = next_due();
+    if (due == ~0ull && ended) {
+        ended = false;
+        return;
+    }
     rounds = std::max(rounds, due);
     if (due == ~0ull) {
         fflush(stdout);
