@@ -199,7 +199,8 @@ pub struct TrainArgs {
     /// What pages are made of: pinned, unified or auto [default: auto]
     #[arg(long, value_name = "MEMORY")]
     pub page_memory: Option<String>,
-    /// How pages beyond the budget are used: stream, in-place or lru (of pinned pages) [default: stream, or in-place in unified memory]
+    /// How pages beyond the budget are used: stream, in-place or lru (of pinned pages) [default: stream, or in-place in
+    /// unified memory]
     #[arg(long, value_name = "POLICY")]
     pub page_policy: Option<String>,
     /// Size of a page: a multiple of 64KiB, at least 256KiB [default: 3MiB]

@@ -2,7 +2,7 @@
 // in its turn, and the kernel that rounds the sums.
 #pragma once
 #include "attention/hopper.cuh"
-#include "attention/turn.cuh"
+#include "rotary/turn.cuh"
 
 namespace backward {
 

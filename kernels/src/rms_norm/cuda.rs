@@ -5,7 +5,7 @@ use crate::{
     cuda::{check_dtype, entry, size},
 };
 use nibble_runtime::{
-    DType, Error, Result, Tag, Tensor,
+    DType, Result, Tag, Tensor,
     cuda::{Args, Entry, Gpu, Module},
 };
 
@@ -67,16 +67,7 @@ pub(super) fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor
 }
 
 /// `last`: the gradient, and where the norm's output goes again, if it is to go anywhere.
-fn backward(
-    [x, weight, rstd]: [&Tensor; 3],
-    dx: &mut Tensor,
-    grad: DType,
-    last: impl FnOnce(Args) -> Args,
-) -> Result<()> {
-    if grad != x.dtype() {
-        return Err(Error::DType { op: "rms_norm backward", expected: x.dtype().to_string(), found: grad });
-    }
-    check_dtype("rms_norm backward", x.dtype(), &[dx])?;
+fn backward([x, weight, rstd]: [&Tensor; 3], dx: &mut Tensor, last: impl FnOnce(Args) -> Args) -> Result<()> {
     let gpu = Gpu::of(x.device())?;
     let Rows { rows, width, grid, block } = Rows::of(gpu, x)?;
     let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).output(dx);
@@ -85,7 +76,8 @@ fn backward(
 }
 
 pub(super) fn backward_add(x: &Tensor, weight: &Tensor, rstd: &Tensor, grad: &Tensor, dx: &mut Tensor) -> Result<()> {
-    backward([x, weight, rstd], dx, grad.dtype(), |args| args.input(grad).input_opt(None))
+    check_dtype("rms_norm backward", x.dtype(), &[grad, dx])?;
+    backward([x, weight, rstd], dx, |args| args.input(grad).input_opt(None))
 }
 
 /// The output of the norm, in the place of `grad`.
@@ -96,8 +88,9 @@ pub(super) fn backward_and_apply(
     grad: Tensor,
     dx: &mut Tensor,
 ) -> Result<Tensor> {
+    check_dtype("rms_norm backward", x.dtype(), &[&grad, dx])?;
     let mut y = if grad.is_unique() { grad } else { grad.copy(Tag::Workspace)? };
-    backward([x, weight, rstd], dx, y.dtype(), |args| args.input(&y).output(&mut y))?;
+    backward([x, weight, rstd], dx, |args| args.input(&y).output(&mut y))?;
     Ok(y)
 }
 

@@ -283,6 +283,17 @@ pub(super) fn waits() -> bool {
     std::env::var_os("NIBBLE_CUDA_SYNC").is_some()
 }
 
+/// That so many blocks are a cluster.
+fn clusters_of(blocks: u32) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 },
+        },
+    }
+}
+
 /// Shared memory that every kernel may use without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;
 
@@ -326,17 +337,12 @@ impl Gpu {
         let stream = args.stream.unwrap_or(self.stream());
         let start = self.mark_if_recording(stream)?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(Value::pointer).collect();
-        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-        let early = args.early.then(|| {
-            let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
-            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value)
+        let early = args.early.then_some(sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         });
-        let cluster = args.cluster.map(|blocks| {
-            let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
-            let value = sys::CUlaunchAttributeValue { clusterDim: size };
-            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value)
-        });
-        let mut attributes: Vec<_> = early.into_iter().chain(cluster).collect();
+        let mut attributes: Vec<_> = early.into_iter().chain(args.cluster.map(clusters_of)).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -383,13 +389,7 @@ impl Gpu {
         let loaded = self.module(module)?;
         let absent = || Error::invalid("clusters", format!("{entry}: not in module {}", module.name));
         let function = *loaded.functions.get(entry).ok_or_else(absent)?;
-        let mut size = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster, y: 1, z: 1 },
-            },
-        };
+        let mut size = clusters_of(cluster);
         let config = sys::CUlaunchConfig {
             gridDimX: cluster,
             gridDimY: 1,

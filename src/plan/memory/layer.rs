@@ -333,13 +333,16 @@ impl Walk<'_> {
     /// `layer::Normed::backward`.
     fn normed_backward(&self, layer: usize, linears: &[usize], want: bool, grads: &mut Grads) {
         let _backs: Vec<Back> = linears.iter().map(|&which| self.back([layer, which], grads)).collect();
-        let mut normed = if want || self.trains.all { Some(self.input_grad(layer, linears)) } else { None };
+        let grad = (want || self.trains.all).then(|| self.input_grad(layer, linears));
         grads.put(self.norm_weight_grad());
-        // In the place of the gradient on a GPU.
-        if self.on_cpu() || normed.is_none() {
-            normed = None;
-            normed.replace(self.flow(self.shapes[linears[0]][1]));
-        }
+        // The norm's output: in the place of the gradient on a GPU.
+        let _normed = match grad {
+            Some(grad) if !self.on_cpu() => grad,
+            grad => {
+                drop(grad);
+                self.flow(self.shapes[linears[0]][1])
+            }
+        };
         self.parameter_grads(layer, linears, grads);
     }
 
