@@ -24,7 +24,6 @@
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
 #include "dependent.cuh"
-#include "linear/ahead.cuh"
 #include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;
@@ -58,8 +57,7 @@ __device__ __forceinline__ void finish_tile(const RESULT& result, const Sizes& s
 // `depths`: the contraction of each pair, or 0.
 template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
 __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
-                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const Ahead& weight,
-                                     const RESULT& result) {
+                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
     constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = RING / STAGE;
     static_assert(STAGES <= MAX_STAGES && STAGES * STAGE == RING, "stages");
     extern __shared__ u8 shared[];
@@ -79,7 +77,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         barriers_ready();
     }
     __syncthreads();
-    if (weight.packed) dequantize_ahead<T, FORWARD, THREADS>(weight, ring + RING);
+    wait_before();
 
     const u32 rows = (sizes.m + BM - 1) / BM, columns = (sizes.n + BN - 1) / BN, tiles = rows * columns;
     u32 steps = 0;
@@ -91,11 +89,6 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         m0 = (first + at % height) * BM;
         n0 = at / height * BN;
     };
-
-    // A block's tiles. Those that are late take none of the first, and of the next the last.
-    const u32 in_time = gridDim.x - weight.late, slot = blockIdx.x < weight.late ? blockIdx.x + in_time : blockIdx.x - weight.late;
-    const u32 first_turn = slot < in_time ? slot : slot + gridDim.x;
-    auto tile_of = [&](u32 turn) { return turn < gridDim.x ? turn : turn - weight.late; };
 
     // The ring goes on from tile to tile: the producer and the consumers count stages alike.
     u32 stage = 0, phase = 0;
@@ -111,14 +104,13 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         if (threadIdx.x != 0) return;
         prefetch_map(a[0]);
         prefetch_map(b[0]);
-        for (u32 turn = first_turn; tile_of(turn) < tiles; turn += gridDim.x) {
-            place(tile_of(turn), m0, n0);
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            place(tile, m0, n0);
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
 #pragma unroll 1
                 for (u32 k0 = 0; k0 < depths[pair]; k0 += DEPTH) {
                     const u32 to = ring_address + stage * STAGE, barrier = full + 8 * stage;
-                    if (pair == 0 && weight.packed && k0 % SQUARE == 0) wait_for_square<FORWARD>(weight, n0, k0);
                     barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
                     barrier_expect(barrier, STAGE);
                     copy_box(to, a[pair], k0, m0, barrier);
@@ -134,7 +126,6 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             }
             result.prefetch(m0, n0, BN);
         }
-        if (weight.packed) end_waiting<FORWARD>(weight);
         return;
     }
 
@@ -149,10 +140,10 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
     // The second warpgroup starts behind the first and stays behind it, so that the tensor cores have work while the one or
     // the other makes its part of a result.
-    if (consumer == 1 && tile_of(first_turn) < tiles) barrier_wait(lead, 0);
+    if (consumer == 1 && blockIdx.x < tiles) barrier_wait(lead, 0);
     bool leads = consumer == 0 && lane == 0;
-    for (u32 turn = first_turn; tile_of(turn) < tiles; turn += gridDim.x) {
-        place(tile_of(turn), m0, n0);
+    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        place(tile, m0, n0);
         u32 last = 0; // the stage of the step before
         pin(sums);
 #pragma unroll 1
@@ -194,46 +185,35 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 #define TWO_PAIRS                                                                                                      \
     const TensorMap *const left[2] = {&a0, &a1}, *const right[2] = {&b0, &b1};                                         \
     const u32 depths[2] = {k, rank};
-// The weight if it has 4 bits, rows x columns.
-#define CODES                                                                                                          \
-    const u8 *packed, const void *absmax, const float *nested, const float *map, const float *offset, u32 block_shift, \
-        u32 nested_shift, u32 quant_type, void *dense, u32 across, u32 rounds, u32 late
-#define AHEAD(ROWS, COLUMNS)                                                                                           \
-    const Scales scales{absmax, nested, nested ? *offset : 0.0f, block_shift, nested_shift};                           \
-    const Ahead weight{packed, scales, map, quant_type, dense, ROWS, COLUMNS, across, rounds, late};
 #define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
 
 #define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
-    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), CODES, void* out, const void* in, float scale, u32 add,  \
-                                    u32 wide, u32 m, u32 n, u32 k, u32 rank) {                                         \
+    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const void* in, float scale, u32 add, u32 wide, u32 m, \
+                                    u32 n, u32 k, u32 rank) {                                                          \
         TWO_PAIRS                                                                                                      \
-        AHEAD(FORWARD ? n : k, FORWARD ? k : n)                                                                        \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, weight,                                    \
-                                   PlusAny<TYPE>{out, add ? out : in, wide != 0});                                     \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale},                                            \
+                                   PlusAny<TYPE>{out, add ? out : in, wide != 0});                                    \
     }
 #define JOINED(TYPE, BN)                                                                                               \
     GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n,    \
                                       u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) { \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        const PlusAny<TYPE> result{out, nullptr, wide != 0};                                                           \
-        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, Ahead{}, result);                             \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, wide != 0});     \
     }
 #define SWIGLU(TYPE)                                                                                                   \
-    GEMM(gated_##TYPE)(PAIR(0), PAIR(1), CODES, const __grid_constant__ TensorMap gates, const void* gate, void* up,    \
+    GEMM(gated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates, const void* gate, void* up,           \
                        void* output, u32 m, u32 n, u32 k, u32 rank) {                                                  \
         TWO_PAIRS                                                                                                      \
-        AHEAD(n, k)                                                                                                    \
         const Gated<TYPE> result{&gates, (const TYPE*)gate, (TYPE*)up, (TYPE*)output};                                 \
-        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, weight, result);                              \
+        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                      \
     }                                                                                                                  \
-    GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), CODES, const __grid_constant__ TensorMap gates,                      \
+    GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates,                             \
                                 const __grid_constant__ TensorMap ups, void* gate, void* up, void* output, u32 m,       \
                                 u32 n, u32 k, u32 rank) {                                                              \
         TWO_PAIRS                                                                                                      \
-        AHEAD(k, n)                                                                                                    \
         const Differentiated<TYPE> result{&gates, &ups, (TYPE*)gate, (TYPE*)up, (TYPE*)output};                        \
-        gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, weight, result);                             \
+        gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                     \
     }
 #define ENTRIES(TYPE)                                                                                                  \
     ENTRY(TYPE, forward, true, 256)                                                                                    \
