@@ -9,7 +9,7 @@ using namespace emulator;
 #define KERNEL(NAME) (std::is_same_v<T, bf16> ? NAME##_bf16 : NAME##_f16)
 
 // As in hopper.rs.
-constexpr u32 SHARED = (192 << 10) + 8 * 4096 + (2 * 6 + 1) * 8 + 1024;
+constexpr u32 SHARED = (208 << 10) + (2 * 5 + 2 * 2) * 8 + 1024;
 
 struct Shape {
     u32 m, n, columns, blocks; // columns: of a tile

@@ -1,41 +1,45 @@
 // Large matrix products of dense 16-bit operands on Hopper (compute capability 9.0): as gemm.cuh, `out [M, N] =
 // scale * (a · b + a2 · b2) + in`, forward with b = Wᵀ of W [N, K] and input gradient with b = W [K, N].
 //
-// Method. As many blocks as SMs go through the tiles of `out`, 128 x BN each. One thread of the first warpgroup
-// has the TMA copy tiles of 64 along the contraction into a ring in shared memory; the two other warpgroups multiply
+// Method. As many blocks as SMs go through the tiles of `out`, 128 x BN each. Of the first warpgroup one thread has the TMA
+// copy tiles of 64 along the contraction into a ring in shared memory; the two other warpgroups multiply
 // 64 rows each of them, with asynchronous products that read both operands from shared memory. Rings are run by two
-// barriers a stage: `full` (its bytes are there) and `empty` (all eight warps are done with it). The copies of the next
-// tile go on while the sums of the last one are written. A second pair (a LoRA adapter) is a few more steps along the
-// contraction, from its own maps; so are the products whose sum is wanted (the input gradient of linears on one input),
-// `out = Σ g_i · W_i + u_i · A_i`. What lies outside of a matrix the TMA fills with zeros, so there are no other tails than
-// those of `out`.
+// barriers a stage: `full` (its bytes are there) and `empty` (all eight warps are done with it). A second pair (a LoRA adapter)
+// is a few more steps along the contraction, from its own maps; so are the products whose sum is wanted (the input gradient of
+// linears on one input), `out = Σ g_i · W_i + u_i · A_i`. What lies outside of a matrix the TMA fills with zeros, so there are no
+// other tails than those of `out`.
+//
+// At the end of a tile the warps that multiply leave its sums in shared memory, rounded, and go on with the next tile; the three
+// other warps of the first warpgroup make results of them meanwhile. `left` and `taken` say for each of the two warpgroups
+// whether they are there. Only f32 results, and those that something is added to, which take the sums as they are, are made by
+// the warps that have multiplied.
 //
 // Tiles in shared memory have rows of 128 bytes (64 elements), swizzled: 16-byte chunk c of row i lies at c ^ (i % 8).
 // `a` and forward's b: a row is 64 elements along the contraction. The input gradient's b: boxes of 64 columns, a row
 // is 64 columns at one place of the contraction; the products read it transposed.
 //
-// | tile | stage: a, b | stages | accumulators |
-// |---|---|---|---|
-// | 128 x 256 | 16 KiB, 32 KiB | 4 (192 KiB) | 128 registers |
-// | 128 x 128 | 16 KiB, 16 KiB | 6 (192 KiB) | 64 |
+// | tile | stage: a, b | stages | sums left | accumulators |
+// |---|---|---|---|---|
+// | 128 x 256 | 16 KiB, 32 KiB | 3 (144 KiB) | 64 KiB | 128 registers |
+// | 128 x 128 | 16 KiB, 16 KiB | 5 (160 KiB) | 32 KiB | 64 |
 //
 // What bounds it at large shapes is power: the multiprocessors run at 1.45 GHz of 1.98. So what counts is joules, and that the
-// tensor cores, which take most of them, are busy (95 to 98 % of the cycles): idle cycles want a higher clock for the rest.
+// tensor cores, which take most of them, are busy: idle cycles want a higher clock for the rest.
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
-#include "dependent.cuh"
 #include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;
 constexpr int DEPTH = 64;               // of a tile along the contraction
 constexpr int ROW = DEPTH * 2;          // bytes of a row of a tile
 constexpr int BOX = 64 * ROW;           // bytes of 64 rows
-constexpr int RING = 192 << 10;         // bytes
 constexpr int STRIP = 16;               // rows of tiles that are visited together
 constexpr int CONSUMERS = BM / 64;      // warpgroups that multiply
-constexpr int MAX_STAGES = 6;
-// Registers of a thread: 384 threads start with 168, (40 + 2 * 232) * 128 are at most 64 Ki.
-constexpr int THREADS = 128 * (1 + CONSUMERS), PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int WRITERS = 3;              // warps that make results
+constexpr int MAX_STAGES = 5;
+template <int BN> constexpr int STAGES = BN == 256 ? 3 : 5;
+// Registers of a thread: 384 threads start with 168, (104 + 2 * 200) * 128 are as many.
+constexpr int THREADS = 128 * (1 + CONSUMERS), WRITER_REGISTERS = 104, CONSUMER_REGISTERS = 200;
 
 // What is made: `scale` times the sums, `[m, n]`.
 struct Sizes {
@@ -43,14 +47,60 @@ struct Sizes {
     float scale;
 };
 
-// Waits for the last products of a tile, whose stage is free then, and makes a warp's part of the result.
-template <typename WRITER, typename RESULT, int SUMS>
-__device__ __forceinline__ void finish_tile(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0,
-                                            float (&sums)[SUMS], u8* exchange, u32 stage_empty) {
-    WRITER writer(result, sizes.m, sizes.n, row0, column0);
+// The tiles of the result; a block takes every so many-th of them.
+struct Tiles {
+    u32 rows, columns, count;
+
+    __device__ __forceinline__ Tiles(const Sizes& sizes, u32 width)
+        : rows((sizes.m + BM - 1) / BM), columns((sizes.n + width - 1) / width), count(rows * columns) {}
+    template <int BN> __device__ __forceinline__ void place(u32 tile, u32& m0, u32& n0) const {
+        const u32 first = tile / (STRIP * columns) * STRIP, at = tile % (STRIP * columns);
+        const u32 height = min(rows - first, (u32)STRIP);
+        m0 = (first + at % height) * BM;
+        n0 = at / height * BN;
+    }
+};
+
+// What a writer's warp does: makes results of the sums that both warpgroups leave in their slabs, but for the last tile's.
+template <int BN, typename T, typename RESULT>
+__device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Tiles& tiles, u32 writer, u32 slabs,
+                                            u32 left, u32 taken) {
+    u32 m0, n0, phase = 0;
+    for (u32 tile = blockIdx.x; tile + gridDim.x < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
+#pragma unroll 1
+        for (u32 consumer = 0; consumer < CONSUMERS; consumer++) {
+            Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, 16 * (BN / SLAB), WRITERS);
+            barrier_wait(left + 8 * consumer, phase);
+            parts.write(slabs + consumer * (BN / SLAB * SLAB_BYTES));
+            __syncwarp();
+            if (threadIdx.x % WARP == 0) barrier_arrive(taken + 8 * consumer);
+        }
+        phase ^= 1;
+    }
+}
+
+// What a warp that has multiplied does after the last tile: makes the result of its own rows, since all warps are free.
+template <int BN, typename T, typename RESULT>
+__device__ __forceinline__ void write_own(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, u32 slabs) {
+    constexpr u32 OWN = 4 * (BN / SLAB);
+    const u32 begin = threadIdx.x / WARP % 4 * OWN;
+    Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, row0, column0, begin, begin + OWN, 1);
+    parts.write(slabs);
+}
+
+// Waits for the last products of a tile, whose stage is free then.
+template <int SUMS> __device__ __forceinline__ void end_products(float (&sums)[SUMS], u32 stage_empty) {
     products_wait<0>();
     pin(sums);
     if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
+}
+// Makes a warp's part of the result of its sums as they are.
+template <int BN, typename RESULT>
+__device__ __forceinline__ void finish_wide(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, float (&sums)[BN / 2],
+                                            u8* exchange, u32 stage_empty) {
+    WideWriter<BN, RESULT> writer(result, sizes.m, sizes.n, row0, column0);
+    end_products(sums, stage_empty);
     writer.write(sums, sizes.scale, exchange);
 }
 
@@ -58,14 +108,14 @@ __device__ __forceinline__ void finish_tile(const RESULT& result, const Sizes& s
 template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
 __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
                                      const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
-    constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = RING / STAGE;
-    static_assert(STAGES <= MAX_STAGES && STAGES * STAGE == RING, "stages");
+    constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = ::STAGES<BN>, RING = STAGES * STAGE;
+    constexpr int SLABS = BN / SLAB * SLAB_BYTES; // of a warpgroup
     extern __shared__ u8 shared[];
     // Swizzle atoms start at multiples of 1024 bytes.
     u8* ring = shared + (-shared_address(shared) & 1023);
     const u32 ring_address = shared_address(ring);
-    const u32 full = ring_address + RING + CONSUMERS * 4 * EXCHANGE_BYTES, empty = full + MAX_STAGES * 8; // + 8 stage
-    const u32 lead = empty + MAX_STAGES * 8;
+    const u32 slabs = ring_address + RING, full = slabs + CONSUMERS * SLABS, empty = full + MAX_STAGES * 8; // + 8 stage
+    const u32 left = empty + MAX_STAGES * 8, taken = left + CONSUMERS * 8; // + 8 consumer
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
 
     if (threadIdx.x == 0) {
@@ -73,22 +123,18 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, CONSUMERS * 4);
         }
-        barrier_init(lead, 4);
+        for (int i = 0; i < CONSUMERS; i++) {
+            barrier_init(left + 8 * i, 4);
+            barrier_init(taken + 8 * i, WRITERS);
+        }
         barriers_ready();
     }
     __syncthreads();
-    wait_before();
 
-    const u32 rows = (sizes.m + BM - 1) / BM, columns = (sizes.n + BN - 1) / BN, tiles = rows * columns;
+    const Tiles tiles(sizes, BN);
     u32 steps = 0;
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
-    auto place = [&](u32 tile, u32& m0, u32& n0) {
-        u32 first = tile / (STRIP * columns) * STRIP, at = tile % (STRIP * columns);
-        u32 height = min(rows - first, (u32)STRIP);
-        m0 = (first + at % height) * BM;
-        n0 = at / height * BN;
-    };
 
     // The ring goes on from tile to tile: the producer and the consumers count stages alike.
     u32 stage = 0, phase = 0;
@@ -100,12 +146,20 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     };
     u32 m0, n0;
     if (warpgroup == 0) {
-        give_registers<PRODUCER_REGISTERS>();
+        give_registers<WRITER_REGISTERS>();
+        if (warp > 0) {
+            if constexpr (RESULT::EITHER) {
+                if (!result.wide && !result.in) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, slabs, left, taken);
+            } else {
+                write_tiles<BN, T>(result, sizes, tiles, warp - 1, slabs, left, taken);
+            }
+            return;
+        }
         if (threadIdx.x != 0) return;
         prefetch_map(a[0]);
         prefetch_map(b[0]);
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            place(tile, m0, n0);
+        for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            tiles.place<BN>(tile, m0, n0);
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
 #pragma unroll 1
@@ -131,19 +185,17 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warpgroup - 1;
-    u8* const exchange = ring + RING + (consumer * 4 + warp) * EXCHANGE_BYTES;
+    u8* const exchange = ring + RING + (consumer * 4 + warp) * EXCHANGE_BYTES; // the slabs', which are not used then
     // The operands of the first stage.
     const u64 a_ring = describe(ring_address + consumer * BOX, 16, 8 * ROW);
     const u64 b_ring = describe(ring_address + A_BYTES, FORWARD ? 16 : BOX, 8 * ROW);
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
-    // The second warpgroup starts behind the first and stays behind it, so that the tensor cores have work while the one or
-    // the other makes its part of a result.
-    if (consumer == 1 && blockIdx.x < tiles) barrier_wait(lead, 0);
-    bool leads = consumer == 0 && lane == 0;
-    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        place(tile, m0, n0);
+    const u32 own_slabs = slabs + consumer * SLABS;
+    u32 slabs_phase = 0;
+    for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
         u32 last = 0; // the stage of the step before
         pin(sums);
 #pragma unroll 1
@@ -160,8 +212,6 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             products_commit();
             // The products of the step before are done; those of this one go on.
             products_wait<1>();
-            if (leads) barrier_arrive(lead);
-            leads = false;
             if (step > 0 && lane == 0) barrier_arrive(empty + 8 * last);
             last = stage;
             advance();
@@ -169,15 +219,26 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         const u32 row0 = m0 + consumer * 64 + warp * 16, stage_empty = empty + 8 * last;
         if constexpr (RESULT::EITHER) {
             if (result.wide) {
-                finish_tile<WideWriter<BN, Plus<float>>>(result.template plus<float>(), sizes, row0, n0, sums, exchange, stage_empty);
+                finish_wide<BN>(result.template plus<float>(), sizes, row0, n0, sums, exchange, stage_empty);
+                continue;
             } else if (result.in) {
-                finish_tile<WideWriter<BN, Plus<T>>>(result.template plus<T>(), sizes, row0, n0, sums, exchange, stage_empty);
-            } else {
-                finish_tile<Writer<BN, T, Plain<T>>>(result.plain(), sizes, row0, n0, sums, exchange, stage_empty);
+                finish_wide<BN>(result.template plus<T>(), sizes, row0, n0, sums, exchange, stage_empty);
+                continue;
             }
-        } else {
-            finish_tile<Writer<BN, T, RESULT>>(result, sizes, row0, n0, sums, exchange, stage_empty);
         }
+        end_products(sums, stage_empty);
+        barrier_wait(taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
+        leave_sums<BN, T>(sums, sizes.scale, own_slabs);
+        __syncwarp();
+        if (tile + gridDim.x >= tiles.count) break;
+        if (lane == 0) barrier_arrive(left + 8 * consumer);
+        slabs_phase ^= 1;
+    }
+    if (blockIdx.x >= tiles.count) return;
+    if constexpr (RESULT::EITHER) {
+        if (!result.wide && !result.in) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, own_slabs);
+    } else {
+        write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, own_slabs);
     }
 }
 

@@ -72,7 +72,9 @@ template <typename T> struct Plain {
     struct Loaded {};
 
     __device__ __forceinline__ void load(Loaded&, u64) const {}
-    __device__ __forceinline__ void finish(const Loaded&, u64 at, const Neighbours<T>& y) const { y.store(out + at); }
+    __device__ __forceinline__ void finish(const Loaded&, u64 at, const Neighbours<T>& y, bool there) const {
+        if (there) y.store(out + at);
+    }
 };
 // The one or the other; `out` and `in` are f32 where that is `wide`, or else of T.
 template <typename T> struct PlusAny {
@@ -108,15 +110,15 @@ template <typename T> struct Gated {
         prefetch_boxes(gates, row, column, columns);
     }
     __device__ __forceinline__ void load(Loaded& loaded, u64 at) const { loaded.gate.load(gate + at); }
-    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y) const {
-        y.store(up + at);
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y, bool there) const {
+        if (there) y.store(up + at);
         float x[8], gates[8];
         y.get(x);
         loaded.gate.get(gates);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] = gated<T>(gates[i], x[i]);
         y.set(x);
-        y.store(output + at);
+        if (there) y.store(output + at);
     }
 };
 
@@ -138,7 +140,7 @@ template <typename T> struct Differentiated {
         loaded.gate.load(gate + at);
         loaded.up.load(up + at);
     }
-    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y) const {
+    __device__ __forceinline__ void finish(const Loaded& loaded, u64 at, Neighbours<T> y, bool there) const {
         float x[8], gates[8], ups[8];
         y.get(x);
         loaded.gate.get(gates);
@@ -146,11 +148,11 @@ template <typename T> struct Differentiated {
 #pragma unroll
         for (int i = 0; i < 8; i++) differentiate<T>(gates[i], ups[i], x[i]);
         y.set(gates);
-        y.store(gate + at);
+        if (there) y.store(gate + at);
         y.set(ups);
-        y.store(up + at);
+        if (there) y.store(up + at);
         y.set(x);
-        y.store(output + at);
+        if (there) y.store(output + at);
     }
 };
 
@@ -207,52 +209,63 @@ template <int BN, typename RESULT> struct WideWriter {
     }
 };
 
-// The same, rounded to T before: half of the bytes, and fewer instructions, for which the tensor cores wait. A slab is 64
-// columns, rows of 128 bytes swizzled; there is room for two. A warp reads and stores four rows of a slab at a time: a part.
+// Others go through shared memory rounded to T: half of the bytes, and the warps that multiply have nothing more to do with them.
+// Slabs are 64 columns of a warpgroup's 64 rows, rows of 128 bytes swizzled.
+constexpr int SLAB = 64, SLAB_BYTES = 64 * SLAB * 2;
+
+// Leaves a warp's sums in its warpgroup's slabs.
+template <int BN, typename T>
+__device__ __forceinline__ void leave_sums(const float (&sums)[BN / 2], float scale, u32 slabs) {
+    const u32 lane = threadIdx.x % WARP, row = threadIdx.x / WARP % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < BN / 16; i++) {
+        const float* x = sums + i * 8;
+        store_matrices(slabs + i / 4 * SLAB_BYTES + row * (SLAB * 2) + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16,
+                       pair<T>(x[0] * scale, x[1] * scale), pair<T>(x[2] * scale, x[3] * scale),
+                       pair<T>(x[4] * scale, x[5] * scale), pair<T>(x[6] * scale, x[7] * scale));
+    }
+}
+
+// Makes the result of those of a warpgroup, 64 rows of BN columns from (row0, column0) on: a warp's parts of it, which are
+// four rows of a slab each.
 template <int BN, typename T, typename RESULT> struct Writer {
-    static constexpr int SLAB = 64, SLAB_BYTES = 16 * SLAB * 2, PARTS = 4, ALL = BN / SLAB * PARTS, AHEAD = 2;
-    static_assert(2 * SLAB_BYTES <= EXCHANGE_BYTES);
+    static constexpr u32 ACROSS = BN / SLAB, PARTS = 16 * ACROSS, AHEAD = 2;
     const RESULT& result;
     const u32 n, column, rows; // `column`: this lane's in the first slab; `rows` of the result from this lane's first on
+    const u32 begin, end, stride; // of its parts
     const u64 first, four_rows;
     typename RESULT::Loaded next[AHEAD];
 
-    __device__ __forceinline__ Writer(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
+    __device__ __forceinline__ Writer(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0, u32 begin, u32 end, u32 stride)
         : result(result), n(n), column(column0 + threadIdx.x % 8 * 8),
-          rows(max((int)m - (int)(row0 + threadIdx.x % WARP / 8), 0)),
+          rows(max((int)m - (int)(row0 + threadIdx.x % WARP / 8), 0)), begin(begin), end(end), stride(stride),
           first((u64)(row0 + threadIdx.x % WARP / 8) * n + column), four_rows((u64)4 * n) {
 #pragma unroll
-        for (int part = 0; part < AHEAD; part++) load(part);
+        for (u32 i = 0; i < AHEAD; i++) load(begin + i * stride, i);
     }
-    __device__ __forceinline__ bool there(int part) const {
-        return (u32)(part % PARTS * 4) < rows && column + part / PARTS * SLAB < n;
+    __device__ __forceinline__ bool there(u32 part) const {
+        return part < end && part / ACROSS * 4 < rows && column + part % ACROSS * SLAB < n;
     }
-    __device__ __forceinline__ u64 at(int part) const { return first + part % PARTS * four_rows + part / PARTS * SLAB; }
-    __device__ __forceinline__ void load(int part) {
-        if (part < ALL && there(part)) result.load(next[part % AHEAD], at(part));
+    __device__ __forceinline__ u64 at(u32 part) const { return first + part / ACROSS * four_rows + part % ACROSS * SLAB; }
+    __device__ __forceinline__ void load(u32 part, u32 i) {
+        if (there(part)) result.load(next[i], at(part));
     }
-    // `exchange`: shared memory of the warp's own.
-    __device__ __forceinline__ void write(const float (&sums)[BN / 2], float scale, u8* exchange) {
-        const u32 lane = threadIdx.x % WARP, row = lane % 16;
+    __device__ __forceinline__ void write(u32 slabs) {
+        const u32 lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (u32 start = begin; start < end; start += stride * AHEAD) {
+            Neighbours<T> y[AHEAD];
 #pragma unroll
-        for (int s = 0; s < BN / SLAB; s++) {
-            // This one of the two has been read before the other one was written.
-            const u32 slab = shared_address(exchange) + s % 2 * SLAB_BYTES;
-#pragma unroll
-            for (int i = 0; i < SLAB / 16; i++) {
-                const float* x = sums + (s * (SLAB / 16) + i) * 8;
-                store_matrices(slab + row * (SLAB * 2) + ((2 * i + lane / 16) ^ row % 8) * 16,
-                               pair<T>(x[0] * scale, x[1] * scale), pair<T>(x[2] * scale, x[3] * scale),
-                               pair<T>(x[4] * scale, x[5] * scale), pair<T>(x[6] * scale, x[7] * scale));
+            for (u32 i = 0; i < AHEAD; i++) {
+                const u32 part = min(start + i * stride, PARTS - 1), row = part / ACROSS * 4 + lane / 8;
+                y[i].pairs = load_shared_uint4(slabs + part % ACROSS * SLAB_BYTES + row * (SLAB * 2) + (lane % 8 ^ row % 8) * 16);
             }
-            __syncwarp();
+            // No branches, so that the parts go on beside each other.
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                const int part = s * PARTS + p;
-                const u32 r = p * 4 + lane / 8;
-                const Neighbours<T> y{load_shared_uint4(slab + r * (SLAB * 2) + (lane % 8 ^ r % 8) * 16)};
-                if (there(part)) result.finish(next[part % AHEAD], at(part), y);
-                load(part + AHEAD);
+            for (u32 i = 0; i < AHEAD; i++) {
+                const u32 part = start + i * stride;
+                result.finish(next[i], at(part), y[i], there(part));
+                load(part + stride * AHEAD, i);
             }
         }
     }

@@ -43,9 +43,9 @@ pub(crate) static GEMM_HOPPER: Module = Module {
 const TILE_ROWS: u32 = 128;
 /// Along the contraction, and columns of a box of the input gradient's weight.
 const DEPTH: u32 = 64;
-/// Ring, exchanges of eight warps, barriers (two for each of at most six stages, and one), and to start at a multiple of 1024.
-const SHARED: usize = (192 << 10) + 8 * 4096 + (2 * 6 + 1) * 8 + 1024;
-/// One warpgroup that copies, two that multiply.
+/// Ring and sums, barriers (two for each of at most five stages, and for each of two warpgroups), and to start at a multiple of 1024.
+const SHARED: usize = (208 << 10) + (2 * 5 + 2 * 2) * 8 + 1024;
+/// One warpgroup that copies and writes, two that multiply.
 const THREADS: u32 = 3 * 128;
 
 /// Rows from which on a dense weight is multiplied by this kernel, and a quantized one dequantized for it: one pass over
