@@ -19,18 +19,6 @@ static std::string text(const Shape& s) {
     return std::to_string(s.m) + " x " + std::to_string(s.n) + ", tiles of " + std::to_string(s.columns) + ", " +
            std::to_string(s.blocks) + " blocks" + (s.wide ? ", f32" : "");
 }
-// How the last tiles are shared out, at random: to `helpers` blocks each, or not.
-struct Parts {
-    u32 rest, helpers, steps;
-    Array<float> sums;
-
-    Parts(const Shape& s, u32 all_steps)
-        : rest((s.m + 127) / 128 * ((s.n + s.columns - 1) / s.columns) % s.blocks),
-          helpers(rest == 0 || all_steps < 2 || chance(4) ? 0 : 1 + random_u32() % std::min(3u, all_steps - 1)),
-          steps(helpers == 0 ? 0 : 1 + random_u32() % ((all_steps - 1) / helpers)),
-          sums((u64)rest * helpers * 128 * s.columns) {}
-};
-static u32 steps_of(u32 depth) { return (depth + 63) / 64; }
 
 // Matrices that are multiplied: a [m, depth], b [n, depth] forward, [depth, n] otherwise.
 template <typename T> struct Pair {
@@ -69,7 +57,6 @@ static bool is_right(const std::string& name, const Shape& s, const Array<O>& ou
 enum Added { NOTHING, IN, OUT };
 template <typename T, typename O>
 static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float scale, Added added) {
-    const Parts parts(s, steps_of(depth) + steps_of(rank));
     std::vector<Pair<T>> pairs;
     for (u32 size : {depth, rank}) pairs.emplace_back(s, size, forward);
     const auto before = Array<O>::random((u64)s.m * s.n, 4);
@@ -77,9 +64,8 @@ static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float sca
     if (added == OUT) std::copy(before.data, before.data + before.count, out.data);
     auto kernel = forward ? (s.columns == 256 ? KERNEL(gemm_hopper_forward_256) : KERNEL(gemm_hopper_forward_128))
                           : (s.columns == 256 ? KERNEL(gemm_hopper_input_grad_256) : KERNEL(gemm_hopper_input_grad_128));
-    launch(kernel, s.blocks, THREADS, SHARED, s.blocks, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
-           out.data, added == IN ? before.data : nullptr, scale, added == OUT, s.wide, s.m, s.n, depth, rank,
-           parts.sums.data, parts.helpers, parts.steps);
+    launch(kernel, s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
+           out.data, added == IN ? before.data : nullptr, scale, added == OUT, s.wide, s.m, s.n, depth, rank);
     const char* direction = forward ? "forward" : "input_grad";
     char name[100];
     snprintf(name, sizeof name, "%s of depth %u, rank %u, scale %g, adds %d", direction, depth, rank, scale, added);
@@ -103,12 +89,9 @@ template <typename T, typename O> static bool sum(const Shape& s, const std::vec
     Array<O> out((u64)s.m * s.n);
     auto kernel = s.columns == 256 ? KERNEL(gemm_hopper_input_grads_256) : KERNEL(gemm_hopper_input_grads_128);
     const Pair<T>* p = pairs.data();
-    u32 steps = 0;
-    for (auto& pair : pairs) steps += steps_of(pair.depth);
-    const Parts parts(s, steps);
-    launch(kernel, s.blocks, THREADS, SHARED, s.blocks, p[0].a_map, p[0].b_map, p[1].a_map, p[1].b_map, p[2].a_map, p[2].b_map,
+    launch(kernel, s.blocks, THREADS, SHARED, 1, p[0].a_map, p[0].b_map, p[1].a_map, p[1].b_map, p[2].a_map, p[2].b_map,
            p[3].a_map, p[3].b_map, p[4].a_map, p[4].b_map, p[5].a_map, p[5].b_map, out.data, s.m, s.n, p[0].depth,
-           p[1].depth, p[2].depth, p[3].depth, p[4].depth, p[5].depth, s.wide, parts.sums.data, parts.helpers, parts.steps);
+           p[1].depth, p[2].depth, p[3].depth, p[4].depth, p[5].depth, s.wide);
     return is_right<T, O>(name, s, out, pairs, 1, nullptr);
 }
 
@@ -118,15 +101,13 @@ static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 // up, the product, and silu(gate) · up.
 template <typename T> static bool gated(const Shape& s, u32 depth, u32 rank) {
-    const Parts parts(s, steps_of(depth) + steps_of(rank));
     std::vector<Pair<T>> pairs;
     for (u32 size : {depth, rank}) pairs.emplace_back(s, size, true);
     const auto gate = Array<T>::random((u64)s.m * s.n, 4);
     Array<T> up((u64)s.m * s.n), output((u64)s.m * s.n);
     const TensorMap gates = tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64);
-    launch(KERNEL(gemm_hopper_gated), s.blocks, THREADS, SHARED, s.blocks, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map,
-           pairs[1].b_map, gates, gate.data, up.data, output.data, s.m, s.n, depth, rank, parts.sums.data,
-           parts.helpers, parts.steps);
+    launch(KERNEL(gemm_hopper_gated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map,
+           pairs[1].b_map, gates, gate.data, up.data, output.data, s.m, s.n, depth, rank);
     bool good = is_right<T, T>("gated", s, up, pairs, 1, nullptr);
     return good & compare(("output, " + text(s)).c_str(), output.data, s.m, s.n, SIGMOID, [&](u64 i, u64 j) {
         const double g = gate.at(i * s.n + j), u = value(up.data[i * s.n + j]);
@@ -138,16 +119,14 @@ template <typename T> static bool gated(const Shape& s, u32 depth, u32 rank) {
 
 // The gradients of gate and up from that of SwiGLU's output, the product; and the output.
 template <typename T> static bool differentiated(const Shape& s, u32 depth, u32 rank) {
-    const Parts parts(s, steps_of(depth) + steps_of(rank));
     std::vector<Pair<T>> pairs;
     for (u32 size : {depth, rank}) pairs.emplace_back(s, size, false);
     auto gate = Array<T>::random((u64)s.m * s.n, 4), up = Array<T>::random((u64)s.m * s.n, 4);
     const std::vector<T> gates(gate.data, gate.data + gate.count), ups(up.data, up.data + up.count);
     Array<T> output((u64)s.m * s.n);
-    launch(KERNEL(gemm_hopper_differentiated), s.blocks, THREADS, SHARED, s.blocks, pairs[0].a_map, pairs[0].b_map,
+    launch(KERNEL(gemm_hopper_differentiated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map,
            pairs[1].a_map, pairs[1].b_map, tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64),
-           tensor_map<TensorMap>(up.data, s.m, s.n, 128, 64), gate.data, up.data, output.data, s.m, s.n, depth, rank, parts.sums.data,
-           parts.helpers, parts.steps);
+           tensor_map<TensorMap>(up.data, s.m, s.n, 128, 64), gate.data, up.data, output.data, s.m, s.n, depth, rank);
     // The product is rounded to T, and then multiplied by `factor`, whose terms are at most `most`.
     const u32 terms = depth + rank + 8 + SIGMOID + u32(EPSILON<T> * 0x1p24);
     auto check = [&](const char* name, const Array<T>& found, auto factor, auto most) {

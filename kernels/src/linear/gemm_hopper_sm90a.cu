@@ -47,99 +47,30 @@ struct Sizes {
     float scale;
 };
 
-// How the last tiles, of which there are fewer than blocks, are shared out: the last steps of the contraction of each go to
-// `helpers` blocks that have none of these tiles, `steps` to each, which leave their sums in `sums`.
-struct Share {
-    u32 helpers, steps;
-    float4* sums;
-};
-constexpr u32 MAX_PARTS = 256;
-__device__ u32 parts_left[MAX_PARTS * CONSUMERS]; // whether a warpgroup has left its sums of a part; 0 between launches
+// The tiles of the result; a block takes every so many-th of them.
+struct Tiles {
+    u32 rows, columns, count;
 
-// Steps of a tile's contraction, of the sums of all pairs.
-struct Work {
-    u32 m0, n0;
-    u32 first, last; // steps
-    u32 part;        // of the part that others wait for, and of the first that this one waits for
-    bool helps;
-    u32 awaited; // parts
-};
-
-// What a block does, in turn: as many tiles as all others, and then one of the last or parts of those.
-template <int BN> struct Works {
-    u32 rows, columns, steps, blocks, rounds, rest, count;
-    Share share;
-
-    __device__ __forceinline__ Works(const Sizes& sizes, u32 steps, const Share& share) : steps(steps), share(share) {
-        rows = (sizes.m + BM - 1) / BM, columns = (sizes.n + BN - 1) / BN;
-        blocks = gridDim.x, rounds = rows * columns / blocks, rest = rows * columns % blocks;
-        count = rounds + (blockIdx.x < rest);
-        const u32 idle = blocks - rest, parts = rest * share.helpers;
-        if (blockIdx.x >= rest && blockIdx.x - rest < parts) count += (parts - (blockIdx.x - rest) + idle - 1) / idle;
-    }
-    // Of those that come first, how many have results that others make while the block goes on.
-    __device__ __forceinline__ u32 followed() const { return min(rounds, max(count, 1u) - 1); }
-    __device__ __forceinline__ Work at(u32 turn) const {
-        Work work{0, 0, 0, steps, 0, false, 0};
-        u32 tile = turn * blocks + blockIdx.x;
-        if (turn == rounds && blockIdx.x < rest) {
-            work.last = steps - share.helpers * share.steps;
-            work.part = blockIdx.x;
-            work.awaited = share.helpers;
-        } else if (turn >= rounds) {
-            work.part = blockIdx.x - rest + (turn - rounds) * (blocks - rest);
-            work.helps = true;
-            tile = rounds * blocks + work.part % rest;
-            work.last = steps - work.part / rest * share.steps;
-            work.first = work.last - share.steps;
-        }
-        const u32 strip = tile / (STRIP * columns) * STRIP, place = tile % (STRIP * columns);
-        const u32 height = min(rows - strip, (u32)STRIP);
-        work.m0 = (strip + place % height) * BM;
-        work.n0 = place / height * BN;
-        return work;
+    __device__ __forceinline__ Tiles(const Sizes& sizes, u32 width)
+        : rows((sizes.m + BM - 1) / BM), columns((sizes.n + width - 1) / width), count(rows * columns) {}
+    template <int BN> __device__ __forceinline__ void place(u32 tile, u32& m0, u32& n0) const {
+        const u32 first = tile / (STRIP * columns) * STRIP, at = tile % (STRIP * columns);
+        const u32 height = min(rows - first, (u32)STRIP);
+        m0 = (first + at % height) * BM;
+        n0 = at / height * BN;
     }
 };
 
-// A warpgroup leaves its sums of a part for the block that has the tile.
-template <int SUMS>
-__device__ __forceinline__ void leave_part(const Share& share, const float (&sums)[SUMS], u32 part, u32 consumer) {
-    float4* to = share.sums + (u64)(part * CONSUMERS + consumer) * (SUMS / 4 * 128) + threadIdx.x % 128;
-#pragma unroll
-    for (int i = 0; i < SUMS / 4; i++) to[i * 128] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
-    meet<128>(1 + consumer);
-    if (threadIdx.x % 128 == 0) arrive_at(parts_left + part * CONSUMERS + consumer);
-}
-// Adds what others have left.
-template <int SUMS>
-__device__ __forceinline__ void add_parts(const Share& share, float (&sums)[SUMS], const Work& work, u32 rest, u32 consumer) {
-#pragma unroll 1
-    for (u32 i = 0; i < work.awaited; i++) {
-        const u32 part = (work.part + i * rest) * CONSUMERS + consumer;
-        if (threadIdx.x % 128 == 0) {
-            wait_at(parts_left + part, 1);
-            parts_left[part] = 0;
-        }
-        meet<128>(1 + consumer);
-        const float4* from = share.sums + (u64)part * (SUMS / 4 * 128) + threadIdx.x % 128;
-#pragma unroll
-        for (int j = 0; j < SUMS / 4; j++) {
-            const float4 x = __ldcg(from + j * 128);
-            sums[4 * j] += x.x, sums[4 * j + 1] += x.y, sums[4 * j + 2] += x.z, sums[4 * j + 3] += x.w;
-        }
-    }
-}
-
-// What a writer's warp does: makes results of the sums that both warpgroups leave in their slabs.
+// What a writer's warp does: makes results of the sums that both warpgroups leave in their slabs, but for the last tile's.
 template <int BN, typename T, typename RESULT>
-__device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Works<BN>& works, u32 writer, u32 slabs,
+__device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Tiles& tiles, u32 writer, u32 slabs,
                                             u32 left, u32 taken) {
-    u32 phase = 0;
-    for (u32 turn = 0; turn < works.followed(); turn++) {
-        const Work work = works.at(turn);
+    u32 m0, n0, phase = 0;
+    for (u32 tile = blockIdx.x; tile + gridDim.x < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
 #pragma unroll 1
         for (u32 consumer = 0; consumer < CONSUMERS; consumer++) {
-            Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, work.m0 + consumer * 64, work.n0, writer, 16 * (BN / SLAB), WRITERS);
+            Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, 16 * (BN / SLAB), WRITERS);
             barrier_wait(left + 8 * consumer, phase);
             parts.write(slabs + consumer * (BN / SLAB * SLAB_BYTES));
             __syncwarp();
@@ -149,7 +80,7 @@ __device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& s
     }
 }
 
-// What a warp that has multiplied does at the end: makes the result of its own rows of the last tile, since all warps are free.
+// What a warp that has multiplied does after the last tile: makes the result of its own rows, since all warps are free.
 template <int BN, typename T, typename RESULT>
 __device__ __forceinline__ void write_own(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, u32 slabs) {
     constexpr u32 OWN = 4 * (BN / SLAB);
@@ -158,25 +89,25 @@ __device__ __forceinline__ void write_own(const RESULT& result, const Sizes& siz
     parts.write(slabs);
 }
 
-// Waits for the last products of a work, whose stage is free then.
+// Waits for the last products of a tile, whose stage is free then.
 template <int SUMS> __device__ __forceinline__ void end_products(float (&sums)[SUMS], u32 stage_empty) {
     products_wait<0>();
     pin(sums);
     if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
 }
 // Makes a warp's part of the result of its sums as they are.
-template <int BN, typename RESULT, typename End>
-__device__ __forceinline__ void finish_wide(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0,
-                                            const float (&sums)[BN / 2], u8* exchange, End end) {
+template <int BN, typename RESULT>
+__device__ __forceinline__ void finish_wide(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, float (&sums)[BN / 2],
+                                            u8* exchange, u32 stage_empty) {
     WideWriter<BN, RESULT> writer(result, sizes.m, sizes.n, row0, column0);
-    end();
+    end_products(sums, stage_empty);
     writer.write(sums, sizes.scale, exchange);
 }
 
 // `depths`: the contraction of each pair, or 0.
 template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
 __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
-                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const Share& share, const RESULT& result) {
+                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
     constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = ::STAGES<BN>, RING = STAGES * STAGE;
     constexpr int SLABS = BN / SLAB * SLAB_BYTES; // of a warpgroup
     extern __shared__ u8 shared[];
@@ -200,12 +131,12 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     }
     __syncthreads();
 
+    const Tiles tiles(sizes, BN);
     u32 steps = 0;
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
-    const Works<BN> works(sizes, steps, share);
 
-    // The ring goes on from work to work: the producer and the consumers count stages alike.
+    // The ring goes on from tile to tile: the producer and the consumers count stages alike.
     u32 stage = 0, phase = 0;
     auto advance = [&] {
         if (++stage == STAGES) {
@@ -213,29 +144,26 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             phase ^= 1;
         }
     };
+    u32 m0, n0;
     if (warpgroup == 0) {
         give_registers<WRITER_REGISTERS>();
         if (warp > 0) {
             if constexpr (RESULT::EITHER) {
-                if (!result.wide && !result.in) write_tiles<BN, T>(result.plain(), sizes, works, warp - 1, slabs, left, taken);
+                if (!result.wide && !result.in) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, slabs, left, taken);
             } else {
-                write_tiles<BN, T>(result, sizes, works, warp - 1, slabs, left, taken);
+                write_tiles<BN, T>(result, sizes, tiles, warp - 1, slabs, left, taken);
             }
             return;
         }
         if (threadIdx.x != 0) return;
         prefetch_map(a[0]);
         prefetch_map(b[0]);
-        for (u32 turn = 0; turn < works.count; turn++) {
-            const Work work = works.at(turn);
-            const u32 m0 = work.m0, n0 = work.n0;
-            u32 begin = 0; // of a pair's steps
+        for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            tiles.place<BN>(tile, m0, n0);
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
-                const u32 end = begin + (depths[pair] + DEPTH - 1) / DEPTH;
 #pragma unroll 1
-                for (u32 step = max(work.first, begin); step < min(work.last, end); step++) {
-                    const u32 k0 = (step - begin) * DEPTH;
+                for (u32 k0 = 0; k0 < depths[pair]; k0 += DEPTH) {
                     const u32 to = ring_address + stage * STAGE, barrier = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
                     barrier_expect(barrier, STAGE);
@@ -249,9 +177,8 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
                     }
                     advance();
                 }
-                begin = end;
             }
-            if (!work.helps) result.prefetch(m0, n0, BN);
+            result.prefetch(m0, n0, BN);
         }
         return;
     }
@@ -267,13 +194,12 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
     const u32 own_slabs = slabs + consumer * SLABS;
     u32 slabs_phase = 0;
-    Work work;
-    for (u32 turn = 0; turn < works.count; turn++) {
-        work = works.at(turn);
+    for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
         u32 last = 0; // the stage of the step before
         pin(sums);
 #pragma unroll 1
-        for (u32 step = work.first; step < work.last; step++) {
+        for (u32 step = 0; step < steps; step++) {
             const u64 a_tile = a_ring + stage * (STAGE / 16), b_tile = b_ring + stage * (STAGE / 16);
             barrier_wait(full + 8 * stage, phase);
             products_begin();
@@ -281,47 +207,38 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             for (int part = 0; part < DEPTH / 16; part++) {
                 // 16 elements of a row, or 16 rows; in units of 16 bytes.
                 constexpr int A_PART = 16 * 2 / 16, B_PART = FORWARD ? A_PART : 16 * ROW / 16;
-                multiply_shared<T, false, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, part == 0 ? step - work.first : 1);
+                multiply_shared<T, false, !FORWARD>(sums, a_tile + part * A_PART, b_tile + part * B_PART, part == 0 ? step : 1);
             }
             products_commit();
             // The products of the step before are done; those of this one go on.
             products_wait<1>();
-            if (step > work.first && lane == 0) barrier_arrive(empty + 8 * last);
+            if (step > 0 && lane == 0) barrier_arrive(empty + 8 * last);
             last = stage;
             advance();
         }
-        auto end = [&] {
-            end_products(sums, empty + 8 * last);
-            add_parts(share, sums, work, works.rest, consumer);
-        };
-        if (work.helps) {
-            end();
-            leave_part(share, sums, work.part, consumer);
-            continue;
-        }
+        const u32 row0 = m0 + consumer * 64 + warp * 16, stage_empty = empty + 8 * last;
         if constexpr (RESULT::EITHER) {
-            const u32 row0 = work.m0 + consumer * 64 + warp * 16;
             if (result.wide) {
-                finish_wide<BN>(result.template plus<float>(), sizes, row0, work.n0, sums, exchange, end);
+                finish_wide<BN>(result.template plus<float>(), sizes, row0, n0, sums, exchange, stage_empty);
                 continue;
             } else if (result.in) {
-                finish_wide<BN>(result.template plus<T>(), sizes, row0, work.n0, sums, exchange, end);
+                finish_wide<BN>(result.template plus<T>(), sizes, row0, n0, sums, exchange, stage_empty);
                 continue;
             }
         }
-        end();
+        end_products(sums, stage_empty);
         barrier_wait(taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
         leave_sums<BN, T>(sums, sizes.scale, own_slabs);
         __syncwarp();
-        if (turn == works.followed()) break; // the last
+        if (tile + gridDim.x >= tiles.count) break;
         if (lane == 0) barrier_arrive(left + 8 * consumer);
         slabs_phase ^= 1;
     }
-    if (works.count == 0 || work.helps) return;
+    if (blockIdx.x >= tiles.count) return;
     if constexpr (RESULT::EITHER) {
-        if (!result.wide && !result.in) write_own<BN, T>(result.plain(), sizes, work.m0 + consumer * 64, work.n0, own_slabs);
+        if (!result.wide && !result.in) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, own_slabs);
     } else {
-        write_own<BN, T>(result, sizes, work.m0 + consumer * 64, work.n0, own_slabs);
+        write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, own_slabs);
     }
 }
 
@@ -331,36 +248,33 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     const u32 depths[2] = {k, rank};
 #define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
 
-#define SHARE float4 *parts, u32 helpers, u32 part_steps
-
 #define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
     GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const void* in, float scale, u32 add, u32 wide, u32 m, \
-                                    u32 n, u32 k, u32 rank, SHARE) {                                                   \
+                                    u32 n, u32 k, u32 rank) {                                                          \
         TWO_PAIRS                                                                                                      \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, Share{helpers, part_steps, parts},         \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale},                                            \
                                    PlusAny<TYPE>{out, add ? out : in, wide != 0});                                    \
     }
 #define JOINED(TYPE, BN)                                                                                               \
     GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n,    \
-                                      u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide, SHARE) { \
+                                      u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) { \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, Share{helpers, part_steps, parts},            \
-                                 PlusAny<TYPE>{out, nullptr, wide != 0});                                              \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, wide != 0});     \
     }
 #define SWIGLU(TYPE)                                                                                                   \
     GEMM(gated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates, const void* gate, void* up,           \
-                       void* output, u32 m, u32 n, u32 k, u32 rank, SHARE) {                                           \
+                       void* output, u32 m, u32 n, u32 k, u32 rank) {                                                  \
         TWO_PAIRS                                                                                                      \
         const Gated<TYPE> result{&gates, (const TYPE*)gate, (TYPE*)up, (TYPE*)output};                                 \
-        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, Share{helpers, part_steps, parts}, result);   \
+        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                      \
     }                                                                                                                  \
     GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates,                             \
                                 const __grid_constant__ TensorMap ups, void* gate, void* up, void* output, u32 m,       \
-                                u32 n, u32 k, u32 rank, SHARE) {                                                       \
+                                u32 n, u32 k, u32 rank) {                                                              \
         TWO_PAIRS                                                                                                      \
         const Differentiated<TYPE> result{&gates, &ups, (TYPE*)gate, (TYPE*)up, (TYPE*)output};                        \
-        gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, Share{helpers, part_steps, parts}, result);  \
+        gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                     \
     }
 #define ENTRIES(TYPE)                                                                                                  \
     ENTRY(TYPE, forward, true, 256)                                                                                    \
