@@ -9,7 +9,7 @@ using namespace emulator;
 #define KERNEL(NAME) (std::is_same_v<T, bf16> ? NAME##_bf16 : NAME##_f16)
 
 // As in hopper.rs.
-constexpr u32 SHARED = (208 << 10) + (2 * 5 + 2 * 2) * 8 + 1024;
+constexpr u32 SHARED = (208 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
 
 struct Shape {
     u32 m, n, columns, blocks; // columns: of a tile
@@ -64,8 +64,11 @@ static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float sca
     if (added == OUT) std::copy(before.data, before.data + before.count, out.data);
     auto kernel = forward ? (s.columns == 256 ? KERNEL(gemm_hopper_forward_256) : KERNEL(gemm_hopper_forward_128))
                           : (s.columns == 256 ? KERNEL(gemm_hopper_input_grad_256) : KERNEL(gemm_hopper_input_grad_128));
+    const O* in = added == IN ? before.data : added == OUT ? out.data : nullptr;
+    TensorMap map;
+    if (in && !s.wide) map = tensor_map<TensorMap>(in, s.m, s.n, 64, 64);
     launch(kernel, s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
-           out.data, added == IN ? before.data : nullptr, scale, added == OUT, s.wide, s.m, s.n, depth, rank);
+           out.data, s.wide ? (const float*)in : nullptr, map, in && !s.wide, scale, s.wide, s.m, s.n, depth, rank);
     const char* direction = forward ? "forward" : "input_grad";
     char name[100];
     snprintf(name, sizeof name, "%s of depth %u, rank %u, scale %g, adds %d", direction, depth, rank, scale, added);

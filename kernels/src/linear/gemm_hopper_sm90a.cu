@@ -11,8 +11,8 @@
 //
 // At the end of a tile the warps that multiply leave its sums in shared memory, rounded, and go on with the next tile; the three
 // other warps of the first warpgroup make results of them meanwhile. `left` and `taken` say for each of the two warpgroups
-// whether they are there. Only f32 results, and those that something is added to, which take the sums as they are, are made by
-// the warps that have multiplied.
+// whether they are there. A residual is brought to that place in the middle of a tile (`given`), and added to the sums before
+// they are rounded. Only f32 results are made by the warps that have multiplied.
 //
 // Tiles in shared memory have rows of 128 bytes (64 elements), swizzled: 16-byte chunk c of row i lies at c ^ (i % 8).
 // `a` and forward's b: a row is 64 elements along the contraction. The input gradient's b: boxes of 64 columns, a row
@@ -96,10 +96,10 @@ template <int SUMS> __device__ __forceinline__ void end_products(float (&sums)[S
     if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
 }
 // Makes a warp's part of the result of its sums as they are.
-template <int BN, typename RESULT>
-__device__ __forceinline__ void finish_wide(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, float (&sums)[BN / 2],
+template <int BN>
+__device__ __forceinline__ void finish_wide(const Plus& result, const Sizes& sizes, u32 row0, u32 column0, float (&sums)[BN / 2],
                                             u8* exchange, u32 stage_empty) {
-    WideWriter<BN, RESULT> writer(result, sizes.m, sizes.n, row0, column0);
+    WideWriter<BN> writer(result, sizes.m, sizes.n, row0, column0);
     end_products(sums, stage_empty);
     writer.write(sums, sizes.scale, exchange);
 }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     u8* ring = shared + (-shared_address(shared) & 1023);
     const u32 ring_address = shared_address(ring);
     const u32 slabs = ring_address + RING, full = slabs + CONSUMERS * SLABS, empty = full + MAX_STAGES * 8; // + 8 stage
-    const u32 left = empty + MAX_STAGES * 8, taken = left + CONSUMERS * 8; // + 8 consumer
+    const u32 left = empty + MAX_STAGES * 8, taken = left + CONSUMERS * 8, given = taken + CONSUMERS * 8; // + 8 consumer
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
 
     if (threadIdx.x == 0) {
@@ -126,6 +126,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         for (int i = 0; i < CONSUMERS; i++) {
             barrier_init(left + 8 * i, 4);
             barrier_init(taken + 8 * i, WRITERS);
+            barrier_init(given + 8 * i, 1);
         }
         barriers_ready();
     }
@@ -144,12 +145,14 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             phase ^= 1;
         }
     };
-    u32 m0, n0;
+    bool adds = false; // something to the sums before they are rounded
+    if constexpr (RESULT::EITHER) adds = result.added != nullptr;
+    u32 m0, n0, slabs_phase = 0;
     if (warpgroup == 0) {
         give_registers<WRITER_REGISTERS>();
         if (warp > 0) {
             if constexpr (RESULT::EITHER) {
-                if (!result.wide && !result.in) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, slabs, left, taken);
+                if (!result.wide) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, slabs, left, taken);
             } else {
                 write_tiles<BN, T>(result, sizes, tiles, warp - 1, slabs, left, taken);
             }
@@ -158,8 +161,21 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
         if (threadIdx.x != 0) return;
         prefetch_map(a[0]);
         prefetch_map(b[0]);
+        auto bring_residual = [&] {
+            if constexpr (RESULT::EITHER) {
+                for (int consumer = 0; consumer < CONSUMERS; consumer++) {
+                    barrier_wait(taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
+                    barrier_expect(given + 8 * consumer, SLABS);
+                    for (int s = 0; s < BN / SLAB; s++)
+                        copy_box(slabs + consumer * SLABS + s * SLAB_BYTES, result.added, n0 + s * SLAB, m0 + consumer * 64,
+                                 given + 8 * consumer);
+                }
+                slabs_phase ^= 1;
+            }
+        };
         for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
             tiles.place<BN>(tile, m0, n0);
+            u32 half = adds ? steps / 2 + 1 : 0;
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
 #pragma unroll 1
@@ -175,6 +191,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
                         for (int box = 0; box < BN / 64; box++)
                             copy_box(to + A_BYTES + box * BOX, b[pair], n0 + box * 64, k0, barrier);
                     }
+                    if (half > 0 && --half == 0) bring_residual();
                     advance();
                 }
             }
@@ -193,7 +210,6 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
     const u32 own_slabs = slabs + consumer * SLABS;
-    u32 slabs_phase = 0;
     for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
         tiles.place<BN>(tile, m0, n0);
         u32 last = 0; // the stage of the step before
@@ -216,19 +232,18 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             last = stage;
             advance();
         }
-        const u32 row0 = m0 + consumer * 64 + warp * 16, stage_empty = empty + 8 * last;
+        const u32 stage_empty = empty + 8 * last;
         if constexpr (RESULT::EITHER) {
             if (result.wide) {
-                finish_wide<BN>(result.template plus<float>(), sizes, row0, n0, sums, exchange, stage_empty);
-                continue;
-            } else if (result.in) {
-                finish_wide<BN>(result.template plus<T>(), sizes, row0, n0, sums, exchange, stage_empty);
+                finish_wide<BN>(result.plus(), sizes, m0 + consumer * 64 + warp * 16, n0, sums, exchange, stage_empty);
                 continue;
             }
         }
         end_products(sums, stage_empty);
-        barrier_wait(taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
-        leave_sums<BN, T>(sums, sizes.scale, own_slabs);
+        // The first time they are free from the start.
+        if (adds) barrier_wait(given + 8 * consumer, slabs_phase);
+        else barrier_wait(taken + 8 * consumer, slabs_phase ^ 1);
+        leave_sums<BN, T>(sums, sizes.scale, own_slabs, adds);
         __syncwarp();
         if (tile + gridDim.x >= tiles.count) break;
         if (lane == 0) barrier_arrive(left + 8 * consumer);
@@ -236,7 +251,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     }
     if (blockIdx.x >= tiles.count) return;
     if constexpr (RESULT::EITHER) {
-        if (!result.wide && !result.in) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, own_slabs);
+        if (!result.wide) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, own_slabs);
     } else {
         write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, own_slabs);
     }
@@ -249,18 +264,17 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 #define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
 
 #define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
-    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const void* in, float scale, u32 add, u32 wide, u32 m, \
-                                    u32 n, u32 k, u32 rank) {                                                          \
+    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const float* in, const __grid_constant__ TensorMap added, \
+                                    u32 adds, float scale, u32 wide, u32 m, u32 n, u32 k, u32 rank) {                  \
         TWO_PAIRS                                                                                                      \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale},                                            \
-                                   PlusAny<TYPE>{out, add ? out : in, wide != 0});                                    \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, PlusAny<TYPE>{out, in, adds ? &added : nullptr, wide != 0}); \
     }
 #define JOINED(TYPE, BN)                                                                                               \
     GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n,    \
                                       u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) { \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, wide != 0});     \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, nullptr, wide != 0});     \
     }
 #define SWIGLU(TYPE)                                                                                                   \
     GEMM(gated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates, const void* gate, void* up,           \

@@ -43,11 +43,11 @@ template <> struct Neighbours<float> {
 };
 
 // What a result does with a place's sums as they are in f32: out = sums + in.
-template <typename O> struct Plus {
-    O* out;
-    const O* in; // or null; may be `out`
+struct Plus {
+    float* out;
+    const float* in; // or null; may be `out`
     struct Loaded {
-        Neighbours<O> in;
+        Neighbours<float> in;
     };
 
     __device__ __forceinline__ void load(Loaded& loaded, u64 at) const {
@@ -60,7 +60,7 @@ template <typename O> struct Plus {
 #pragma unroll
             for (int i = 0; i < 8; i++) x[i] += more[i];
         }
-        Neighbours<O> y;
+        Neighbours<float> y;
         y.set(x);
         y.store(out + at);
     }
@@ -76,16 +76,15 @@ template <typename T> struct Plain {
         if (there) y.store(out + at);
     }
 };
-// The one or the other; `out` and `in` are f32 where that is `wide`, or else of T.
+// The one or the other: out = sums + in in f32 where that is `wide`, or else out = sums + added of T.
 template <typename T> struct PlusAny {
     static constexpr bool EITHER = true;
     void* out;
-    const void* in;
+    const float* in;        // or null; may be `out`
+    const TensorMap* added; // or null; in boxes of 64 x 64
     bool wide;
 
-    template <typename O> __device__ __forceinline__ Plus<O> plus() const {
-        return {static_cast<O*>(out), static_cast<const O*>(in)};
-    }
+    __device__ __forceinline__ Plus plus() const { return {static_cast<float*>(out), in}; }
     __device__ __forceinline__ Plain<T> plain() const { return {static_cast<T*>(out)}; }
     __device__ __forceinline__ void prefetch(u32, u32, u32) const {}
 };
@@ -160,16 +159,16 @@ constexpr int EXCHANGE_BYTES = 4096; // of a warp
 
 // The place of a warp's sums in the result [m, n]: 16 rows of BN columns from (row0, column0) on, which go through shared
 // memory as they are, so that a lane has neighbours of a row.
-template <int BN, typename RESULT> struct WideWriter {
+template <int BN> struct WideWriter {
     static constexpr int SLAB = 32, PITCH = SLAB + 8; // columns at a time; PITCH: lanes fall into different banks
     static_assert(16 * PITCH * 4 <= EXCHANGE_BYTES);
-    const RESULT& result;
+    const Plus result;
     const u32 n, column; // `column`: this lane's in the first slab
     const bool inside[2];
     const u64 first, eight_rows;
-    typename RESULT::Loaded next[2];
+    Plus::Loaded next[2];
 
-    __device__ __forceinline__ WideWriter(const RESULT& result, u32 m, u32 n, u32 row0, u32 column0)
+    __device__ __forceinline__ WideWriter(const Plus& result, u32 m, u32 n, u32 row0, u32 column0)
         : result(result), n(n), column(column0 + threadIdx.x % 4 * 8),
           inside{row0 + threadIdx.x % WARP / 4 < m, row0 + threadIdx.x % WARP / 4 + 8 < m},
           first((u64)(row0 + threadIdx.x % WARP / 4) * n + column), eight_rows((u64)8 * n) {
@@ -213,16 +212,22 @@ template <int BN, typename RESULT> struct WideWriter {
 // Slabs are 64 columns of a warpgroup's 64 rows, rows of 128 bytes swizzled.
 constexpr int SLAB = 64, SLAB_BYTES = 64 * SLAB * 2;
 
-// Leaves a warp's sums in its warpgroup's slabs.
+// Leaves a warp's sums in its warpgroup's slabs. If `adds`, what lies there is added to them before they are rounded.
 template <int BN, typename T>
-__device__ __forceinline__ void leave_sums(const float (&sums)[BN / 2], float scale, u32 slabs) {
+__device__ __forceinline__ void leave_sums(const float (&sums)[BN / 2], float scale, u32 slabs, bool adds) {
     const u32 lane = threadIdx.x % WARP, row = threadIdx.x / WARP % 4 * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < BN / 16; i++) {
-        const float* x = sums + i * 8;
-        store_matrices(slabs + i / 4 * SLAB_BYTES + row * (SLAB * 2) + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16,
-                       pair<T>(x[0] * scale, x[1] * scale), pair<T>(x[2] * scale, x[3] * scale),
-                       pair<T>(x[4] * scale, x[5] * scale), pair<T>(x[6] * scale, x[7] * scale));
+        const u32 place = slabs + i / 4 * SLAB_BYTES + row * (SLAB * 2) + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16;
+        u32 pairs[4] = {};
+        if (adds) load_matrices(pairs, place);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 x = make_float2(sums[i * 8 + 2 * j] * scale, sums[i * 8 + 2 * j + 1] * scale);
+            if (adds) x.x += both<T>(pairs[j]).x, x.y += both<T>(pairs[j]).y;
+            pairs[j] = pair<T>(x.x, x.y);
+        }
+        store_matrices(place, pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 

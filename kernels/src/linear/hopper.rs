@@ -11,7 +11,7 @@ use nibble_runtime::{
 };
 use std::borrow::Cow;
 
-const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 4, 4, 4, 4, 4, 4, 4];
+const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 128, 4, 4, 4, 4, 4, 4, 4];
 const GATED: &[usize] = &[128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
 const DIFFERENTIATED: &[usize] = &[128, 128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
 const JOINED: &[usize] = &[128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4];
@@ -43,8 +43,10 @@ pub(crate) static GEMM_HOPPER: Module = Module {
 const TILE_ROWS: u32 = 128;
 /// Along the contraction, and columns of a box of the input gradient's weight.
 const DEPTH: u32 = 64;
-/// Ring and sums, barriers (two for each of at most five stages, and for each of two warpgroups), and to start at a multiple of 1024.
-const SHARED: usize = (208 << 10) + (2 * 5 + 2 * 2) * 8 + 1024;
+/// Rows and columns of a box of what is added to a product.
+const SLAB: u32 = 64;
+/// Ring and sums, barriers (two for each of at most five stages, three for each of two warpgroups), and to start at a multiple of 1024.
+const SHARED: usize = (208 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
 /// One warpgroup that copies and writes, two that multiply.
 const THREADS: u32 = 3 * 128;
 
@@ -253,9 +255,14 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
     let &Product { forward, a, weight, scale, terms, .. } = product;
     let Some(b) = dense(weight, a.dtype())? else { return Ok(false) };
     let (wide, direction) = (out.dtype() == DType::F32, if forward { "forward" } else { "input_grad" });
-    let args = product.operands(&b, columns).output(out).input_opt(terms.residual);
-    let args = args.f32(scale).u32(terms.add.into()).u32(wide.into());
-    launch(gpu, &format!("{direction}_{columns}"), columns, product, args)?;
+    let args = product.operands(&b, columns).output(out);
+    let added = if terms.add { Some(&*out) } else { terms.residual };
+    let args = args.input_opt(added.filter(|_| wide));
+    let args = match added.filter(|_| !wide) {
+        Some(added) => args.tensor_map(added, SLAB, SLAB).u32(1),
+        None => args.words(&[], 16).u32(0),
+    };
+    launch(gpu, &format!("{direction}_{columns}"), columns, product, args.f32(scale).u32(wide.into()))?;
     Ok(true)
 }
 
