@@ -30,7 +30,8 @@ pub struct Rates {
     weight_grads: f64,
     /// The adapters' own products, beside the bytes that they read.
     adapters: f64,
-    /// Whether adapters on one input read it together, as Hopper's kernels do, and u and dB of few ranks the gradient.
+    /// Whether Hopper's kernels take together what others take one by one: adapters on one input, u and dB of few ranks, SwiGLU
+    /// and the product beside it.
     together: bool,
     attention: [Attention; 2],
     /// Passes over memory.
@@ -78,6 +79,14 @@ const H100: Rates = Rates {
     // lora_down_drop, lora_grad_drop and lora_dropped_add at 8192 x 14336: 131, 156 and 255 µs.
     dropout: [1.1e-12, 1.3e-12, 2.2e-12],
 };
+
+/// An H200 SXM, from profiles of steps of 8192 tokens: docs/measurements/2026-11-29-step.md. Its multiprocessors are an H100's.
+const H200: Rates = Rates { products: 670e12, head: 650e12, bytes: 3.0e12, gap: 2.4e-6, ..H100 };
+
+/// Passes over a row of the feed-forward block that SwiGLU takes forward and backward, by itself and within products: there what
+/// these take longer.
+const SWIGLU: [f64; 2] = [3.0, 6.0];
+const SWIGLU_WITHIN: [f64; 2] = [0.7, 1.4];
 
 /// Adapters' products of the kernels that every GPU has, from whole steps of ranks 16 and 64.
 const ONE_BY_ONE: f64 = 90e12;
@@ -176,8 +185,10 @@ impl Rates {
     /// Those of a GPU of this name, and where they are from; `None` where nothing is known of it.
     pub fn of(name: &str, hopper: bool) -> Option<(Rates, &'static str)> {
         let (sheet, flops, bytes) = SHEETS.iter().find(|(word, ..)| name.contains(word) && !name.contains("Laptop"))?;
-        if *sheet == SHEETS[0].0 {
-            return Some((H100, "estimate: rates measured on an H100"));
+        match *sheet {
+            "H100 80GB HBM3" => return Some((H100, "estimate: rates measured on an H100")),
+            "H200" => return Some((H200, "estimate: rates measured on an H200")),
+            _ => {}
         }
         let (flops, bytes) = (flops / SHEETS[0].1, bytes / SHEETS[0].2);
         let attention = if hopper { HOPPER } else { PLAIN };
@@ -250,6 +261,11 @@ impl Rates {
         [0..3, 3..4, 4..6, 6..7].into_iter().map(|group| alone[group].iter().copied().fold(0.0, f64::max)).sum()
     }
 
+    /// Passes that SwiGLU takes forward and backward.
+    fn swiglu(&self) -> [f64; 2] {
+        if self.together { SWIGLU_WITHIN } else { SWIGLU }
+    }
+
     /// Attention: two products forward, five backward, over half of the pairs.
     fn attention(&self, job: &Job, work: &Work) -> [f64; 2] {
         let length = job.settings.seq_len;
@@ -276,7 +292,7 @@ impl Rates {
             }
         }
         // Adapters' inputs, norms, rotary and SwiGLU: elements read and written.
-        let elements = self.inputs(work) + 4.0 * work.d + 2.0 * (work.q + work.kv) + 3.0 * work.f;
+        let elements = self.inputs(work) + 4.0 * work.d + 2.0 * (work.q + work.kv) + self.swiglu()[0] * work.f;
         seconds + attention + self.gap * OWN_KERNELS[0] + work.t * work.w * elements / self.bytes
     }
 
@@ -317,7 +333,7 @@ impl Rates {
                 seconds += share * k * work.t * (self.dropout[1] + self.dropout[2]);
             }
         }
-        let elements = self.inputs(work) + 6.0 * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
+        let elements = self.inputs(work) + self.swiglu()[1] * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
         seconds + attention + self.gap * OWN_KERNELS[1] + work.t * work.w * elements / self.bytes
     }
 
