@@ -37,9 +37,6 @@ template <typename T, int N> __device__ __forceinline__ void to_operands(u32 (&a
     }
 }
 
-// What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Writes a warp's 16 rows of a warpgroup's sums [64, D], row l / 4 of lane l times `low` and row l / 4 + 8 times `high`, to
 // `valid` rows `stride` elements apart in global memory, by way of 16·D elements of shared memory that are its own.
 template <typename T, int D>

@@ -37,7 +37,6 @@ constexpr int STRIP = 16;               // rows of tiles that are visited togeth
 constexpr int CONSUMERS = BM / 64;      // warpgroups that multiply
 constexpr int WRITERS = 3;              // warps that make results
 constexpr int MAX_STAGES = 5;
-template <int BN> constexpr int STAGES = BN == 256 ? 3 : 5;
 // Registers of a thread: 384 threads start with 168, (104 + 2 * 200) * 128 are as many.
 constexpr int THREADS = 128 * (1 + CONSUMERS), WRITER_REGISTERS = 104, CONSUMER_REGISTERS = 200;
 
@@ -61,20 +60,103 @@ struct Tiles {
     }
 };
 
+// The places of shared memory, and the ring's turn, which goes on from tile to tile: the producer and those that multiply count
+// stages alike.
+template <int BN> struct Ring {
+    static constexpr u32 A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = BN == 256 ? 3 : MAX_STAGES;
+    static constexpr u32 SLABS = BN / SLAB * SLAB_BYTES; // of a warpgroup
+    u8* start;
+    u32 address, slabs;
+    u32 full, empty;        // barriers, + 8 stage
+    u32 left, taken, given; // + 8 consumer
+    u32 stage = 0, phase = 0;
+
+    __device__ __forceinline__ explicit Ring(u8* shared) {
+        start = shared + (-shared_address(shared) & 1023); // swizzle atoms start at multiples of 1024 bytes
+        address = shared_address(start);
+        slabs = address + STAGES * STAGE;
+        full = slabs + CONSUMERS * SLABS;
+        empty = full + MAX_STAGES * 8;
+        left = empty + MAX_STAGES * 8;
+        taken = left + CONSUMERS * 8;
+        given = taken + CONSUMERS * 8;
+    }
+    // One thread.
+    __device__ __forceinline__ void init() const {
+        for (u32 s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, CONSUMERS * 4);
+        }
+        for (u32 i = 0; i < CONSUMERS; i++) {
+            barrier_init(left + 8 * i, 4);
+            barrier_init(taken + 8 * i, WRITERS);
+            barrier_init(given + 8 * i, 1);
+        }
+        barriers_ready();
+    }
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// What the producer's thread does: has the TMA bring the tiles' operands, and what is added to them.
+template <bool FORWARD, int BN, int PAIRS, typename RESULT>
+__device__ __forceinline__ void produce(Ring<BN>& ring, const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
+                                        const u32 (&depths)[PAIRS], u32 steps, const Tiles& tiles, const RESULT& result) {
+    prefetch_map(a[0]);
+    prefetch_map(b[0]);
+    u32 m0, n0, slabs_phase = 0;
+    for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
+        u32 until = steps / 2 + 1; // the middle of the tile, when the results of the last one have long been made
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; pair++) {
+#pragma unroll 1
+            for (u32 k0 = 0; k0 < depths[pair]; k0 += DEPTH) {
+                const u32 to = ring.address + ring.stage * ring.STAGE, barrier = ring.full + 8 * ring.stage;
+                barrier_wait(ring.empty + 8 * ring.stage, ring.phase ^ 1); // the first time round: free from the start
+                barrier_expect(barrier, ring.STAGE);
+                copy_box(to, a[pair], k0, m0, barrier);
+                if (FORWARD) {
+                    copy_box(to + ring.A_BYTES, b[pair], k0, n0, barrier);
+                } else {
+#pragma unroll
+                    for (int box = 0; box < BN / 64; box++)
+                        copy_box(to + ring.A_BYTES + box * BOX, b[pair], n0 + box * 64, k0, barrier);
+                }
+                ring.advance();
+                if (--until > 0 || !result.adds()) continue;
+                for (int consumer = 0; consumer < CONSUMERS; consumer++) {
+                    const u32 slabs = ring.slabs + consumer * ring.SLABS, given = ring.given + 8 * consumer;
+                    barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
+                    barrier_expect(given, ring.SLABS);
+                    for (int s = 0; s < BN / SLAB; s++)
+                        copy_box(slabs + s * SLAB_BYTES, result.addend(), n0 + s * SLAB, m0 + consumer * 64, given);
+                }
+                slabs_phase ^= 1;
+            }
+        }
+        result.prefetch(m0, n0, BN);
+    }
+}
+
 // What a writer's warp does: makes results of the sums that both warpgroups leave in their slabs, but for the last tile's.
 template <int BN, typename T, typename RESULT>
-__device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Tiles& tiles, u32 writer, u32 slabs,
-                                            u32 left, u32 taken) {
+__device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Tiles& tiles, u32 writer,
+                                            const Ring<BN>& ring) {
     u32 m0, n0, phase = 0;
     for (u32 tile = blockIdx.x; tile + gridDim.x < tiles.count; tile += gridDim.x) {
         tiles.place<BN>(tile, m0, n0);
 #pragma unroll 1
         for (u32 consumer = 0; consumer < CONSUMERS; consumer++) {
             Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, 16 * (BN / SLAB), WRITERS);
-            barrier_wait(left + 8 * consumer, phase);
-            parts.write(slabs + consumer * (BN / SLAB * SLAB_BYTES));
+            barrier_wait(ring.left + 8 * consumer, phase);
+            parts.write(ring.slabs + consumer * ring.SLABS);
             __syncwarp();
-            if (threadIdx.x % WARP == 0) barrier_arrive(taken + 8 * consumer);
+            if (threadIdx.x % WARP == 0) barrier_arrive(ring.taken + 8 * consumer);
         }
         phase ^= 1;
     }
@@ -104,120 +186,27 @@ __device__ __forceinline__ void finish_wide(const Plus& result, const Sizes& siz
     writer.write(sums, sizes.scale, exchange);
 }
 
-// `depths`: the contraction of each pair, or 0.
-template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
-__device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
-                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
-    constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = ::STAGES<BN>, RING = STAGES * STAGE;
-    constexpr int SLABS = BN / SLAB * SLAB_BYTES; // of a warpgroup
-    extern __shared__ u8 shared[];
-    // Swizzle atoms start at multiples of 1024 bytes.
-    u8* ring = shared + (-shared_address(shared) & 1023);
-    const u32 ring_address = shared_address(ring);
-    const u32 slabs = ring_address + RING, full = slabs + CONSUMERS * SLABS, empty = full + MAX_STAGES * 8; // + 8 stage
-    const u32 left = empty + MAX_STAGES * 8, taken = left + CONSUMERS * 8, given = taken + CONSUMERS * 8; // + 8 consumer
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
-
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, CONSUMERS * 4);
-        }
-        for (int i = 0; i < CONSUMERS; i++) {
-            barrier_init(left + 8 * i, 4);
-            barrier_init(taken + 8 * i, WRITERS);
-            barrier_init(given + 8 * i, 1);
-        }
-        barriers_ready();
-    }
-    __syncthreads();
-
-    const Tiles tiles(sizes, BN);
-    u32 steps = 0;
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
-
-    // The ring goes on from tile to tile: the producer and the consumers count stages alike.
-    u32 stage = 0, phase = 0;
-    auto advance = [&] {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    };
-    bool adds = false; // something to the sums before they are rounded
-    if constexpr (RESULT::EITHER) adds = result.added != nullptr;
-    u32 m0, n0, slabs_phase = 0;
-    if (warpgroup == 0) {
-        give_registers<WRITER_REGISTERS>();
-        if (warp > 0) {
-            if constexpr (RESULT::EITHER) {
-                if (!result.wide) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, slabs, left, taken);
-            } else {
-                write_tiles<BN, T>(result, sizes, tiles, warp - 1, slabs, left, taken);
-            }
-            return;
-        }
-        if (threadIdx.x != 0) return;
-        prefetch_map(a[0]);
-        prefetch_map(b[0]);
-        auto bring_residual = [&] {
-            if constexpr (RESULT::EITHER) {
-                for (int consumer = 0; consumer < CONSUMERS; consumer++) {
-                    barrier_wait(taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
-                    barrier_expect(given + 8 * consumer, SLABS);
-                    for (int s = 0; s < BN / SLAB; s++)
-                        copy_box(slabs + consumer * SLABS + s * SLAB_BYTES, result.added, n0 + s * SLAB, m0 + consumer * 64,
-                                 given + 8 * consumer);
-                }
-                slabs_phase ^= 1;
-            }
-        };
-        for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-            tiles.place<BN>(tile, m0, n0);
-            u32 half = adds ? steps / 2 + 1 : 0;
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++) {
-#pragma unroll 1
-                for (u32 k0 = 0; k0 < depths[pair]; k0 += DEPTH) {
-                    const u32 to = ring_address + stage * STAGE, barrier = full + 8 * stage;
-                    barrier_wait(empty + 8 * stage, phase ^ 1); // the first time round: free from the start
-                    barrier_expect(barrier, STAGE);
-                    copy_box(to, a[pair], k0, m0, barrier);
-                    if (FORWARD) {
-                        copy_box(to + A_BYTES, b[pair], k0, n0, barrier);
-                    } else {
-#pragma unroll
-                        for (int box = 0; box < BN / 64; box++)
-                            copy_box(to + A_BYTES + box * BOX, b[pair], n0 + box * 64, k0, barrier);
-                    }
-                    if (half > 0 && --half == 0) bring_residual();
-                    advance();
-                }
-            }
-            result.prefetch(m0, n0, BN);
-        }
-        return;
-    }
-
-    take_registers<CONSUMER_REGISTERS>();
-    const int consumer = warpgroup - 1;
-    u8* const exchange = ring + RING + (consumer * 4 + warp) * EXCHANGE_BYTES; // the slabs', which are not used then
+// What a warpgroup does that multiplies: 64 rows of each tile.
+template <typename T, bool FORWARD, int BN, typename RESULT>
+__device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& sizes, const Tiles& tiles, int consumer,
+                                        const RESULT& result) {
+    const int warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
+    const u32 slabs = ring.slabs + consumer * ring.SLABS;
     // The operands of the first stage.
-    const u64 a_ring = describe(ring_address + consumer * BOX, 16, 8 * ROW);
-    const u64 b_ring = describe(ring_address + A_BYTES, FORWARD ? 16 : BOX, 8 * ROW);
+    const u64 a_ring = describe(ring.address + consumer * BOX, 16, 8 * ROW);
+    const u64 b_ring = describe(ring.address + ring.A_BYTES, FORWARD ? 16 : BOX, 8 * ROW);
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
-    const u32 own_slabs = slabs + consumer * SLABS;
+    u32 m0, n0, slabs_phase = 0;
     for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
         tiles.place<BN>(tile, m0, n0);
         u32 last = 0; // the stage of the step before
         pin(sums);
 #pragma unroll 1
         for (u32 step = 0; step < steps; step++) {
-            const u64 a_tile = a_ring + stage * (STAGE / 16), b_tile = b_ring + stage * (STAGE / 16);
-            barrier_wait(full + 8 * stage, phase);
+            const u64 a_tile = a_ring + ring.stage * (ring.STAGE / 16), b_tile = b_ring + ring.stage * (ring.STAGE / 16);
+            barrier_wait(ring.full + 8 * ring.stage, ring.phase);
             products_begin();
 #pragma unroll
             for (int part = 0; part < DEPTH / 16; part++) {
@@ -228,32 +217,65 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
             products_commit();
             // The products of the step before are done; those of this one go on.
             products_wait<1>();
-            if (step > 0 && lane == 0) barrier_arrive(empty + 8 * last);
-            last = stage;
-            advance();
+            if (step > 0 && lane == 0) barrier_arrive(ring.empty + 8 * last);
+            last = ring.stage;
+            ring.advance();
         }
-        const u32 stage_empty = empty + 8 * last;
+        const u32 stage_empty = ring.empty + 8 * last;
         if constexpr (RESULT::EITHER) {
             if (result.wide) {
+                u8* const exchange = ring.start + ring.STAGES * ring.STAGE + (consumer * 4 + warp) * EXCHANGE_BYTES; // for the slabs
                 finish_wide<BN>(result.plus(), sizes, m0 + consumer * 64 + warp * 16, n0, sums, exchange, stage_empty);
                 continue;
             }
         }
         end_products(sums, stage_empty);
         // The first time they are free from the start.
-        if (adds) barrier_wait(given + 8 * consumer, slabs_phase);
-        else barrier_wait(taken + 8 * consumer, slabs_phase ^ 1);
-        leave_sums<BN, T>(sums, sizes.scale, own_slabs, adds);
+        if (result.adds()) barrier_wait(ring.given + 8 * consumer, slabs_phase);
+        else barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1);
+        leave_sums<BN, T>(sums, sizes.scale, slabs, result.adds());
+        if (result.adds()) publish_shared(); // before the TMA writes there again
         __syncwarp();
         if (tile + gridDim.x >= tiles.count) break;
-        if (lane == 0) barrier_arrive(left + 8 * consumer);
+        if (lane == 0) barrier_arrive(ring.left + 8 * consumer);
         slabs_phase ^= 1;
     }
     if (blockIdx.x >= tiles.count) return;
     if constexpr (RESULT::EITHER) {
-        if (!result.wide) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, own_slabs);
+        if (!result.wide) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, slabs);
     } else {
-        write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, own_slabs);
+        write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, slabs);
+    }
+}
+
+// `depths`: the contraction of each pair, or 0.
+template <typename T, bool FORWARD, int BN, int PAIRS, typename RESULT>
+__device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const TensorMap* const (&b)[PAIRS],
+                                     const u32 (&depths)[PAIRS], const Sizes& sizes, const RESULT& result) {
+    extern __shared__ u8 shared[];
+    Ring<BN> ring(shared);
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4;
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+
+    const Tiles tiles(sizes, BN);
+    u32 steps = 0;
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) steps += (depths[pair] + DEPTH - 1) / DEPTH;
+    if (warpgroup > 0) {
+        take_registers<CONSUMER_REGISTERS>();
+        consume<T, FORWARD, BN>(ring, steps, sizes, tiles, warpgroup - 1, result);
+        return;
+    }
+    give_registers<WRITER_REGISTERS>();
+    if (threadIdx.x == 0) {
+        produce<FORWARD, BN>(ring, a, b, depths, steps, tiles, result);
+    } else if (warp > 0) {
+        if constexpr (RESULT::EITHER) {
+            if (!result.wide) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, ring);
+        } else {
+            write_tiles<BN, T>(result, sizes, tiles, warp - 1, ring);
+        }
     }
 }
 

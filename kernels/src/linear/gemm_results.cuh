@@ -87,6 +87,8 @@ template <typename T> struct PlusAny {
     __device__ __forceinline__ Plus plus() const { return {static_cast<float*>(out), in}; }
     __device__ __forceinline__ Plain<T> plain() const { return {static_cast<T*>(out)}; }
     __device__ __forceinline__ void prefetch(u32, u32, u32) const {}
+    __device__ __forceinline__ bool adds() const { return added != nullptr; }
+    __device__ __forceinline__ const TensorMap* addend() const { return added; }
 };
 
 // Has the second-level cache hold rows of 128 from `row` on, `columns` from `column` on.
@@ -101,6 +103,8 @@ template <typename T> struct Gated {
     const TensorMap* gates; // in boxes of 128 x 64
     const T* gate;
     T *up, *output;
+    static __device__ __forceinline__ bool adds() { return false; }
+    static __device__ __forceinline__ const TensorMap* addend() { return nullptr; }
     struct Loaded {
         Neighbours<T> gate;
     };
@@ -127,6 +131,8 @@ template <typename T> struct Differentiated {
     static constexpr bool EITHER = false;
     const TensorMap *gates, *ups; // in boxes of 128 x 64
     T *gate, *up, *output;
+    static __device__ __forceinline__ bool adds() { return false; }
+    static __device__ __forceinline__ const TensorMap* addend() { return nullptr; }
     struct Loaded {
         Neighbours<T> gate, up;
     };

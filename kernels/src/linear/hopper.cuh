@@ -40,6 +40,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+// What this thread has written to shared memory is there for the tensor cores and the TMA, once a barrier has followed.
+__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Starts to copy the box of `map` whose first element is (row, column) to shared memory; its bytes, of which those
 // outside of the matrix are zeros, count at `barrier`.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {

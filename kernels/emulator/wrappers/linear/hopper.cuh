@@ -37,3 +37,4 @@ inline void wait_at(u32* counter, u32 blocks) {
 inline void leave(u32* counter, u32 blocks) {
     if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) == 2 * blocks - 1) __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
 }
+inline void publish_shared() { emulator::publish(); }

@@ -1,1 +1,0 @@
-inline void publish_shared() { emulator::publish(); }
