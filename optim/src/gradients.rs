@@ -2,13 +2,13 @@
 
 use crate::paged::{PagedState, Run};
 use nibble_kernels::{
-    cast::cast,
+    cast::{cast, cast_into},
     elementwise::add_assign,
     norm::{Clip, PIECE, Squares},
 };
 use nibble_runtime::{DType, Error, GradSink, ParamId, Result, Tag, Tensor};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::Arc,
 };
 
@@ -50,11 +50,21 @@ struct Paged {
 const AT_HAND: usize = 16;
 
 impl Paged {
-    fn parameter(&mut self, id: ParamId, grad: &Tensor) -> Result<()> {
+    fn parameters(&mut self, grads: impl IntoIterator<Item = (ParamId, Tensor)>) -> Result<()> {
+        let mut firsts = Vec::new();
+        for (id, grad) in grads {
+            self.parameter(id, &wide(grad)?, &mut firsts)?;
+        }
+        self.store(&mut firsts)
+    }
+
+    /// Takes one gradient; what is the first of its sum and belongs on the device is left in `firsts`.
+    fn parameter(&mut self, id: ParamId, grad: &Tensor, firsts: &mut Vec<(Run, Tensor)>) -> Result<()> {
         let (op, first) = ("gradients", !self.present.contains(&id));
         if !first {
-            // What is at hand may be of the same pieces, and the sums come after it.
+            // What is at hand may be of the same pieces, and the sums come after it; so do those of one id.
             self.put_squares()?;
+            self.store(firsts)?;
         }
         let entry = self.state.entry(id);
         let entry = entry.ok_or_else(|| Error::invalid(op, format!("parameter {} is not in the pages", id.0)))?;
@@ -73,7 +83,10 @@ impl Paged {
             let piece = entry.first_piece + run.start / PIECE;
             let part = flat.rows(run.start, run.count)?;
             let resident = pager.is_resident(run.page);
-            let sum = if first {
+            let sum = if first && resident {
+                firsts.push((run, part.clone()));
+                part
+            } else if first {
                 self.state.store_grad(run, &part)?;
                 part
             } else {
@@ -94,6 +107,23 @@ impl Paged {
             self.put_squares()?;
         }
         self.present.insert(id);
+        Ok(())
+    }
+
+    /// Stores gradients in pages of the device, those of several pages together: one by one they would take longer to begin
+    /// than to copy.
+    fn store(&self, firsts: &mut Vec<(Run, Tensor)>) -> Result<()> {
+        let (mut sums, mut held) = (Vec::with_capacity(firsts.len()), BTreeMap::new());
+        for (run, _) in firsts.iter() {
+            if let Entry::Vacant(place) = held.entry(run.page) {
+                place.insert(self.state.lease(run.page..run.page + 1)?);
+            }
+        }
+        for (run, _) in firsts.iter() {
+            sums.push(self.state.grad(&held[&run.page], *run)?);
+        }
+        cast_into(&firsts.iter().map(|(_, grad)| grad).collect::<Vec<_>>(), &mut sums)?;
+        firsts.clear();
         Ok(())
     }
 
@@ -228,9 +258,16 @@ fn wide(grad: Tensor) -> Result<Tensor> {
 }
 
 impl GradSink for Gradients {
+    fn parameters(&mut self, grads: Vec<(ParamId, Tensor)>) -> Result<()> {
+        match &mut self.sums {
+            Sums::Paged(paged) => paged.parameters(grads),
+            Sums::Whole(_) => grads.into_iter().try_for_each(|(id, grad)| self.parameter(id, grad)),
+        }
+    }
+
     fn parameter(&mut self, id: ParamId, grad: Tensor) -> Result<()> {
         let sums = match &mut self.sums {
-            Sums::Paged(paged) => return paged.parameter(id, &wide(grad)?),
+            Sums::Paged(paged) => return paged.parameters([(id, grad)]),
             Sums::Whole(sums) => sums,
         };
         if let Some(sum) = sums.get_mut(&id) {

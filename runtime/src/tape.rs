@@ -38,6 +38,10 @@ pub struct ParamId(pub usize);
 pub trait GradSink {
     /// Takes a gradient of parameter `id`; called once for each use of the parameter.
     fn parameter(&mut self, id: ParamId, grad: Tensor) -> Result<()>;
+    /// Takes the gradients that one function made, in their order.
+    fn parameters(&mut self, grads: Vec<(ParamId, Tensor)>) -> Result<()> {
+        grads.into_iter().try_for_each(|(id, grad)| self.parameter(id, grad))
+    }
     /// `into += grad`, for values that are used more than once.
     fn add(&mut self, into: Tensor, grad: Tensor) -> Result<Tensor>;
 }
@@ -130,15 +134,17 @@ impl<'a> Tape<'a> {
     pub fn backward(self, output: &Var, grad: Tensor, sink: &mut impl GradSink) -> Result<Vec<Option<Tensor>>> {
         let root = output.node.ok_or_else(|| Error::invalid("backward", "the output depends on nothing recorded"))?;
         let mut grads: Vec<Option<Tensor>> = vec![None; self.nodes.len()];
-        let mut of_inputs = Vec::new();
+        let (mut of_inputs, mut of_parameters) = (Vec::new(), Vec::new());
         grads[root] = Some(grad);
         for (index, node) in self.nodes.into_iter().enumerate().rev() {
             let grad = grads[index].take();
             match (node, grad) {
                 (Node::Input, grad) => of_inputs.push(grad),
                 (_, None) => {}
-                (Node::Parameter(id), Some(grad)) => sink.parameter(id, grad)?,
+                (Node::Parameter(id), Some(grad)) => of_parameters.push((id, grad)),
                 (Node::Function { inputs, backward }, Some(grad)) => {
+                    // None is held while the next function works.
+                    sink.parameters(std::mem::take(&mut of_parameters))?;
                     for (input, grad) in inputs.into_iter().zip(backward(grad)?) {
                         let (Some(input), Some(grad)) = (input, grad) else { continue };
                         grads[input] = Some(match grads[input].take() {
@@ -149,6 +155,7 @@ impl<'a> Tape<'a> {
                 }
             }
         }
+        sink.parameters(of_parameters)?;
         of_inputs.reverse();
         Ok(of_inputs)
     }
@@ -198,13 +205,18 @@ mod tests {
         }
     }
 
+    /// Gradients of parameters, and how many came together.
     #[derive(Default)]
-    struct Sum(Vec<(ParamId, Vec<f32>)>);
+    struct Sum(Vec<(ParamId, Vec<f32>)>, Vec<usize>);
 
     impl GradSink for Sum {
         fn parameter(&mut self, id: ParamId, grad: Tensor) -> Result<()> {
             self.0.push((id, grad.as_slice::<f32>()?.to_vec()));
             Ok(())
+        }
+        fn parameters(&mut self, grads: Vec<(ParamId, Tensor)>) -> Result<()> {
+            self.1.push(grads.len());
+            grads.into_iter().try_for_each(|(id, grad)| self.parameter(id, grad))
         }
         fn add(&mut self, into: Tensor, grad: Tensor) -> Result<Tensor> {
             Ok(zip(&into, &grad, |a, b| a + b))
@@ -225,6 +237,21 @@ mod tests {
         assert_eq!(grads[0].as_ref().unwrap().as_slice::<f32>().unwrap(), [40., 120.]);
         assert_eq!(sink.0, [(ParamId(5), vec![4., 9.])]);
         assert_eq!(count.get(), 2);
+    }
+
+    /// (v·w)·u: the last function's gradient goes to the sink before the next one is asked for its own.
+    #[test]
+    fn gradients_of_a_function_come_together() {
+        let count = Cell::new(0);
+        let mut tape = Tape::new();
+        let [v, w] = [0, 1].map(|id| tape.parameter(ParamId(id), &vector(&[2.])));
+        let vw = tape.apply(Product(&count), &[&v, &w]).unwrap();
+        let u = tape.parameter(ParamId(2), &vector(&[3.]));
+        let y = tape.apply(Product(&count), &[&vw, &u]).unwrap();
+        let mut sink = Sum::default();
+        tape.backward(&y, vector(&[1.]), &mut sink).unwrap();
+        assert_eq!(sink.0, [(ParamId(2), vec![4.]), (ParamId(1), vec![6.]), (ParamId(0), vec![6.])]);
+        assert_eq!(sink.1, [0, 1, 2]);
     }
 
     #[test]

@@ -57,21 +57,26 @@ pub(super) fn cast(x: &Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
 
 /// Tensors of one type in another, each in storage of its own.
 pub(super) fn cast_all(tensors: &[&Tensor], dtype: DType, tag: Tag) -> Result<Vec<Tensor>> {
-    let mut outs = Vec::with_capacity(tensors.len());
-    for tensors in tensors.chunks(MOST) {
-        let (gpu, type_) = (Gpu::of(tensors[0].device())?, code(tensors[0].dtype())?);
-        let (mut args, mut blocks) = (Args::new().u32(type_), 0);
-        for i in 0..MOST {
-            let Some(x) = tensors.get(i) else {
-                args = args.input_opt(None).output_opt(None).u32(0);
-                continue;
-            };
-            let mut out = Tensor::empty(x.shape(), dtype, x.device(), tag)?;
-            blocks += out.size_bytes().div_ceil(BLOCK);
-            args = args.input(x).output(&mut out).u32(size("cast", x.numel())?);
-            outs.push(out);
-        }
-        gpu.launch(&MODULE, &entry("cast_all", dtype)?, [size("cast", blocks)?, 1, 1], [256, 1, 1], 0, args)?;
-    }
+    let empty = |x: &&Tensor| Tensor::empty(x.shape(), dtype, x.device(), tag);
+    let mut outs = tensors.iter().map(empty).collect::<Result<Vec<_>>>()?;
+    cast_into(tensors, &mut outs)?;
     Ok(outs)
+}
+
+/// See [`super::cast_into`]; there is a tensor, and all fit.
+pub(super) fn cast_into(tensors: &[&Tensor], into: &mut [Tensor]) -> Result<()> {
+    let (name, type_) = (entry("cast_all", into[0].dtype())?, code(tensors[0].dtype())?);
+    let gpu = Gpu::of(into[0].device())?;
+    for (tensors, into) in tensors.chunks(MOST).zip(into.chunks_mut(MOST)) {
+        let (mut args, mut blocks) = (Args::new().u32(type_), 0);
+        for (x, out) in tensors.iter().zip(into.iter_mut()) {
+            blocks += out.size_bytes().div_ceil(BLOCK);
+            args = args.input(x).output(out).u32(size("cast", x.numel())?);
+        }
+        for _ in tensors.len()..MOST {
+            args = args.input_opt(None).output_opt(None).u32(0);
+        }
+        gpu.launch(&MODULE, &name, [size("cast", blocks)?, 1, 1], [256, 1, 1], 0, args)?;
+    }
+    Ok(())
 }

@@ -29,16 +29,23 @@ proptest! {
 fn gpu_casts_many_to_the_same_bits() {
     let Some(gpu) = gpu() else { return };
     let sizes = [5, 4096, 0, 12_345, 1, 8192, 100_000, 3, 4096, 4097, 0, 77, 16, 9000, 31, 50_001];
-    for (from, to) in [(DType::F32, DType::BF16), (DType::F32, DType::F16), (DType::BF16, DType::F32)] {
+    let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
+    for (from, to) in [(f32, bf16), (f32, f16), (bf16, f32), (f32, f32)] {
         let host: Vec<Tensor> = sizes.iter().zip(1..).map(|(&n, seed)| random_as(&[n + 1], from, seed)).collect();
         let moved = |x: &Tensor, first| x.to_device(gpu, Tag::Workspace).unwrap().rows(first, x.numel() - 1).unwrap();
         let on_gpu: Vec<Tensor> = host.iter().zip(0..).map(|(x, i)| moved(x, i % 2)).collect();
-        let found = into_dtypes(&on_gpu.iter().collect::<Vec<_>>(), to, Tag::Workspace).unwrap();
+        let all: Vec<&Tensor> = on_gpu.iter().collect();
+        let mut into: Vec<Tensor> =
+            host.iter().zip(1..).map(|(x, i)| moved(&x.cast(to, Tag::Workspace).unwrap(), i % 2)).collect();
+        cast_into(&all, &mut into).unwrap();
+        let found = into_dtypes(&all, to, Tag::Workspace).unwrap();
         assert_eq!(found.len(), sizes.len());
-        for (found, x) in found.iter().zip(&on_gpu) {
+        for ((found, into), x) in found.iter().zip(&into).zip(&on_gpu) {
             assert_eq!((found.dtype(), found.shape()), (to, x.shape()));
-            assert!(bits(found) == bits(&cast(x, to, Tag::Workspace).unwrap()));
+            let expected = bits(&cast(x, to, Tag::Workspace).unwrap());
+            assert!(bits(found) == expected && bits(into) == expected);
         }
+        assert!(cast_into(&all[1..], &mut into[..all.len() - 1]).is_err(), "sizes that do not fit");
     }
 }
 

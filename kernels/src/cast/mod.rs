@@ -4,7 +4,7 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 
-use nibble_runtime::{DType, Device, Result, Tag, Tensor};
+use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
 /// A copy of `x` in another float type, counted under `tag`.
 ///
@@ -20,6 +20,27 @@ pub fn cast(x: &Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
 /// `x` in `dtype`: itself if it has that type, a [`cast`] otherwise.
 pub fn into_dtype(x: Tensor, dtype: DType, tag: Tag) -> Result<Tensor> {
     if x.dtype() == dtype { Ok(x) } else { cast(&x, dtype, tag) }
+}
+
+/// Writes tensors of one type and device into others of one type, each as large as its own: on a GPU many in one launch.
+///
+/// # Errors
+/// Sizes, types or devices do not fit, a type is not a float, or something else refers to the storage of one of `into`.
+pub fn cast_into(tensors: &[&Tensor], into: &mut [Tensor]) -> Result<()> {
+    let op = "cast";
+    let (Some(from), Some(to)) = (tensors.first(), into.first()) else { return Ok(()) };
+    let alike = |x: &Tensor, first: &Tensor| (x.dtype(), x.device()) == (first.dtype(), first.device());
+    let fit = |(x, y): (&&Tensor, &Tensor)| alike(x, from) && alike(y, to) && x.numel() == y.numel();
+    if tensors.len() != into.len() || from.device() != to.device() || !tensors.iter().zip(into.iter()).all(fit) {
+        return Err(Error::shape(op, format!("{tensors:?} into {into:?}")));
+    }
+    match from.device() {
+        Device::Cpu => {
+            let mut pairs = tensors.iter().zip(into);
+            pairs.try_for_each(|(x, y)| y.copy_from(0, &into_dtype((*x).clone(), y.dtype(), Tag::Workspace)?))
+        }
+        Device::Cuda(_) => cuda::cast_into(tensors, into),
+    }
 }
 
 /// [`into_dtype`] of tensors on one device; on a GPU those of one type are converted together.
