@@ -30,6 +30,21 @@ template <int N, typename T> __device__ __forceinline__ void load(const T* p, fl
     for (int j = 0; j < N; j++) out[j] = wide(at[j]);
 }
 
+// The elements of a pack as f32.
+template <typename T> __device__ __forceinline__ void open(const Pack<T>& pack, float (&out)[RUN<T>]) {
+    const uint4 words = *reinterpret_cast<const uint4*>(&pack);
+    if constexpr (sizeof(T) == 2) {
+        const u32 at[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 two = both<T>(at[i]);
+            out[2 * i] = two.x, out[2 * i + 1] = two.y;
+        }
+    } else {
+        out[0] = pack.at[0], out[1] = pack.at[1], out[2] = pack.at[2], out[3] = pack.at[3];
+    }
+}
+
 // And back, rounded to nearest even. N is 1 or a multiple of RUN<T>.
 template <int N, typename T> __device__ __forceinline__ void store(T* p, const float (&values)[N]) {
     if constexpr (N == 1) {

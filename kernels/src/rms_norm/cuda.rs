@@ -13,9 +13,9 @@ pub(crate) static MODULE: Module = Module {
     name: "rms_norm",
     ptx: include_str!("../../ptx/rms_norm.ptx"),
     entries: &[
-        Entry { name: "rms_norm_forward", floats: true, params: &[8, 8, 4, 8, 8, 4, 4, 4] },
-        Entry { name: "rms_norm_apply", floats: true, params: &[8, 8, 4, 8, 8, 4, 4] },
-        Entry { name: "rms_norm_backward", floats: true, params: &[8, 8, 4, 8, 8, 8, 8, 4, 4] },
+        Entry { name: "rms_norm_forward", floats: true, params: &[8, 8, 4, 8, 8, 4, 4] },
+        Entry { name: "rms_norm_apply", floats: true, params: &[8, 8, 4, 8, 8, 4] },
+        Entry { name: "rms_norm_backward", floats: true, params: &[8, 8, 4, 8, 8, 8, 8, 4] },
         Entry { name: "rms_norm_weight_partial", floats: true, params: &[8, 8, 8, 8, 4, 4, 4] },
         Entry { name: "rms_norm_weight_sum", floats: false, params: &[8, 8, 4, 4] },
     ],
@@ -26,42 +26,40 @@ const GROUP: usize = 64;
 
 /// Sizes of a launch over the rows of `x`.
 struct Rows {
-    rows: u32,
     width: u32,
     grid: [u32; 3],
     block: [u32; 3],
 }
 
 impl Rows {
-    /// A thread for 16 elements of a row, and the blocks that the GPU holds at a time, which take rows in turn.
-    fn of(gpu: &Gpu, x: &Tensor) -> Result<Rows> {
+    /// A block for each row, and a thread for 16 of its elements.
+    fn of(x: &Tensor) -> Result<Rows> {
         let (rows, width) = x.dims2("rms_norm")?;
         // `MAX_THREADS` of the kernels.
         let most = 2048 / x.dtype().size();
         let threads = width.div_ceil(16).next_multiple_of(32).min(most) as u32;
         let (rows, width) = (size("rms_norm", rows)?, size("rms_norm", width)?);
-        let grid = rows.min(gpu.sm_count() * (2048 / threads).min(32));
-        Ok(Rows { rows, width, grid: [grid, 1, 1], block: [threads, 1, 1] })
+        Ok(Rows { width, grid: [rows, 1, 1], block: [threads, 1, 1] })
     }
 }
 
 pub(super) fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
     let gpu = Gpu::of(x.device())?;
-    let Rows { rows, width, grid, block } = Rows::of(gpu, x)?;
+    let Rows { width, grid, block } = Rows::of(x)?;
     let mut y = Tensor::empty(x.shape(), x.dtype(), x.device(), Tag::Workspace)?;
-    let mut rstd = Tensor::empty(&[rows as usize], DType::F32, x.device(), Tag::Activations)?;
+    let mut rstd = Tensor::empty(&[grid[0] as usize], DType::F32, x.device(), Tag::Activations)?;
     let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).output(&mut y).output(&mut rstd);
-    let args = args.u32(rows).u32(width).f32(eps);
+    let args = args.u32(width).f32(eps);
     gpu.launch(&MODULE, &entry("rms_norm_forward", x.dtype())?, grid, block, 0, args)?;
     Ok((y, rstd))
 }
 
 pub(super) fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
-    let Rows { rows, width, grid, block } = Rows::of(gpu, x)?;
+    let Rows { width, grid, block } = Rows::of(x)?;
     let mut y = Tensor::empty(x.shape(), x.dtype(), x.device(), Tag::Workspace)?;
     let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).output(&mut y);
-    let args = args.u32(rows).u32(width);
+    let args = args.u32(width);
     gpu.launch(&MODULE, &entry("rms_norm_apply", x.dtype())?, grid, block, 0, args)?;
     Ok(y)
 }
@@ -69,9 +67,9 @@ pub(super) fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Result<Tensor
 /// `last`: the gradient, and where the norm's output goes again, if it is to go anywhere.
 fn backward([x, weight, rstd]: [&Tensor; 3], dx: &mut Tensor, last: impl FnOnce(Args) -> Args) -> Result<()> {
     let gpu = Gpu::of(x.device())?;
-    let Rows { rows, width, grid, block } = Rows::of(gpu, x)?;
-    let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).output(dx);
-    let args = last(args).u32(rows).u32(width);
+    let Rows { width, grid, block } = Rows::of(x)?;
+    let args = Args::new().input(x).input(weight).u32(code(weight.dtype())?).input(rstd).in_place(dx);
+    let args = last(args).u32(width);
     gpu.launch(&MODULE, &entry("rms_norm_backward", x.dtype())?, grid, block, 0, args)
 }
 

@@ -177,6 +177,11 @@ impl Args {
         self.touches(tensor).pointer(tensor.device_pointer_mut())
     }
 
+    /// A tensor to read and write; nothing else may refer to its storage.
+    pub fn in_place(self, tensor: &mut Tensor) -> Self {
+        self.touches(tensor).output(tensor)
+    }
+
     /// A tensor to write, or a null pointer.
     pub fn output_opt(self, tensor: Option<&mut Tensor>) -> Self {
         match tensor {
