@@ -14,7 +14,7 @@ proptest! {
     #[test]
     fn gpu_matches_the_cpu(
         tokens in 0usize..70, heads in 1usize..10, half in prop_oneof![1usize..40, Just(32), Just(48), Just(64)],
-        first in 0usize..2, dtype in 0usize..3, back: bool, shared: bool, seed: u64,
+        others in 0usize..6, first in 0usize..2, dtype in 0usize..3, back: bool, shared: bool, seed: u64,
     ) {
         let Some(gpu) = gpu() else { return Ok(()) };
         let (dtype, shape) = (FLOATS[dtype], [first + tokens, heads * 2 * half]);
@@ -32,6 +32,14 @@ proptest! {
         if let Some(seen) = seen {
             same(&seen, &host, 0.0);
         }
+        // With another of the same tokens: the same bits.
+        let make = |heads: usize| {
+            let x = random_as(&[first + tokens, heads * 2 * half], dtype, seed);
+            x.to_device(gpu, Tag::Workspace).unwrap().rows(first, tokens).unwrap()
+        };
+        let both = apply_both([make(heads), make(others)], &positions, &on_gpu, direction).unwrap();
+        same(&both[0], &found, 0.0);
+        same(&both[1], &apply(make(others), &positions, &on_gpu, direction).unwrap(), 0.0);
     }
 }
 

@@ -172,12 +172,7 @@ impl Turn<'_> {
 /// wait for the device: there whoever makes positions and table makes them fit, and the kernel takes a position outside
 /// for the nearest in the table.
 pub fn apply(x: Tensor, positions: &Tensor, table: &RotaryTable, direction: Direction) -> Result<Tensor> {
-    let (tokens, width) = x.dims2("rotary")?;
-    let half = table.cos.shape()[1];
-    if half == 0 || !width.is_multiple_of(2 * half) || positions.shape() != [tokens] {
-        let what = format!("input {:?}, positions {:?}, head dimension {}", x.shape(), positions.shape(), 2 * half);
-        return Err(Error::shape("rotary", what));
-    }
+    let (width, half) = check(&x, positions, table)?;
     match x.device() {
         Device::Cpu => {
             let positions = positions.as_slice::<i32>()?;
@@ -205,8 +200,40 @@ pub fn apply(x: Tensor, positions: &Tensor, table: &RotaryTable, direction: Dire
             });
             out.into_dtype(dtype, Tag::Activations)
         }
-        Device::Cuda(_) => cuda::apply(x, positions, table, direction),
+        Device::Cuda(_) => {
+            let [x] = cuda::apply([x], positions, table, direction)?;
+            Ok(x)
+        }
     }
+}
+
+/// [`apply`] to q and k of the same tokens: on a GPU in one launch.
+///
+/// # Errors
+/// As there, and on a GPU if they differ in type.
+pub fn apply_both(
+    qk: [Tensor; 2],
+    positions: &Tensor,
+    table: &RotaryTable,
+    direction: Direction,
+) -> Result<[Tensor; 2]> {
+    qk.iter().try_for_each(|x| check(x, positions, table).map(drop))?;
+    if qk[0].device() != Device::Cpu {
+        return cuda::apply(qk, positions, table, direction);
+    }
+    let [q, k] = qk;
+    Ok([apply(q, positions, table, direction)?, apply(k, positions, table, direction)?])
+}
+
+/// The width of `x`, and the half of a head, if all fits.
+fn check(x: &Tensor, positions: &Tensor, table: &RotaryTable) -> Result<(usize, usize)> {
+    let (tokens, width) = x.dims2("rotary")?;
+    let half = table.cos.shape()[1];
+    if half == 0 || !width.is_multiple_of(2 * half) || positions.shape() != [tokens] {
+        let what = format!("input {:?}, positions {:?}, head dimension {}", x.shape(), positions.shape(), 2 * half);
+        return Err(Error::shape("rotary", what));
+    }
+    Ok((width, half))
 }
 
 #[cfg(test)]

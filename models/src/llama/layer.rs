@@ -109,14 +109,13 @@ impl Layer {
     /// The first line: all up to `h`.
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>, t: &mut LowRank) -> Result<Attended> {
         let [t_q, t_k, t_v, t_o, ..] = t;
-        let turn = |x: Tensor| rotary::apply(x, &pass.positions, &pass.rope, Direction::Forward);
         let (n1, rstd) = rms_norm::forward(x, &self.input_norm.value, self.eps)?;
         low_ranks(&n1, pass, &mut [(&self.q, &mut *t_q), (&self.k, &mut *t_k), (&self.v, &mut *t_v)])?;
         let q = product(&self.q, &n1, pass, None, t_q)?;
         let k = product(&self.k, &n1, pass, None, t_k)?;
         let v = product(&self.v, &n1, pass, None, t_v)?;
         drop(n1);
-        let (q, k) = (turn(q)?, turn(k)?);
+        let [q, k] = rotary::apply_both([q, k], &pass.positions, &pass.rope, Direction::Forward)?;
         let (o, lse) = match cache {
             None => attention::forward(&q, &k, &v, pass.heads, &pass.layout)?,
             Some(cache) => {
