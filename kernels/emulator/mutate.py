@@ -15,6 +15,7 @@ GEMM, HOPPER, RESULTS = 'linear/gemm_hopper_sm90a.cu', 'linear/hopper.cuh', 'lin
 NARROW, QUANT = 'linear/narrow_hopper_sm90a.cu', 'linear/gemm.cuh'
 RING = 'decoding/product_hopper.cuh'
 CODES = 'linear/codes_hopper_sm90a.cu'
+ENTROPY = 'cross_entropy/cross_entropy_hopper_sm90a.cu'
 FORWARD, BACKWARD = 'attention/hopper_forward.cuh', 'attention/hopper_backward.cuh'
 
 # Name, test, file, what stands there, what stands there instead. An empty text changes nothing, and must pass.
@@ -58,6 +59,12 @@ MUTATIONS = [
     ('a slab is written while it is read', 'gemm', RESULTS, '__syncwarp(); // the last slab has been read', ''),
     ('a slab is read before it is written', 'gemm', RESULTS,
      '            __syncwarp();\n#pragma unroll\n            for (int half', '#pragma unroll\n            for (int half'),
+    ('logits are read before they are there', 'cross_entropy', ENTROPY, 'barrier_wait(shared + FULL, 0);', ''),
+    ('what blocks send is not waited for', 'cross_entropy', ENTROPY, 'wait_sent(shared + SENT, 0);', ''),
+    ('sums of parts are of different largest logits', 'cross_entropy', ENTROPY, ' * exp_fast(received[i].x - row_top)', ''),
+    ('logits of other parts come never before the label', 'cross_entropy', ENTROPY, 'fmaxf(row_earlier, received[i].z)', 'earlier'),
+    ("the label's gradient is as the others'", 'cross_entropy', ENTROPY, 'row_top) - scale);', 'row_top));'),
+    ("the label's gradient is that of another part, too", 'cross_entropy', ENTROPY, 'if (at < count && at', 'if (at'),
     ('sums begin as they are', 'narrow', NARROW, 'sums[g][i] = 0.0f', ''),
     ('slices overlap', 'narrow', NARROW, 'begin + sizes.slice,', 'begin + sizes.slice + 1,'),
     ('a copy is not waited for', 'quant', QUANT, 'wait_copies(r0 ? 0 : stages - 1);', ''),

@@ -24,6 +24,7 @@ pub static MODULES: &[&Module] = &[
     &crate::linear::CODES_HOPPER,
     &nibble_runtime::cuda::COPY,
     &crate::cross_entropy::cuda::MODULE,
+    &crate::cross_entropy::cuda::HOPPER,
     &crate::linear::DECODE,
     &crate::decoding::ATTENTION,
     &crate::decoding::LINEAR,

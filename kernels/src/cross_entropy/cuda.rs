@@ -3,7 +3,7 @@
 use super::{Output, Wanted};
 use crate::{
     cast::cast,
-    cuda::{entry, size},
+    cuda::{entry, hopper, size},
     elementwise::add_assign,
     embedding::cuda::{gather, upload},
     linear::weight_grad,
@@ -18,12 +18,26 @@ pub(crate) static MODULE: Module = Module {
     name: "cross_entropy",
     ptx: include_str!("../../ptx/cross_entropy.ptx"),
     entries: &[
-        Entry { name: "cross_entropy_rows", floats: true, params: &[8, 8, 8, 8, 4, 8, 8, 4, 4] },
+        Entry { name: "cross_entropy_rows", floats: true, params: ROWS },
         Entry { name: "cross_entropy_scatter", floats: true, params: &[8, 8, 8, 4] },
     ],
 };
 
+/// Where a cluster of blocks takes a row (Hopper).
+pub(crate) static HOPPER: Module = Module {
+    name: "cross_entropy_hopper_sm90a",
+    ptx: include_str!("../../ptx/cross_entropy_hopper_sm90a.ptx"),
+    entries: &[Entry { name: "cross_entropy_cluster", floats: true, params: ROWS }],
+};
+
+const ROWS: &[usize] = &[8, 8, 8, 8, 4, 8, 8, 4, 4];
 const OP: &str = "cross-entropy";
+
+/// Blocks of a cluster and their threads, as in the kernel.
+const CLUSTER: u32 = 8;
+const THREADS: u32 = 512;
+/// Rows from this many logits on are a cluster's: of shorter ones the second-level cache holds all that blocks work on.
+const LONG: usize = 64 << 10;
 
 /// Logits held at a time, in f32 and as a gradient: 256 rows of 128 Ki tokens, so that a chunk's products cost several
 /// times what reading the head once more does.
@@ -125,11 +139,25 @@ pub(super) fn loss(
     let args = Args::new().output(&mut logits).input(&chunk.labels).input(&chunk.rows).output_opt(grad.as_mut());
     let args = args.u32(wanted.is_some().into()).output(&mut output.nll).output(&mut output.correct);
     let args = args.u32(size(OP, vocab)?).f32(scale);
-    // Sixteen logits a thread and turn.
-    let threads = size(OP, vocab.div_ceil(16).next_multiple_of(32).min(1024))?;
-    let name = entry("cross_entropy_rows", wanted.unwrap_or(DType::F32))?;
-    Gpu::of(logits.device())?.launch(&MODULE, &name, [size(OP, rows)?, 1, 1], [threads, 1, 1], 0, args)?;
+    let (gpu, dtype) = (Gpu::of(logits.device())?, wanted.unwrap_or(DType::F32));
+    let shared = cluster_shared(vocab);
+    // Addresses of 16 bytes: of whole tensors, and rows of a multiple of 8.
+    if hopper(gpu.chip()) && vocab >= LONG && vocab.is_multiple_of(8) && shared <= gpu.shared_per_block() {
+        let (name, grid) = (entry("cross_entropy_cluster", dtype)?, size(OP, rows * CLUSTER as usize)?);
+        gpu.launch(&HOPPER, &name, [grid, 1, 1], [THREADS, 1, 1], shared, args.cluster(CLUSTER))?;
+    } else {
+        // Sixteen logits a thread and turn.
+        let threads = size(OP, vocab.div_ceil(16).next_multiple_of(32).min(1024))?;
+        let name = entry("cross_entropy_rows", dtype)?;
+        gpu.launch(&MODULE, &name, [size(OP, rows)?, 1, 1], [threads, 1, 1], 0, args)?;
+    }
     Ok(wanted.map(|_| grad.unwrap_or(logits)))
+}
+
+/// Shared memory of a block of a cluster: what the blocks send one another, barriers, and its part of the logits.
+fn cluster_shared(vocab: usize) -> usize {
+    let blocks = CLUSTER as usize;
+    blocks * 16 + 2 * 8 + vocab.div_ceil(8 * blocks) * 8 * size_of::<f32>()
 }
 
 /// Writes row i of `from` into row `rows[i]` of `into`, which has the same type.

@@ -111,11 +111,12 @@ proptest! {
     }
 }
 
-/// A vocabulary as wide as Llama 3's, and one token more (no alignment).
+/// A vocabulary as wide as Llama 3's, and one token more (no alignment); the first that a cluster takes, and one whose last
+/// part is short; more than clusters hold.
 #[test]
 fn gpu_rows_of_large_vocabularies() {
     let Some(gpu) = gpu() else { return };
-    for vocab in [128_256, 128_257] {
+    for vocab in [128_256, 128_257, 65_536, 151_944, 500_000] {
         for wanted in [None, Some(DType::F32), Some(DType::BF16)] {
             check_rows(gpu, 5, vocab, wanted, 0.5, 11);
         }
