@@ -46,13 +46,14 @@ FOR_FLOATS(CAST)
 #define CAST_ALL(NAME, TYPE) \
     extern "C" __global__ __launch_bounds__(THREADS) void cast_all_##NAME( \
         u32 type, ARRAY(0), ARRAY(1), ARRAY(2), ARRAY(3), ARRAY(4), ARRAY(5), ARRAY(6), ARRAY(7), ARRAY(8), ARRAY(9), \
-        ARRAY(10), ARRAY(11), ARRAY(12), ARRAY(13)) { \
+        ARRAY(10), ARRAY(11), ARRAY(12), ARRAY(13), ARRAY(14), ARRAY(15), ARRAY(16), ARRAY(17), ARRAY(18), ARRAY(19)) { \
         typedef TYPE T; \
         const void* x = nullptr; \
         T* out = nullptr; \
         u32 n = 0, block = blockIdx.x; \
         bool found = false; \
         LOOK(0) LOOK(1) LOOK(2) LOOK(3) LOOK(4) LOOK(5) LOOK(6) LOOK(7) LOOK(8) LOOK(9) LOOK(10) LOOK(11) LOOK(12) LOOK(13) \
+        LOOK(14) LOOK(15) LOOK(16) LOOK(17) LOOK(18) LOOK(19) \
         if (found) cast(x, type, out, n, block); \
     }
 FOR_FLOATS(CAST_ALL)

@@ -15,8 +15,8 @@ pub(crate) static MODULE: Module = Module {
     ],
 };
 
-/// Most arrays of `cast_all`: A and B of a layer's seven linears.
-const MOST: usize = 14;
+/// Most arrays of `cast_all`: A and B of a layer's seven linears, or their gradients, some of which lie in two pages.
+const MOST: usize = 20;
 /// The type, then two pointers and the elements of each array.
 const ARRAYS: [usize; 1 + 3 * MOST] = {
     let mut params = [8; 1 + 3 * MOST];

@@ -28,7 +28,8 @@ proptest! {
 #[test]
 fn gpu_casts_many_to_the_same_bits() {
     let Some(gpu) = gpu() else { return };
-    let sizes = [5, 4096, 0, 12_345, 1, 8192, 100_000, 3, 4096, 4097, 0, 77, 16, 9000, 31, 50_001];
+    let sizes =
+        [5, 4096, 0, 12_345, 1, 8192, 100_000, 3, 4096, 4097, 0, 77, 16, 9000, 31, 50_001, 2, 64, 8191, 1, 300, 12];
     let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
     for (from, to) in [(f32, bf16), (f32, f16), (bf16, f32), (f32, f32)] {
         let host: Vec<Tensor> = sizes.iter().zip(1..).map(|(&n, seed)| random_as(&[n + 1], from, seed)).collect();
