@@ -14,18 +14,22 @@ constexpr u32 CLUSTER = 8;
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float LOG2_E = 1.44269504088896f;
 
+// Pieces of a part, of which the first is looked at while the others come.
+constexpr u32 PIECES = 4;
+
 // Where things lie in shared memory: what the blocks send, 16 bytes each, barriers, and the logits.
-constexpr u32 RECEIVED = 0, FULL = RECEIVED + CLUSTER * 16, SENT = FULL + 8, LOGITS = SENT + 8;
+constexpr u32 RECEIVED = 0, FULL = RECEIVED + CLUSTER * 16, SENT = FULL + 8 * PIECES, LOGITS = SENT + 16;
 
 extern __shared__ __align__(1024) u8 dynamic_shared[];
 
 // e^x for x ≤ 0.
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 
-// Calls `use` with each four logits of this thread, of `count` in shared memory, and with the column of the first.
-template <typename F> __device__ __forceinline__ void each_four(u32 count, const F& use) {
+// Calls `use` with each four logits of this thread, of those from `begin`, a multiple of THREADS · 4, to `end` in shared memory,
+// and with the column of the first.
+template <typename F> __device__ __forceinline__ void each_four(u32 begin, u32 end, const F& use) {
 #pragma unroll 4
-    for (u32 at = threadIdx.x * 4; at < count; at += THREADS * 4)
+    for (u32 at = begin + threadIdx.x * 4; at < end; at += THREADS * 4)
         use(reinterpret_cast<float4*>(dynamic_shared + LOGITS)[at / 4], at);
 }
 
@@ -38,26 +42,35 @@ template <typename T>
 __device__ __forceinline__ void cross_entropy(
     float* logits, const int* labels, const int* rows, T* grad, u32 want_grad, float* nll, u8* correct, u32 vocab,
     float scale) {
-    const u32 row = blockIdx.x / CLUSTER, rank = cluster_rank(), shared = shared_address(dynamic_shared);
+    // The last row first: the product has just written it, and it is in the second-level cache still.
+    const u32 row = (gridDim.x - 1 - blockIdx.x) / CLUSTER, rank = cluster_rank(), shared = shared_address(dynamic_shared);
     // This block's columns: multiples of 8, so that all addresses are of 16 bytes.
     const u32 part = (vocab + 8 * CLUSTER - 1) / (8 * CLUSTER) * 8, begin = min(rank * part, vocab);
     const u32 count = min(part, vocab - begin);
+    const u32 piece = (part + THREADS * 4 * PIECES - 1) / (THREADS * 4 * PIECES) * THREADS * 4;
     logits += (u64)row * vocab;
     if (threadIdx.x == 0) {
-        barrier_init(shared + FULL, 1);
+        for (u32 i = 0; i < PIECES; i++) barrier_init(shared + FULL + 8 * i, 1);
         barrier_init(shared + SENT, 1);
         barriers_ready();
         barrier_expect(shared + SENT, CLUSTER * 16);
-        barrier_expect(shared + FULL, count * 4);
-        if (count > 0) copy_bulk(shared + LOGITS, logits + begin, count * 4, shared + FULL);
+        for (u32 i = 0; i < PIECES; i++) {
+            const u32 first = min(i * piece, count), bytes = (min(first + piece, count) - first) * 4;
+            barrier_expect(shared + FULL + 8 * i, bytes);
+            if (bytes > 0) copy_bulk(shared + LOGITS + first * 4, logits + begin + first, bytes, shared + FULL + 8 * i);
+        }
     }
     const u32 label = labels[row];
     const float own = logits[label];
     cluster_sync(); // all barriers are made
-    barrier_wait(shared + FULL, 0);
 
     float top = LOWEST;
-    each_four(count, [&](const float4& x, u32) { top = fmaxf(fmaxf(top, fmaxf(x.x, x.y)), fmaxf(x.z, x.w)); });
+    for (u32 i = 0; i < PIECES; i++) {
+        barrier_wait(shared + FULL + 8 * i, 0);
+        each_four(i * piece, min((i + 1) * piece, count), [&](const float4& x, u32) {
+            top = fmaxf(fmaxf(top, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+        });
+    }
     top = block_max(top);
     // Whether a logit before the label is as large, which only matters where the label's is the largest.
     float earlier = 0.0f;
@@ -68,9 +81,10 @@ __device__ __forceinline__ void cross_entropy(
         earlier = block_max(earlier);
     }
     float sum = 0.0f;
-    each_four(count, [&](float4& x, u32) {
-        x = make_float4(exp_fast(x.x - top), exp_fast(x.y - top), exp_fast(x.z - top), exp_fast(x.w - top));
-        sum += x.x, sum += x.y, sum += x.z, sum += x.w;
+    each_four(0, count, [&](float4& x, u32) {
+        const float4 e = make_float4(exp_fast(x.x - top), exp_fast(x.y - top), exp_fast(x.z - top), exp_fast(x.w - top));
+        sum += e.x, sum += e.y, sum += e.z, sum += e.w;
+        x = e;
     });
     sum = block_sum(sum);
 
@@ -97,7 +111,7 @@ __device__ __forceinline__ void cross_entropy(
     if constexpr (sizeof(T) == 4) to = logits + begin;
     else to = grad + (u64)row * vocab + begin;
     const float softmax = scale / row_sum, factor = softmax * exp_fast(top - row_top);
-    each_four(count, [&](const float4& x, u32 at) {
+    each_four(0, count, [&](const float4& x, u32 at) {
         store_four(to + at, make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor));
     });
     // By the thread that has just stored it without its share of `scale`.

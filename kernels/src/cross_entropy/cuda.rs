@@ -157,7 +157,7 @@ pub(super) fn loss(
 /// Shared memory of a block of a cluster: what the blocks send one another, barriers, and its part of the logits.
 fn cluster_shared(vocab: usize) -> usize {
     let blocks = CLUSTER as usize;
-    blocks * 16 + 2 * 8 + vocab.div_ceil(8 * blocks) * 8 * size_of::<f32>()
+    blocks * 16 + 6 * 8 + vocab.div_ceil(8 * blocks) * 8 * size_of::<f32>()
 }
 
 /// Writes row i of `from` into row `rows[i]` of `into`, which has the same type.
