@@ -183,7 +183,7 @@ fn update(
     // Those of two precisions may lie in pages that alternate.
     let mut runs: Vec<(ParamId, Run)> = pages.flat_map(|page| state.page(page)).copied().collect();
     runs.sort_by_key(|(id, _)| *id);
-    let moments = runs.iter().map(|(id, run)| state.moments(held, *id, *run)).collect::<Result<Vec<Moments>>>();
+    let moments = runs.iter().map(|(_, run)| state.moments(held, *run)).collect::<Result<Vec<Moments>>>();
     let mut moments = moments?;
     let mut borrowed = moments.iter_mut().map(Moments::borrow);
     let mut jobs = Vec::new();

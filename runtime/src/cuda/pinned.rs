@@ -285,27 +285,44 @@ impl PageStore for PinnedPages {
         self.transfers.hold(self.lanes[lane].stream, ticket)
     }
 
-    fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
+    fn stage(&mut self, pages: Range<usize>, used: usize, lane: usize) -> Result<u64> {
         let stream = self.lanes[lane].stream;
         let base = self.lanes[lane].block.as_ref().map(Block::address);
         let base = base.ok_or_else(|| Error::invalid("pager", format!("lane {lane} is closed")))?;
         for run in self.runs(pages.clone()) {
             let to = base + ((run.start - pages.start) * self.page_bytes) as u64;
             let from = self.home(run.start)?;
+            let last = if run.end == pages.end { used } else { self.page_bytes };
+            let bytes = (run.len() - 1) * self.page_bytes + last;
             // SAFETY: the run lies in one slab, the lane has room for the chunk (`open_lanes`, checked by the table), and
             // the pages are in use by the lane alone.
-            unsafe { self.transfers.copy(stream, to, from, run.len() * self.page_bytes)? };
+            unsafe { self.transfers.copy(stream, to, from, bytes)? };
         }
         Ok(base)
     }
 
-    fn unstage(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<Ticket> {
+    fn unstage(&mut self, pages: Range<usize>, clean: usize, used: usize, lane: usize) -> Result<Ticket> {
         let stream = self.lanes[lane].stream;
         let base = self.lanes[lane].block.as_ref().map(Block::address);
         let base = base.ok_or_else(|| Error::invalid("pager", format!("lane {lane} is closed")))?;
         for run in self.runs(pages.clone()) {
             let from = base + ((run.start - pages.start) * self.page_bytes + clean) as u64;
             let to = self.home(run.start)? + clean as u64;
+            let last = if run.end == pages.end { used } else { self.page_bytes };
+            // What is copied of a page follows that of the page before it, or is as much of every page, or of the last less.
+            let rows = match last == self.page_bytes {
+                _ if clean == 0 => 0,
+                true => run.len(),
+                false => run.len() - 1,
+            };
+            if rows < run.len() {
+                let (skip, bytes) = (rows * self.page_bytes, (run.len() - 1 - rows) * self.page_bytes + last - clean);
+                // SAFETY: the bytes lie within the run's pages on both sides, as below.
+                unsafe { self.transfers.copy(stream, to + skip as u64, from + skip as u64, bytes)? };
+            }
+            if rows == 0 {
+                continue;
+            }
             let at = |address: u64| std::ptr::with_exposed_provenance_mut(address as usize);
             let copy = sys::CUDA_MEMCPY2D {
                 srcXInBytes: 0,
@@ -323,7 +340,7 @@ impl PageStore for PinnedPages {
                 dstArray: std::ptr::null_mut(),
                 dstPitch: self.page_bytes,
                 WidthInBytes: self.page_bytes - clean,
-                Height: run.len(),
+                Height: rows,
             };
             self.gpu().bind()?;
             // SAFETY: rows of `page_bytes - clean` bytes, `page_bytes` apart from `clean` on, lie within the run's pages on

@@ -176,8 +176,20 @@ impl Pager {
     /// # Errors
     /// It is leased already, or the device is lost.
     pub fn lease(&self, page: usize) -> Result<Arc<Lease>> {
-        let address = self.lock().pin(page)?;
-        Ok(Arc::new(Lease::new(self.clone(), page..page + 1, address, self.device)))
+        let (address, bytes) = self.lock().pin(page)?;
+        Ok(Arc::new(Lease::new(self.clone(), page..page + 1, address, bytes, self.device)))
+    }
+
+    /// Lets only the first `bytes` bytes of a page hold anything from now on: the others are lost, cannot be used and are not
+    /// streamed.
+    ///
+    /// # Errors
+    /// A page has fewer, it is leased, or the device is lost.
+    pub fn fill(&self, page: usize, bytes: usize) -> Result<()> {
+        if bytes > self.page_bytes {
+            return Err(Error::invalid("pager", format!("{bytes} bytes of a page of {}", self.page_bytes)));
+        }
+        self.lock().fill(page, bytes)
     }
 
     /// Copies a tensor's bytes into a page that nobody leases, at `offset`. On a GPU the host does not wait, and where
@@ -209,9 +221,10 @@ impl Pager {
     }
 
     fn check(&self, page: usize, offset: usize, bytes: usize) -> Result<()> {
-        if page >= self.pages || offset.checked_add(bytes).is_none_or(|end| end > self.page_bytes) {
-            let what = format!("bytes {offset}..+{bytes} of page {page}; there are {} pages", self.pages);
-            return Err(Error::invalid("pager", format!("{what} of {} bytes", self.page_bytes)));
+        let filled = self.lock().filled(page);
+        if page >= self.pages || offset.checked_add(bytes).is_none_or(|end| end > filled) {
+            let what = format!("bytes {offset}..+{bytes} of page {page}, which has {filled}; there are {} pages", self.pages);
+            return Err(Error::invalid("pager", what));
         }
         Ok(())
     }
@@ -250,8 +263,8 @@ impl Pager {
     /// # Errors
     /// There is no such lane, its pages are in use, a page is resident or leased, or the device is lost.
     pub fn stage(&self, pages: Range<usize>, lane: usize) -> Result<Staged> {
-        let address = self.lock().stage(pages.clone(), lane)?;
-        let lease = Arc::new(Lease::new(self.clone(), pages.clone(), address, self.device));
+        let (address, bytes) = self.lock().stage(pages.clone(), lane)?;
+        let lease = Arc::new(Lease::new(self.clone(), pages.clone(), address, bytes, self.device));
         Ok(Staged { pages, lane, address, page_bytes: self.page_bytes, device: self.device, lease })
     }
 

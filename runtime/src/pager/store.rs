@@ -119,15 +119,15 @@ pub trait PageStore: Send {
         Ok(())
     }
 
-    /// Copies pages from host memory to a lane's memory, behind what the lane has been given; returns the address there.
-    /// There may be none to copy.
-    fn stage(&mut self, _pages: Range<usize>, _lane: usize) -> Result<u64> {
+    /// Copies pages, and of the last only `used` bytes, from host memory to a lane's memory, behind what the lane has been
+    /// given; returns the address there. There may be none to copy.
+    fn stage(&mut self, _pages: Range<usize>, _used: usize, _lane: usize) -> Result<u64> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 
-    /// Copies the bytes from `clean` on of each staged page back, in the order of the lane. There may be none to copy: then
-    /// the ticket is that of what the lane has been given.
-    fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _lane: usize) -> Result<Ticket> {
+    /// Copies the bytes from `clean` on of each staged page back, those of the last up to `used`, in the order of the lane.
+    /// There may be none to copy: then the ticket is that of what the lane has been given.
+    fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _used: usize, _lane: usize) -> Result<Ticket> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 

@@ -76,6 +76,10 @@ pub struct Counters {
     pub refused: u64,
     /// The most pages in device memory at once.
     pub resident_peak: u64,
+    /// Bytes copied to device memory: of pages brought and streamed.
+    pub inward: u64,
+    /// Bytes copied to host memory.
+    pub outward: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -86,6 +90,8 @@ struct Page {
     staged: bool,
     /// The transfer that brought it where it is, until it has been joined.
     moving: Option<Ticket>,
+    /// Bytes at its start that hold anything.
+    filled: usize,
     /// When it was last used, counted in uses of pages.
     used: u64,
 }
@@ -128,7 +134,7 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(store: Box<dyn PageStore>, policy: Policy) -> Self {
-        let pages = vec![Page::default(); store.pages()];
+        let pages = vec![Page { filled: store.page_bytes(), ..Page::default() }; store.pages()];
         let policy = if policy == Policy::Lru && !store.frees_evicted() { Policy::InPlace } else { policy };
         Table {
             store,
@@ -221,6 +227,7 @@ impl Table {
                 self.pages[page].moving = Some(ticket);
                 self.resident -= 1;
                 self.counters.evicted += 1;
+                self.counters.outward += self.store.page_bytes() as u64;
                 self.note(page..page + 1, What::Evict);
                 Ok(true)
             }
@@ -238,6 +245,7 @@ impl Table {
                 self.pages[page].moving = Some(ticket);
                 self.resident += 1;
                 self.counters.brought += 1;
+                self.counters.inward += self.store.page_bytes() as u64;
                 self.note(page..page + 1, What::Bring);
                 self.count_peak();
                 Ok(true)
@@ -349,8 +357,8 @@ impl Table {
         }
     }
 
-    /// See [`super::Pager::lease`]; returns the page's address.
-    pub(super) fn pin(&mut self, page: usize) -> Result<u64> {
+    /// See [`super::Pager::lease`]; returns the page's address, and its bytes.
+    pub(super) fn pin(&mut self, page: usize) -> Result<(u64, usize)> {
         self.free_to_use(page..page + 1)?;
         if self.policy == Policy::Lru && !self.pages[page].resident && self.allowed > 0 {
             if self.resident >= self.allowed {
@@ -374,7 +382,7 @@ impl Table {
         let resident = entry.resident;
         *(if resident { &mut self.counters.hits } else { &mut self.counters.in_place }) += 1;
         self.note(page..page + 1, if resident { What::Resident } else { What::InPlace });
-        Ok(address)
+        Ok((address, self.pages[page].filled))
     }
 
     pub(super) fn unpin(&mut self, pages: Range<usize>) {
@@ -384,6 +392,19 @@ impl Table {
         self.pages[pages].iter_mut().for_each(|page| page.pinned = false);
         // A budget that was lowered meanwhile. A lost device is found by the next call.
         let _ = self.shrink(self.room());
+    }
+
+    /// See [`super::Pager::fill`].
+    pub(super) fn fill(&mut self, page: usize, bytes: usize) -> Result<()> {
+        self.free_to_use(page..page + 1)?;
+        self.put_back_page(page)?;
+        self.pages[page].filled = bytes;
+        Ok(())
+    }
+
+    /// Bytes of a page that hold anything.
+    pub(super) fn filled(&self, page: usize) -> usize {
+        self.pages.get(page).map_or(0, |page| page.filled)
     }
 
     /// See [`super::Pager::store`].

@@ -91,7 +91,7 @@ impl Table {
     /// See [`crate::pager::Pager::join_lanes`].
     pub(in crate::pager) fn join_lanes(&mut self) -> Result<()> {
         for lane in 0..self.lanes.map_or(0, |(lanes, _)| lanes) {
-            let ticket = self.store.unstage(0..0, 0, lane)?;
+            let ticket = self.store.unstage(0..0, 0, 0, lane)?;
             self.store.join(ticket)?;
         }
         self.keeping.clear();
@@ -110,8 +110,8 @@ impl Table {
         Ok(leaving)
     }
 
-    /// See [`crate::pager::Pager::stage`]; returns the address of the first page.
-    pub(in crate::pager) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
+    /// See [`crate::pager::Pager::stage`]; returns the address of the first page, and their bytes.
+    pub(in crate::pager) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<(u64, usize)> {
         self.free_to_use(pages.clone())?;
         let fits = self.lanes.is_some_and(|(lanes, most)| lane < lanes && pages.len() <= most);
         let busy = fits && self.chunks[lane].is_some() && self.held(lane).is_none();
@@ -130,16 +130,17 @@ impl Table {
                 self.pages[page].moving = None;
             }
         }
-        let missing = if held { pages.start..pages.start } else { pages.clone() };
-        let address = self.store.stage(missing, lane)?;
+        let (missing, filled) = if held { (0..0, 0) } else { (pages.clone(), self.last_filled(&pages)) };
+        let address = self.store.stage(missing, filled, lane)?;
         if !held {
+            self.counters.inward += self.chunk_bytes(&pages, 0) as u64;
             let clean = self.store.page_bytes();
             self.chunks[lane] = Some(Chunk { pages: pages.clone(), address, clean });
         }
         self.pages[pages.clone()].iter_mut().for_each(|page| (page.pinned, page.staged) = (true, true));
         *(if held { &mut self.counters.hits } else { &mut self.counters.streamed }) += pages.len() as u64;
-        self.note(pages, if held { What::Resident } else { What::Stage });
-        Ok(address)
+        self.note(pages.clone(), if held { What::Resident } else { What::Stage });
+        Ok((address, self.chunk_bytes(&pages, 0)))
     }
 
     /// See [`crate::pager::Pager::unstage`].
@@ -151,7 +152,7 @@ impl Table {
     /// See [`crate::pager::Pager::hold`].
     pub(in crate::pager) fn hold(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<()> {
         self.let_go(&pages, clean, lane)?;
-        let ticket = self.store.unstage(0..0, 0, lane)?;
+        let ticket = self.store.unstage(0..0, 0, 0, lane)?;
         self.pages[pages].iter_mut().for_each(|page| (page.staged, page.moving) = (false, Some(ticket)));
         Ok(())
     }
@@ -170,11 +171,25 @@ impl Table {
     /// Copies a lane's chunk back; returns the ticket.
     fn write_back(&mut self, lane: usize) -> Result<Option<Ticket>> {
         let Some(Chunk { pages, clean, .. }) = self.chunks[lane].clone() else { return Ok(None) };
-        let ticket = self.store.unstage(pages.clone(), clean, lane)?;
+        let filled = self.last_filled(&pages);
+        let clean = clean.min(filled);
+        let ticket = self.store.unstage(pages.clone(), clean, filled, lane)?;
+        self.counters.outward += self.chunk_bytes(&pages, clean) as u64;
         self.chunks[lane] = None;
         self.pages[pages.clone()].iter_mut().for_each(|page| (page.staged, page.moving) = (false, Some(ticket)));
         self.note(pages, What::Unstage);
         Ok(Some(ticket))
+    }
+
+    /// Bytes of the last of a chunk's pages that hold anything.
+    fn last_filled(&self, pages: &Range<usize>) -> usize {
+        pages.clone().next_back().map_or(0, |page| self.filled(page))
+    }
+
+    /// Bytes that are copied of a chunk whose pages are as they were up to `clean`.
+    fn chunk_bytes(&self, pages: &Range<usize>, clean: usize) -> usize {
+        let whole = pages.len().saturating_sub(1) * (self.store.page_bytes() - clean);
+        whole + self.last_filled(pages) - clean
     }
 
     /// What a lane holds.
