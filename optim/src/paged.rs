@@ -86,7 +86,6 @@ impl Form {
             (StateBits::Bits8, Part::VAbsmax) => block(base + 2 * all + 4 * (all / BLOCK)),
         }
     }
-
 }
 
 /// The parts of a parameter's state.

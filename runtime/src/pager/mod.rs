@@ -27,7 +27,7 @@ pub use store::{PageStore, Refusal, Ticket};
 pub use table::{Counters, Policy, kept_bytes};
 pub use trace::{Moment, Trace, What};
 
-use crate::{Device, Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor, cuda::Stream};
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -223,7 +223,8 @@ impl Pager {
     fn check(&self, page: usize, offset: usize, bytes: usize) -> Result<()> {
         let filled = self.lock().filled(page);
         if page >= self.pages || offset.checked_add(bytes).is_none_or(|end| end > filled) {
-            let what = format!("bytes {offset}..+{bytes} of page {page}, which has {filled}; there are {} pages", self.pages);
+            let what =
+                format!("bytes {offset}..+{bytes} of page {page}, which has {filled}; there are {} pages", self.pages);
             return Err(Error::invalid("pager", what));
         }
         Ok(())
@@ -250,6 +251,24 @@ impl Pager {
     /// The device is lost.
     pub fn join_lanes(&self) -> Result<()> {
         self.lock().join_lanes()
+    }
+
+    /// Two streams on which pages in host memory can be used, beside one another: they come behind what the compute stream has
+    /// been given so far, and all that has moved pages there. To be joined by [`Pager::join_beside`]. `None` where using
+    /// pages moves them, and where work runs on the host.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn beside(&self) -> Result<Option<[Stream; 2]>> {
+        self.lock().beside()
+    }
+
+    /// Lets everything given to the compute stream from now on come after what the streams of [`Pager::beside`] do.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn join_beside(&self) -> Result<()> {
+        self.lock().join_beside()
     }
 
     /// The lane that holds just these pages since the last sweep. A sweep that begins with them need not move them.
@@ -290,7 +309,7 @@ impl Pager {
     }
 
     /// The stream of a lane; `None` where work runs on the host.
-    pub fn lane(&self, lane: usize) -> Option<crate::cuda::Stream> {
+    pub fn lane(&self, lane: usize) -> Option<Stream> {
         self.lock().lane(lane)
     }
 

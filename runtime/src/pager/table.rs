@@ -17,7 +17,7 @@ use super::{
     store::{PageStore, Refusal, Ticket},
     trace::{Trace, What},
 };
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Tensor, cuda::Stream};
 use lanes::{Chunk, LANES};
 use std::{collections::VecDeque, fmt, ops::Range, str::FromStr};
 
@@ -118,6 +118,8 @@ pub(super) struct Table {
     following: [bool; LANES],
     /// Whether a sweep uses the lanes: they are then not given back.
     sweeping: bool,
+    /// Whether the lanes have been given something since the compute stream last came after them.
+    ahead: bool,
     uses: u64,
     /// Sweeps since memory was last short or pages came back, and how many to wait for before pages come back.
     calm: u32,
@@ -147,6 +149,7 @@ impl Table {
             chunks: Default::default(),
             following: [false; LANES],
             sweeping: false,
+            ahead: false,
             uses: 0,
             calm: 0,
             wait: 1,
@@ -383,6 +386,25 @@ impl Table {
         *(if resident { &mut self.counters.hits } else { &mut self.counters.in_place }) += 1;
         self.note(page..page + 1, if resident { What::Resident } else { What::InPlace });
         Ok((address, self.pages[page].filled))
+    }
+
+    /// See [`super::Pager::beside`].
+    pub(super) fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
+        if self.policy == Policy::Lru {
+            return Ok(None);
+        }
+        // Whoever pins a page later has the compute stream alone wait for what moves it.
+        for page in 0..self.pages.len() {
+            if !self.pages[page].resident {
+                self.join(page)?;
+            }
+        }
+        self.store.beside()
+    }
+
+    /// See [`super::Pager::join_beside`].
+    pub(super) fn join_beside(&mut self) -> Result<()> {
+        self.store.join_beside()
     }
 
     pub(super) fn unpin(&mut self, pages: Range<usize>) {

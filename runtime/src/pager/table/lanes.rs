@@ -12,10 +12,11 @@ use std::ops::Range;
 
 /// Lanes, if the store has as many.
 pub(super) const LANES: usize = 4;
-/// A lane takes at most this many bytes: copies of several MiB run at the full speed of the bus.
-const LANE_BYTES: usize = 16 << 20;
-/// Lanes take this part of the budget, so that most of it keeps pages.
-const LANE_SHARE: usize = 16;
+/// A lane takes at most this many bytes: every copy takes the bus some microseconds more than its bytes, but until a lane's
+/// first has left, none comes in.
+const LANE_BYTES: usize = 6 << 20;
+/// Lanes take at most this part of the budget. What they hold from sweep to sweep saves as much as what is resident.
+const LANE_SHARE: usize = 2;
 
 /// Pages in a lane's memory.
 #[derive(Clone, Debug)]
@@ -77,6 +78,7 @@ impl Table {
 
     /// Lets a lane come behind what the compute stream has done with pages, and what it was given before the sweep.
     fn follow(&mut self, lane: usize) -> Result<()> {
+        self.ahead = true;
         if !self.following[lane] {
             self.store.follow(lane)?;
             self.following[lane] = true;
@@ -90,10 +92,12 @@ impl Table {
 
     /// See [`crate::pager::Pager::join_lanes`].
     pub(in crate::pager) fn join_lanes(&mut self) -> Result<()> {
-        for lane in 0..self.lanes.map_or(0, |(lanes, _)| lanes) {
+        let lanes = self.lanes.filter(|_| self.ahead).map_or(0, |(lanes, _)| lanes);
+        for lane in 0..lanes {
             let ticket = self.store.unstage(0..0, 0, 0, lane)?;
             self.store.join(ticket)?;
         }
+        self.ahead = false;
         self.keeping.clear();
         Ok(())
     }
@@ -163,6 +167,7 @@ impl Table {
             return Err(Error::invalid("pager", format!("page {page} is still in use")));
         }
         self.uses += 1;
+        self.ahead = true;
         self.pages[pages.clone()].iter_mut().for_each(|page| page.used = self.uses);
         self.chunks[lane].iter_mut().for_each(|chunk| chunk.clean = chunk.clean.min(clean));
         Ok(())
