@@ -41,7 +41,7 @@ pub(crate) struct Run {
 struct Form {
     bits: StateBits,
     grads: bool,
-    /// Elements of a page.
+    /// Elements of a page. The last page of a precision has only as many as it needs.
     capacity: usize,
 }
 
@@ -64,6 +64,15 @@ impl Form {
         if self.grads { 4 * self.capacity } else { 0 }
     }
 
+    /// Bytes of a page that hold anything.
+    fn bytes(&self) -> usize {
+        self.clean()
+            + match self.bits {
+                StateBits::F32 => 8 * self.capacity,
+                StateBits::Bits8 => 2 * self.capacity + 8 * self.capacity.div_ceil(BLOCK),
+            }
+    }
+
     /// Where a part of `run` lies in its page: offset, type and number of elements.
     fn place(&self, part: Part, run: Run) -> (usize, DType, usize) {
         let (base, all) = (self.clean(), self.capacity);
@@ -77,20 +86,27 @@ impl Form {
             (StateBits::Bits8, Part::VAbsmax) => block(base + 2 * all + 4 * (all / BLOCK)),
         }
     }
+}
 
-    /// The parts of a parameter's state.
-    fn parts(&self) -> &'static [Part] {
-        match self.bits {
-            StateBits::F32 => &[Part::M, Part::V],
-            StateBits::Bits8 => &Part::ALL,
-        }
+/// The parts of a parameter's state.
+fn parts(bits: StateBits) -> &'static [Part] {
+    match bits {
+        StateBits::F32 => &[Part::M, Part::V],
+        StateBits::Bits8 => &Part::ALL,
     }
+}
+
+/// What lies in a page.
+#[derive(Debug)]
+struct Page {
+    form: Form,
+    runs: Vec<(ParamId, Run)>,
 }
 
 /// What is kept for one parameter.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    form: Form,
+    bits: StateBits,
     pub shape: Vec<usize>,
     pub runs: Vec<Run>,
     /// Number of its first piece in the global norm.
@@ -102,8 +118,7 @@ pub(crate) struct Entry {
 pub struct PagedState {
     pager: Pager,
     entries: BTreeMap<ParamId, Entry>,
-    /// What lies in each page.
-    pages: Vec<Vec<(ParamId, Run)>>,
+    pages: Vec<Page>,
     grads: bool,
     pieces: usize,
 }
@@ -133,7 +148,7 @@ struct Cursor {
 /// Where everything lies.
 struct Places {
     entries: BTreeMap<ParamId, Entry>,
-    pages: Vec<Vec<(ParamId, Run)>>,
+    pages: Vec<Page>,
     pieces: usize,
 }
 
@@ -145,7 +160,7 @@ impl Places {
         page_bytes: usize,
     ) -> Result<Self> {
         let mut entries = BTreeMap::new();
-        let mut pages: Vec<Vec<(ParamId, Run)>> = Vec::new();
+        let mut pages: Vec<Page> = Vec::new();
         let (mut pieces, mut cursors) = (0, [Cursor::default(), Cursor::default()]);
         for (id, shape) in params {
             let numel: usize = shape.iter().product();
@@ -160,7 +175,7 @@ impl Places {
                 let page = match cursor.page {
                     Some(page) if cursor.slot < form.capacity => page,
                     _ => {
-                        pages.push(Vec::new());
+                        pages.push(Page { form, runs: Vec::new() });
                         *cursor = Cursor { page: Some(pages.len() - 1), slot: 0 };
                         pages.len() - 1
                     }
@@ -168,13 +183,19 @@ impl Places {
                 let count = (numel - start).min(form.capacity - cursor.slot);
                 let run = Run { page, slot: cursor.slot, start, count };
                 runs.push(run);
-                pages[page].push((id, run));
+                pages[page].runs.push((id, run));
                 (start, cursor.slot) = (start + count, (cursor.slot + count).next_multiple_of(BLOCK));
             }
-            let entry = Entry { form, shape: shape.to_vec(), runs, first_piece: pieces };
+            let entry = Entry { bits, shape: shape.to_vec(), runs, first_piece: pieces };
             pieces += numel.div_ceil(PIECE);
             if entries.insert(id, entry).is_some() {
                 return Err(Error::invalid("paged state", format!("parameter {} is there twice", id.0)));
+            }
+        }
+        for Cursor { page, slot } in cursors {
+            if let Some(page) = page {
+                // So that no more of it crosses the bus.
+                pages[page].form.capacity = slot.next_multiple_of(PIECE);
             }
         }
         Ok(Places { entries, pages, pieces })
@@ -213,6 +234,7 @@ impl PagedState {
             let what = format!("{pager:?} for {} pages of {page_bytes} bytes", pages.len());
             return Err(Error::invalid("paged state", what));
         }
+        pages.iter().enumerate().try_for_each(|(number, page)| pager.fill(number, page.form.bytes()))?;
         Ok(PagedState { pager, entries, pages, grads, pieces })
     }
 
@@ -247,7 +269,7 @@ impl PagedState {
 
     /// What lies in a page, in the order of the parameters.
     pub(crate) fn page(&self, page: usize) -> &[(ParamId, Run)] {
-        &self.pages[page]
+        &self.pages[page].runs
     }
 
     /// Bytes that an update does not write at the start of each of the pages.
@@ -255,9 +277,7 @@ impl PagedState {
     /// # Panics
     /// There are no such pages.
     pub fn clean(&self, pages: Range<usize>) -> usize {
-        let forms =
-            self.pages[pages].iter().filter_map(|runs| runs.first()).map(|(id, _)| self.entries[id].form.clean());
-        forms.min().unwrap_or(0)
+        self.pages[pages].iter().map(|page| page.form.clean()).min().unwrap_or(0)
     }
 
     /// Leases pages that follow one another.
@@ -282,8 +302,8 @@ impl PagedState {
     }
 
     /// The moments of a run.
-    pub(crate) fn moments(&self, held: &Held, id: ParamId, run: Run) -> Result<Moments> {
-        let form = self.entries[&id].form;
+    pub(crate) fn moments(&self, held: &Held, run: Run) -> Result<Moments> {
+        let form = self.pages[run.page].form;
         let tensor = |part| {
             let (offset, dtype, count) = form.place(part, run);
             held.tensor(run.page, offset, dtype, count)
@@ -318,11 +338,11 @@ impl PagedState {
     /// Every tensor of the state, in host memory, one after another: a parameter's is put together when it is asked for.
     pub(crate) fn state(&self) -> impl Iterator<Item = Result<(ParamId, Part, Tensor)>> {
         self.entries.iter().flat_map(move |(&id, entry)| {
-            entry.form.parts().iter().map(move |&part| {
+            parts(entry.bits).iter().map(move |&part| {
                 let (dtype, shape) = self.whole(entry, part);
                 let scaled = matches!(part, Part::MAbsmax | Part::VAbsmax);
                 let tensor = self.gather(entry, dtype, shape, |run| {
-                    let (offset, _, count) = entry.form.place(part, run);
+                    let (offset, _, count) = self.pages[run.page].form.place(part, run);
                     (offset, if scaled { run.start / BLOCK } else { run.start }, count)
                 })?;
                 Ok((id, part, tensor))
@@ -333,7 +353,7 @@ impl PagedState {
     /// Type and shape of a part of a parameter's state.
     fn whole(&self, entry: &Entry, part: Part) -> (DType, Vec<usize>) {
         let numel: usize = entry.shape.iter().product();
-        match (entry.form.bits, part) {
+        match (entry.bits, part) {
             (StateBits::F32, _) => (DType::F32, entry.shape.clone()),
             (StateBits::Bits8, Part::M | Part::V) => (DType::U8, vec![numel]),
             (StateBits::Bits8, _) => (DType::F32, vec![numel.div_ceil(BLOCK)]),
@@ -343,7 +363,7 @@ impl PagedState {
     /// Names, types and shapes of the tensors that [`PagedState::state`] gives, in its order.
     pub(crate) fn layout(&self) -> Vec<Layout> {
         let entries = self.entries.iter();
-        let parts = entries.flat_map(|(&id, entry)| entry.form.parts().iter().map(move |&part| (id, entry, part)));
+        let parts = entries.flat_map(|(&id, entry)| parts(entry.bits).iter().map(move |&part| (id, entry, part)));
         let layout = parts.map(|(id, entry, part)| {
             let (dtype, shape) = self.whole(entry, part);
             Layout { id, part, dtype, shape }
@@ -403,7 +423,7 @@ impl PagedState {
         let tensor = tensor.to_device(Device::Cpu, Tag::Workspace)?;
         let bytes = tensor.bytes()?;
         for &run in &entry.runs {
-            let (offset, dtype, count) = entry.form.place(part, run);
+            let (offset, dtype, count) = self.pages[run.page].form.place(part, run);
             let scaled = matches!(part, Part::MAbsmax | Part::VAbsmax);
             let start = if scaled { run.start / BLOCK } else { run.start } * dtype.size();
             self.pager.write(run.page, offset, &bytes[start..start + count * dtype.size()])?;

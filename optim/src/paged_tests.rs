@@ -357,6 +357,35 @@ fn pages_too_small_for_a_piece_are_refused() {
     assert_eq!(new(PAGE).unwrap().pager().pages(), 1);
 }
 
+#[test]
+fn gpu_launches_on_two_streams_change_no_bit() {
+    let Some(device) = device_for_tests() else { return };
+    let gpu = Gpu::of(device).unwrap();
+    let pinned =
+        |pages, page_bytes| -> Result<Box<dyn PageStore>> { Ok(Box::new(PinnedPages::new(gpu, pages, page_bytes)?)) };
+    let unified =
+        |pages, page_bytes| -> Result<Box<dyn PageStore>> { Ok(Box::new(UnifiedPages::new(gpu, pages, page_bytes)?)) };
+    let makes: [Make; 2] = [&pinned, &unified];
+    // Enough runs for a few launches, and parameters of which a part is in each of two.
+    let sizes: Vec<usize> = (0..90).map(|id| 4000 + id * 7919 % 60_000).collect();
+    for (bits, grads, budgets) in
+        [(StateBits::F32, false, vec![0]), (StateBits::Bits8, false, vec![0]), (StateBits::Bits8, true, vec![0, 4, 1])]
+    {
+        let case = Case {
+            sizes: sizes.clone(),
+            bits,
+            window: 1,
+            grads,
+            page_bytes: PAGE,
+            policy: Policy::InPlace,
+            budgets,
+            short: false,
+        };
+        let whole = run(&case, device, None, None);
+        assert!(makes.iter().all(|make| run(&case, device, Some(make), None) == whole));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 

@@ -11,6 +11,7 @@ use nibble_kernels::{
 };
 use nibble_runtime::{
     DType, Error, ParamId, Result, Tensor,
+    cuda::{Event, Gpu, Stream},
     pager::{Pager, Policy, Staged},
 };
 use std::{ops::Range, sync::Arc};
@@ -70,12 +71,29 @@ pub(crate) fn step(
     let (stay, streamed): (Vec<_>, Vec<_>) =
         chunks(state, most).into_iter().partition(|pages| lanes.is_none() || pager.is_resident(pages.start));
     // The lanes first: their copies need not wait for the update of what is resident.
-    let late = lanes.map(|(count, _)| stream(state, streamed, count, params, grads, config, step, clip)).transpose()?;
-    for pages in stay {
+    let late = lanes.map(|lanes| stream(state, streamed, lanes, params, grads, config, step, clip)).transpose()?;
+    // Across the bus, each launch is beside the one before it, whose end would leave the bus idle.
+    let away: Vec<bool> = stay.iter().map(|pages| !pager.is_resident(pages.start)).collect();
+    let beside = if away.contains(&true) { pager.beside()? } else { None };
+    let mut kept = Vec::new();
+    let updated = stay.into_iter().zip(away).enumerate().try_for_each(|(turn, (pages, away))| {
+        let on = beside.filter(|_| away).map_or(On::Compute, |streams| On::Beside(streams[turn % 2]));
         let held = state.lease(pages.clone())?;
-        update(state, &held, pages, params, grads, config, step, clip, None)?;
-    }
-    Ok(late)
+        kept.extend(update(state, &held, pages, params, grads, config, step, clip, on)?);
+        Ok(())
+    });
+    let joined = beside.map_or(Ok(()), |_| pager.join_beside());
+    updated.and(joined).map(|()| late)
+}
+
+/// Where an update runs.
+#[derive(Clone, Copy)]
+enum On {
+    Compute,
+    /// A stream beside that, which waits for it before it goes on.
+    Beside(Stream),
+    /// A lane, which nobody waits for but who uses what it has updated.
+    Lane(usize),
 }
 
 /// Updates pages lane by lane. What is returned says later whether their parameters are finite.
@@ -83,7 +101,7 @@ pub(crate) fn step(
 fn stream(
     state: &Arc<PagedState>,
     chunks: Vec<Range<usize>>,
-    lanes: usize,
+    (lanes, most): (usize, usize),
     params: &mut [Update],
     grads: &Gradients,
     config: &AdamWConfig,
@@ -100,21 +118,26 @@ fn stream(
     let mut turns: Vec<usize> = (0..lanes).filter(|lane| chunks.iter().all(|(held, _)| held != lane)).collect();
     let idle = turns.len();
     turns.extend(chunks.iter().map(|(lane, _)| *lane));
-    let held = chunks.len();
-    chunks.extend(others.into_iter().zip(turns.iter().cycle()).map(|((_, pages), lane)| (*lane, pages)));
+    let mut others = others.into_iter().map(|(_, pages)| pages).peekable();
+    // A short one goes early, so that it is not among the last.
+    if let Some((lane, _)) = chunks.first().cloned() {
+        chunks.splice(1..1, others.next_if(|pages| pages.len() < most).map(|short| (lane, short)));
+    }
+    let before = chunks.len();
+    chunks.extend(others.zip(turns.iter().cycle()).map(|(pages, lane)| (*lane, pages)));
     // The lanes' last chunks stay where they are.
     let last = chunks.len().saturating_sub(lanes);
     // Nothing waits for the lanes: neither who reads the norm, nor a forward pass that starts with the first parameters.
     let mut beside = clip.beside()?;
     // Copies in are given as soon as a lane is free, before the host goes on with what other lanes have.
     let mut staged: Vec<Option<Staged>> = chunks.iter().map(|_| None).collect();
-    for i in held..chunks.len().min(held + idle) {
+    for i in before..chunks.len().min(before + idle) {
         staged[i] = Some(pager.stage(chunks[i].1.clone(), chunks[i].0)?);
     }
     for (i, (lane, pages)) in chunks.iter().enumerate() {
         let chunk = staged[i].take().map_or_else(|| pager.stage(pages.clone(), *lane), Ok)?;
         let held = Held::Staged(chunk);
-        let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, Some(*lane))?;
+        let kept = update(state, &held, pages.clone(), params, grads, config, step, &mut beside, On::Lane(*lane))?;
         kept.into_iter().for_each(|tensor| pager.keep(tensor));
         if let Held::Staged(chunk) = held {
             let leave = if i < last { Pager::unstage } else { Pager::hold };
@@ -130,9 +153,9 @@ fn stream(
 
 /// Runs of the first launch for pages where they are: the device has nothing to do until the host has made its table.
 const RUNS_AT_FIRST: usize = 8;
-/// What they grow by from launch to launch while the device takes longer for some runs across the bus than the host for
-/// this many times as many. The end of every launch leaves the bus idle.
-const RUNS_GROW_BY: usize = 4;
+/// Runs of later launches across the bus: their table is among the parameters, and the device takes longer for them than the
+/// host.
+const RUNS_AWAY: usize = 32;
 /// Runs of later launches for resident pages: the device takes little longer for them than the host for its table.
 const RUNS_AT_ONCE: usize = 64;
 
@@ -147,22 +170,30 @@ fn chunks(state: &PagedState, most: Option<usize>) -> Vec<Range<usize>> {
     let (mut chunks, mut runs, mut before): (Vec<Range<usize>>, _, _) = (Vec::new(), 0, false);
     // With lanes the device is busy with those.
     let mut at_once = if most.is_none() { RUNS_AT_FIRST } else { RUNS_AT_ONCE };
-    for page in 0..pager.pages() {
-        let resident = pager.is_resident(page);
-        let stays = most.is_none() || resident;
-        let limit = if stays { in_place } else { most.unwrap_or(1) };
-        match chunks.last_mut() {
-            Some(last) if resident == before && last.len() < limit && (runs < at_once || !stays) => last.end = page + 1,
-            last => {
-                if last.is_some() {
-                    at_once = if before { RUNS_AT_ONCE } else { at_once.saturating_mul(RUNS_GROW_BY) };
+    let resident: Vec<bool> = (0..pager.pages()).map(|page| pager.is_resident(page)).collect();
+    // Pages in host memory from here on.
+    let mut away = resident.iter().filter(|&&resident| !resident).count();
+    for (page, resident) in resident.into_iter().enumerate() {
+        let more = state.page(page).len();
+        let joins = |last: &Range<usize>| match most {
+            // The first has what is left over: the lanes hold the last, which are to fill them.
+            Some(most) if !resident => away % most != 0,
+            _ => last.len() < in_place && runs + more <= at_once,
+        };
+        match chunks.last_mut().filter(|last| resident == before && joins(last)) {
+            Some(last) => {
+                last.end = page + 1;
+                runs += more;
+            }
+            None => {
+                if !chunks.is_empty() {
+                    at_once = if resident { RUNS_AT_ONCE } else { RUNS_AWAY };
                 }
                 chunks.push(page..page + 1);
-                runs = 0;
+                runs = more;
             }
         }
-        runs += state.page(page).len();
-        before = resident;
+        (before, away) = (resident, away - usize::from(!resident));
     }
     chunks
 }
@@ -178,12 +209,12 @@ fn update(
     config: &AdamWConfig,
     step: u32,
     clip: &mut Clip,
-    lane: Option<usize>,
+    on: On,
 ) -> Result<Vec<Tensor>> {
     // Those of two precisions may lie in pages that alternate.
     let mut runs: Vec<(ParamId, Run)> = pages.flat_map(|page| state.page(page)).copied().collect();
     runs.sort_by_key(|(id, _)| *id);
-    let moments = runs.iter().map(|(id, run)| state.moments(held, *id, *run)).collect::<Result<Vec<Moments>>>();
+    let moments = runs.iter().map(|(_, run)| state.moments(held, *run)).collect::<Result<Vec<Moments>>>();
     let mut moments = moments?;
     let mut borrowed = moments.iter_mut().map(Moments::borrow);
     let mut jobs = Vec::new();
@@ -202,6 +233,16 @@ fn update(
         let parts = runs.iter().zip(&mut borrowed).map(part).collect::<Result<_>>()?;
         jobs.push(Job { param: value, decay: *decay, rate: *rate, previous: previous.as_deref_mut(), parts });
     }
-    let stream = lane.and_then(|lane| state.pager().lane(lane));
-    adamw::step_on(&mut jobs, config, step, clip, stream)
+    let stream = match on {
+        On::Compute => None,
+        On::Beside(stream) => Some(stream),
+        On::Lane(lane) => state.pager().lane(lane),
+    };
+    let kept = adamw::step_on(&mut jobs, config, step, clip, stream)?;
+    if let (On::Lane(_), Some(stream)) = (on, stream) {
+        let done = Event::new(Gpu::of(state.pager().device())?, false)?;
+        done.record(stream)?;
+        adamw::use_after(&mut jobs, clip, &Arc::new(done));
+    }
+    Ok(kept)
 }

@@ -7,9 +7,8 @@ use super::{
 use crate::{dynamic8, norm::Clip, tensor_list::TensorList};
 use nibble_runtime::{
     DType, Device, Error, Result, Tensor,
-    cuda::{Args, Entry, Event, Gpu, Module, Stream},
+    cuda::{Args, Entry, Gpu, Module, Stream},
 };
-use std::sync::Arc;
 
 pub(crate) static MODULE: Module = Module {
     name: "adamw",
@@ -88,17 +87,5 @@ pub(super) fn step_on(
         .input(&unsigned);
     let on = stream.unwrap_or(gpu.stream());
     gpu.launch(&MODULE, "adamw_step", [list.pieces(), 1, 1], [THREADS, 1, 1], 0, args.on(on))?;
-    if stream.is_some() {
-        let done = Event::new(gpu, false)?;
-        done.record(on)?;
-        let done = Arc::new(done);
-        clip.state_mut().use_after(&done);
-        for Job { param, previous, parts, .. } in jobs {
-            param.use_after(&done);
-            previous.iter().for_each(|previous| previous.use_after(&done));
-            // Moments are the stream's own.
-            parts.iter().for_each(|part| part.grad.use_after(&done));
-        }
-    }
     Ok(table.into_iter().chain([signed, unsigned]).collect())
 }

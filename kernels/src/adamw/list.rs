@@ -4,8 +4,12 @@ use super::{
     AdamWConfig, BLOCK, Coefficients, State8, check_moments8, check_moments32, check_param, check_settings, cpu, cuda,
 };
 use crate::norm::Clip;
-use nibble_runtime::{DType, Device, Error, Result, Tensor, cuda::Stream};
+use nibble_runtime::{
+    DType, Device, Error, Result, Tensor,
+    cuda::{Event, Stream},
+};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// The moments of a parameter, to be updated.
 pub enum MomentsMut<'a> {
@@ -88,10 +92,9 @@ pub fn step_all(jobs: &mut [Job], config: &AdamWConfig, step: u32, clip: &mut Cl
     step_on(jobs, config, step, clip, None).map(drop)
 }
 
-/// As [`step_all`], on another stream of a GPU, which must come behind what made `clip`, parameters and gradients, as lanes
-/// of a pager do on which pages were staged. Parameters, gradients and `clip` know when they may be used again
-/// ([`Tensor::use_after`]); whoever gives the stream sees to the moments, and keeps what is returned until the stream is
-/// done.
+/// As [`step_all`], on another stream of a GPU, which must come behind what made `clip`, parameters, gradients and moments, as
+/// lanes of a pager do on which pages were staged. Whoever gives the stream lets the compute stream wait for it, or for
+/// some of it by [`use_after`], and keeps what is returned until then.
 ///
 /// # Errors
 /// As [`step_all`].
@@ -116,6 +119,17 @@ pub fn step_on(
             }
             Ok(kept)
         }
+    }
+}
+
+/// Lets `clip`, parameters and gradients be used behind `done`, a mark behind their update on another stream. Moments are
+/// that stream's own.
+pub fn use_after(jobs: &mut [Job], clip: &mut Clip, done: &Arc<Event>) {
+    clip.state_mut().use_after(done);
+    for Job { param, previous, parts, .. } in jobs {
+        param.use_after(done);
+        previous.iter().for_each(|previous| previous.use_after(done));
+        parts.iter().for_each(|part| part.grad.use_after(done));
     }
 }
 

@@ -19,7 +19,7 @@ mod list;
 #[cfg(test)]
 mod tests;
 
-pub use list::{Job, MomentsMut, Part, step_all, step_on};
+pub use list::{Job, MomentsMut, Part, step_all, step_on, use_after};
 
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 

@@ -12,8 +12,7 @@
 //! Columns of the first table:
 //! - *device ms*, *wall ms*: medians of a whole `AdamW::step`, on the compute stream, and by the host's clock until the
 //!   device is done.
-//! - *in*, *out*: bytes across the bus a step, by the pager's counters. Pages brought, evicted and streamed count whole (of a
-//!   streamed one, gradients are not copied back); of a page used in place its elements' bytes count. *GB/s*: both
+//! - *in*, *out*: bytes across the bus a step: those that the pager has copied, and of a page used in place its elements'. *GB/s*: both
 //!   directions together, over the device's time.
 //! - *bound ms*: what a step takes at the ceilings. Of the state, the share of the pages that is not within the budget has
 //!   to be read across the bus, and its moments written: read / in-rate and written / out-rate, by the rates of copies with

@@ -101,14 +101,13 @@ pub fn measure(gpu: &'static Gpu, ceilings: &Ceilings, case: &Case) -> Result<Ro
 
     let (mut inward, mut outward, mut away, mut peak) = (0.0, 0.0, 0.0, 0);
     if let Some(state) = &work.state {
-        let (pager, [brought, evicted, streamed, in_place]) = (state.pager(), pages);
-        let (count, page) = (pager.pages() as f64, pager.page_bytes() as f64);
+        let (pager, count, [.., in_place]) = (state.pager(), state.pager().pages() as f64, pages);
         let (read, written) = case.page_traffic();
-        // Pages are copied whole, but for what a streamed one has unchanged; in place only what is in them counts.
-        let elements = ELEMENTS as f64 / count;
-        inward = (brought + streamed) * page + in_place * elements * read;
-        outward =
-            evicted * page + streamed * (page - state.clean(0..pager.pages()) as f64) + in_place * elements * written;
+        let steps = device.len() as f64;
+        // In place what is in a page counts.
+        let elements = in_place * ELEMENTS as f64 / count;
+        inward = (after.inward - before.inward) as f64 / steps + elements * read;
+        outward = (after.outward - before.outward) as f64 / steps + elements * written;
         away = 1.0 - (pager.budget() / pager.page_bytes()) as f64 / count;
         peak = after.resident_peak as usize * pager.page_bytes();
     }

@@ -25,8 +25,11 @@ const SLAB: usize = 64 << 20;
 const LANES: usize = 4;
 
 struct Lane {
+    /// For kernels. Copies follow one another on two streams for all lanes: changing streams costs a copy engine time.
     stream: Stream,
     block: Option<Block>,
+    /// What a copy to its memory has to wait for: its last chunk's copy home, or those who had the memory before.
+    free: Option<Ticket>,
 }
 
 /// See the [module](self).
@@ -62,7 +65,7 @@ impl PinnedPages {
     /// `page_bytes` is not a multiple of 64 KiB, or the driver refuses.
     pub fn new(gpu: &'static Gpu, pages: usize, page_bytes: usize) -> Result<Self> {
         check_page_bytes(page_bytes)?;
-        let lane = || Ok(Lane { stream: Stream::beside(gpu)?, block: None });
+        let lane = || Ok(Lane { stream: Stream::beside(gpu)?, block: None, free: None });
         Ok(PinnedPages {
             transfers: Transfers::new(gpu),
             page_bytes,
@@ -124,6 +127,11 @@ impl PinnedPages {
         self.gpu().memory()?.lock().allocate_quietly(pages * self.page_bytes, Tag::Optimizer, stream_id(stream))
     }
 
+    /// Lets a stream come behind what the memory of a lane is still used for.
+    fn hold_until_free(&self, stream: Stream, lane: usize) -> Result<()> {
+        self.lanes[lane].free.map_or(Ok(()), |ticket| self.transfers.hold(stream, ticket))
+    }
+
     /// Runs of pages that lie side by side at home: in one slab.
     fn runs(&self, pages: Range<usize>) -> Vec<Range<usize>> {
         let slab = self.slab_pages();
@@ -135,6 +143,12 @@ impl PinnedPages {
             start = end;
         }
         runs
+    }
+
+    /// Bytes of a run of a chunk's pages, the last of which has `filled`.
+    fn run_bytes(&self, run: &Range<usize>, pages: &Range<usize>, filled: usize) -> usize {
+        let empty = if run.end == pages.end { self.page_bytes - filled } else { 0 };
+        run.len() * self.page_bytes - empty
     }
 }
 
@@ -208,6 +222,19 @@ impl PageStore for PinnedPages {
         self.transfers.finish(ticket)
     }
 
+    fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
+        let streams = [self.inward, self.outward];
+        streams.iter().try_for_each(|&stream| self.transfers.behind_compute(stream))?;
+        Ok(Some(streams))
+    }
+
+    fn join_beside(&mut self) -> Result<()> {
+        [self.inward, self.outward].into_iter().try_for_each(|stream| {
+            let ticket = self.transfers.ticket(stream)?;
+            self.transfers.join(ticket)
+        })
+    }
+
     fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let to = self.address(page)? + offset as u64;
         // SAFETY: the page has the bytes (checked by the pager), and is used in the order of the compute stream.
@@ -254,7 +281,10 @@ impl PageStore for PinnedPages {
         for lane in 0..LANES {
             let stream = self.lanes[lane].stream;
             match self.block(pages, stream) {
-                Ok(block) => self.lanes[lane].block = Some(block),
+                Ok(block) => {
+                    self.lanes[lane].block = Some(block);
+                    self.lanes[lane].free = Some(self.transfers.ticket(stream).map_err(Refusal::Lost)?);
+                }
                 Err(error) => {
                     self.close_lanes().map_err(Refusal::Lost)?;
                     return Err(transfer(error));
@@ -269,6 +299,7 @@ impl PageStore for PinnedPages {
         for lane in 0..LANES {
             let stream = self.lanes[lane].stream;
             if let Some(block) = self.lanes[lane].block.take() {
+                self.hold_until_free(stream, lane)?;
                 memory.free(block, stream_id(stream));
                 let ticket = self.transfers.ticket(stream)?;
                 self.transfers.join(ticket)?;
@@ -278,59 +309,61 @@ impl PageStore for PinnedPages {
     }
 
     fn follow(&mut self, lane: usize) -> Result<()> {
-        self.transfers.behind_compute(self.lanes[lane].stream)
+        self.transfers.behind_compute(self.lanes[lane].stream)?;
+        self.transfers.behind_compute(self.inward)
     }
 
     fn hold(&mut self, ticket: Ticket, lane: usize) -> Result<()> {
-        self.transfers.hold(self.lanes[lane].stream, ticket)
+        self.transfers.hold(self.lanes[lane].stream, ticket)?;
+        self.transfers.hold(self.inward, ticket)
     }
 
-    fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
-        let stream = self.lanes[lane].stream;
+    fn stage(&mut self, pages: Range<usize>, filled: usize, lane: usize) -> Result<u64> {
         let base = self.lanes[lane].block.as_ref().map(Block::address);
         let base = base.ok_or_else(|| Error::invalid("pager", format!("lane {lane} is closed")))?;
+        if pages.is_empty() {
+            return Ok(base);
+        }
+        let stream = self.inward;
+        self.hold_until_free(stream, lane)?;
         for run in self.runs(pages.clone()) {
             let to = base + ((run.start - pages.start) * self.page_bytes) as u64;
             let from = self.home(run.start)?;
+            let bytes = self.run_bytes(&run, &pages, filled);
             // SAFETY: the run lies in one slab, the lane has room for the chunk (`open_lanes`, checked by the table), and
             // the pages are in use by the lane alone.
-            unsafe { self.transfers.copy(stream, to, from, run.len() * self.page_bytes)? };
+            unsafe { self.transfers.copy(stream, to, from, bytes)? };
         }
+        let there = self.transfers.ticket(stream)?;
+        self.transfers.hold(self.lanes[lane].stream, there)?;
         Ok(base)
     }
 
-    fn unstage(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<Ticket> {
-        let stream = self.lanes[lane].stream;
+    fn unstage(&mut self, pages: Range<usize>, clean: usize, filled: usize, lane: usize) -> Result<Ticket> {
+        if pages.is_empty() {
+            let stream = self.lanes[lane].stream;
+            self.hold_until_free(stream, lane)?;
+            return self.transfers.ticket(stream);
+        }
         let base = self.lanes[lane].block.as_ref().map(Block::address);
         let base = base.ok_or_else(|| Error::invalid("pager", format!("lane {lane} is closed")))?;
-        for run in self.runs(pages.clone()) {
+        let stream = self.outward;
+        let used = self.transfers.ticket(self.lanes[lane].stream)?;
+        self.transfers.hold(stream, used)?;
+        // Where all of a page is copied, that of the next follows.
+        let runs =
+            if clean == 0 { self.runs(pages.clone()) } else { pages.clone().map(|page| page..page + 1).collect() };
+        for run in runs {
             let from = base + ((run.start - pages.start) * self.page_bytes + clean) as u64;
             let to = self.home(run.start)? + clean as u64;
-            let at = |address: u64| std::ptr::with_exposed_provenance_mut(address as usize);
-            let copy = sys::CUDA_MEMCPY2D {
-                srcXInBytes: 0,
-                srcY: 0,
-                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-                srcHost: std::ptr::null(),
-                srcDevice: from,
-                srcArray: std::ptr::null_mut(),
-                srcPitch: self.page_bytes,
-                dstXInBytes: 0,
-                dstY: 0,
-                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-                dstHost: at(to),
-                dstDevice: 0,
-                dstArray: std::ptr::null_mut(),
-                dstPitch: self.page_bytes,
-                WidthInBytes: self.page_bytes - clean,
-                Height: run.len(),
-            };
-            self.gpu().bind()?;
-            // SAFETY: rows of `page_bytes - clean` bytes, `page_bytes` apart from `clean` on, lie within the run's pages on
-            // both sides; they are in use by the lane alone until the ticket below is joined.
-            check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.0) })?;
+            let bytes = self.run_bytes(&run, &pages, filled) - clean;
+            // SAFETY: the bytes lie within the run's pages on both sides, which are in use by the lane alone until the
+            // ticket below is joined.
+            unsafe { self.transfers.copy(stream, to, from, bytes)? };
         }
-        self.transfers.ticket(stream)
+        let ticket = self.transfers.ticket(stream)?;
+        self.lanes[lane].free = Some(ticket);
+        Ok(ticket)
     }
 
     fn lane(&self, lane: usize) -> Option<Stream> {

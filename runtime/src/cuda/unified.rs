@@ -82,6 +82,8 @@ pub struct UnifiedPages {
     pages: usize,
     base: u64,
     inward: Stream,
+    /// For pages that are used beside others.
+    aside: Stream,
     /// Pages on the device.
     resident: usize,
     /// How many pages may be brought before the next look at the device's free memory.
@@ -138,6 +140,7 @@ impl UnifiedPages {
             pages,
             base,
             inward: Stream::beside(gpu)?,
+            aside: Stream::beside(gpu)?,
             resident: 0,
             room: 0,
             to_evict: None,
@@ -299,6 +302,19 @@ impl PageStore for UnifiedPages {
         done.into_values().max().map_or(Ok(()), |number| self.wait_for_eviction(number))
     }
 
+    fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
+        let streams = [self.inward, self.aside];
+        streams.iter().try_for_each(|&stream| self.transfers.behind_compute(stream))?;
+        Ok(Some(streams))
+    }
+
+    fn join_beside(&mut self) -> Result<()> {
+        [self.inward, self.aside].into_iter().try_for_each(|stream| {
+            let ticket = self.transfers.ticket(stream)?;
+            self.transfers.join(ticket)
+        })
+    }
+
     fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let to = self.page(page).address + offset as u64;
         // SAFETY: the page has the bytes (checked by the pager), and is used in the order of the compute stream.
@@ -341,7 +357,7 @@ impl Drop for UnifiedPages {
         if let Ok(memory) = gpu.memory() {
             memory.lock().return_outside(self.resident * self.page_bytes);
         }
-        self.inward.retire(gpu);
+        [self.inward, self.aside].into_iter().for_each(|stream| stream.retire(gpu));
         gpu.record_error(freed);
     }
 }

@@ -249,26 +249,27 @@ impl PageStore for HostPages {
         Ok(())
     }
 
-    fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
+    fn stage(&mut self, pages: Range<usize>, filled: usize, lane: usize) -> Result<u64> {
         self.must("stage")?;
         // The lane's last chunk leaves first: a lane works in order.
         self.catch_up(self.next);
         let base = address(&mut self.lanes[lane]);
-        for (i, page) in pages.enumerate() {
-            let (from, bytes) = (address(&mut self.homes[page]), self.page_bytes);
-            copy(from, base + (i * bytes) as u64, bytes);
+        for page in pages.clone() {
+            let (from, to) = (address(&mut self.homes[page]), base + ((page - pages.start) * self.page_bytes) as u64);
+            poison(to, self.page_bytes);
+            copy(from, to, if page + 1 == pages.end { filled } else { self.page_bytes });
         }
         Ok(base)
     }
 
-    fn unstage(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<Ticket> {
+    fn unstage(&mut self, pages: Range<usize>, clean: usize, filled: usize, lane: usize) -> Result<Ticket> {
         self.must("unstage")?;
         let base = address(&mut self.lanes[lane]);
         let mut ticket = Ticket(self.next);
-        for (i, page) in pages.enumerate() {
-            let from = base + (i * self.page_bytes + clean) as u64;
+        for page in pages.clone() {
+            let from = base + ((page - pages.start) * self.page_bytes + clean) as u64;
             let to = address(&mut self.homes[page]) + clean as u64;
-            let bytes = self.page_bytes - clean;
+            let bytes = if page + 1 == pages.end { filled } else { self.page_bytes } - clean;
             poison(to, bytes);
             ticket = self.begin(Pending { from, to, bytes, frame: None });
         }

@@ -14,6 +14,7 @@ pub struct Lease {
     pager: Pager,
     pages: Range<usize>,
     address: u64,
+    bytes: usize,
     device: Device,
     /// Bytes that views were made of, by their start. No two views overlap, so that each may be written.
     taken: Mutex<BTreeMap<usize, usize>>,
@@ -26,8 +27,8 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
-    pub(super) fn new(pager: Pager, pages: Range<usize>, address: u64, device: Device) -> Self {
-        Lease { pager, pages, address, device, taken: Mutex::default() }
+    pub(super) fn new(pager: Pager, pages: Range<usize>, address: u64, bytes: usize, device: Device) -> Self {
+        Lease { pager, pages, address, bytes, device, taken: Mutex::default() }
     }
 
     /// A view of the bytes from `offset` on as a tensor, on the device that computes on the pages.
@@ -51,7 +52,7 @@ impl Lease {
         let (Some(bytes), Some(end)) = (bytes, end) else {
             return Err(Error::shape("page", format!("{dtype} {shape:?} is larger than memory")));
         };
-        if end > lease.pages.len() * lease.pager.page_bytes() || !offset.is_multiple_of(dtype.size()) {
+        if end > lease.bytes || !offset.is_multiple_of(dtype.size()) {
             return Err(Error::shape("page", format!("{dtype} {shape:?} at byte {offset} does not fit the page")));
         }
         let mut taken = lease.taken.lock().unwrap_or_else(PoisonError::into_inner);

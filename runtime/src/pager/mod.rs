@@ -27,7 +27,7 @@ pub use store::{PageStore, Refusal, Ticket};
 pub use table::{Counters, Policy, kept_bytes};
 pub use trace::{Moment, Trace, What};
 
-use crate::{Device, Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor, cuda::Stream};
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -176,8 +176,20 @@ impl Pager {
     /// # Errors
     /// It is leased already, or the device is lost.
     pub fn lease(&self, page: usize) -> Result<Arc<Lease>> {
-        let address = self.lock().pin(page)?;
-        Ok(Arc::new(Lease::new(self.clone(), page..page + 1, address, self.device)))
+        let (address, bytes) = self.lock().pin(page)?;
+        Ok(Arc::new(Lease::new(self.clone(), page..page + 1, address, bytes, self.device)))
+    }
+
+    /// Lets only the first `bytes` bytes of a page hold anything from now on: the others are lost, cannot be used and are not
+    /// streamed.
+    ///
+    /// # Errors
+    /// A page has fewer, it is leased, or the device is lost.
+    pub fn fill(&self, page: usize, bytes: usize) -> Result<()> {
+        if bytes > self.page_bytes {
+            return Err(Error::invalid("pager", format!("{bytes} bytes of a page of {}", self.page_bytes)));
+        }
+        self.lock().fill(page, bytes)
     }
 
     /// Copies a tensor's bytes into a page that nobody leases, at `offset`. On a GPU the host does not wait, and where
@@ -209,9 +221,11 @@ impl Pager {
     }
 
     fn check(&self, page: usize, offset: usize, bytes: usize) -> Result<()> {
-        if page >= self.pages || offset.checked_add(bytes).is_none_or(|end| end > self.page_bytes) {
-            let what = format!("bytes {offset}..+{bytes} of page {page}; there are {} pages", self.pages);
-            return Err(Error::invalid("pager", format!("{what} of {} bytes", self.page_bytes)));
+        let filled = self.lock().filled(page);
+        if page >= self.pages || offset.checked_add(bytes).is_none_or(|end| end > filled) {
+            let what =
+                format!("bytes {offset}..+{bytes} of page {page}, which has {filled}; there are {} pages", self.pages);
+            return Err(Error::invalid("pager", what));
         }
         Ok(())
     }
@@ -239,6 +253,24 @@ impl Pager {
         self.lock().join_lanes()
     }
 
+    /// Two streams on which pages in host memory can be used, beside one another: they come behind what the compute stream has
+    /// been given so far, and all that has moved pages there. To be joined by [`Pager::join_beside`]. `None` where using
+    /// pages moves them, and where work runs on the host.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn beside(&self) -> Result<Option<[Stream; 2]>> {
+        self.lock().beside()
+    }
+
+    /// Lets everything given to the compute stream from now on come after what the streams of [`Pager::beside`] do.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn join_beside(&self) -> Result<()> {
+        self.lock().join_beside()
+    }
+
     /// The lane that holds just these pages since the last sweep. A sweep that begins with them need not move them.
     pub fn holder(&self, pages: &Range<usize>) -> Option<usize> {
         self.lock().holder(pages)
@@ -250,8 +282,8 @@ impl Pager {
     /// # Errors
     /// There is no such lane, its pages are in use, a page is resident or leased, or the device is lost.
     pub fn stage(&self, pages: Range<usize>, lane: usize) -> Result<Staged> {
-        let address = self.lock().stage(pages.clone(), lane)?;
-        let lease = Arc::new(Lease::new(self.clone(), pages.clone(), address, self.device));
+        let (address, bytes) = self.lock().stage(pages.clone(), lane)?;
+        let lease = Arc::new(Lease::new(self.clone(), pages.clone(), address, bytes, self.device));
         Ok(Staged { pages, lane, address, page_bytes: self.page_bytes, device: self.device, lease })
     }
 
@@ -277,7 +309,7 @@ impl Pager {
     }
 
     /// The stream of a lane; `None` where work runs on the host.
-    pub fn lane(&self, lane: usize) -> Option<crate::cuda::Stream> {
+    pub fn lane(&self, lane: usize) -> Option<Stream> {
         self.lock().lane(lane)
     }
 

@@ -1,6 +1,6 @@
 //! What the pager stands on: pages that have a home in host memory and may be in device memory for a while.
 
-use crate::{Device, Error, Result};
+use crate::{Device, Error, Result, cuda::Stream};
 use std::ops::Range;
 
 /// A transfer that has been started. Later ones have higher numbers.
@@ -88,6 +88,23 @@ pub trait PageStore: Send {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 
+    /// Two streams on which pages in host memory can be used, beside one another and behind what the compute stream has been
+    /// given so far; `None` where work runs on the host.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
+        Ok(None)
+    }
+
+    /// Lets the compute stream wait for what the streams of [`PageStore::beside`] have been given.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn join_beside(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Lanes on which pages can be streamed through device memory, side by side; 0 if they cannot.
     fn lanes(&self) -> usize {
         0
@@ -119,20 +136,20 @@ pub trait PageStore: Send {
         Ok(())
     }
 
-    /// Copies pages from host memory to a lane's memory, behind what the lane has been given; returns the address there.
-    /// There may be none to copy.
-    fn stage(&mut self, _pages: Range<usize>, _lane: usize) -> Result<u64> {
+    /// Copies pages, and of the last only `filled` bytes, from host memory to a lane's memory, behind what the lane has been
+    /// given; returns the address there. There may be none to copy.
+    fn stage(&mut self, _pages: Range<usize>, _filled: usize, _lane: usize) -> Result<u64> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 
-    /// Copies the bytes from `clean` on of each staged page back, in the order of the lane. There may be none to copy: then
-    /// the ticket is that of what the lane has been given.
-    fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _lane: usize) -> Result<Ticket> {
+    /// Copies the bytes from `clean` on of each staged page back, those of the last up to `filled`, in the order of the lane.
+    /// There may be none to copy: then the ticket is that of what the lane has been given.
+    fn unstage(&mut self, _pages: Range<usize>, _clean: usize, _filled: usize, _lane: usize) -> Result<Ticket> {
         Err(Error::invalid("pager", "these pages cannot be streamed"))
     }
 
     /// The lane's stream, on which work is launched between stage and unstage; `None` where work runs on the host.
-    fn lane(&self, _lane: usize) -> Option<crate::cuda::Stream> {
+    fn lane(&self, _lane: usize) -> Option<Stream> {
         None
     }
 }

@@ -17,7 +17,7 @@ use super::{
     store::{PageStore, Refusal, Ticket},
     trace::{Trace, What},
 };
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Tensor, cuda::Stream};
 use lanes::{Chunk, LANES};
 use std::{collections::VecDeque, fmt, ops::Range, str::FromStr};
 
@@ -76,6 +76,10 @@ pub struct Counters {
     pub refused: u64,
     /// The most pages in device memory at once.
     pub resident_peak: u64,
+    /// Bytes copied to device memory: of pages brought and streamed.
+    pub inward: u64,
+    /// Bytes copied to host memory.
+    pub outward: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -86,6 +90,8 @@ struct Page {
     staged: bool,
     /// The transfer that brought it where it is, until it has been joined.
     moving: Option<Ticket>,
+    /// Bytes at its start that hold anything.
+    filled: usize,
     /// When it was last used, counted in uses of pages.
     used: u64,
 }
@@ -112,6 +118,8 @@ pub(super) struct Table {
     following: [bool; LANES],
     /// Whether a sweep uses the lanes: they are then not given back.
     sweeping: bool,
+    /// Whether the lanes have been given something since the compute stream last came after them.
+    ahead: bool,
     uses: u64,
     /// Sweeps since memory was last short or pages came back, and how many to wait for before pages come back.
     calm: u32,
@@ -128,7 +136,7 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(store: Box<dyn PageStore>, policy: Policy) -> Self {
-        let pages = vec![Page::default(); store.pages()];
+        let pages = vec![Page { filled: store.page_bytes(), ..Page::default() }; store.pages()];
         let policy = if policy == Policy::Lru && !store.frees_evicted() { Policy::InPlace } else { policy };
         Table {
             store,
@@ -141,6 +149,7 @@ impl Table {
             chunks: Default::default(),
             following: [false; LANES],
             sweeping: false,
+            ahead: false,
             uses: 0,
             calm: 0,
             wait: 1,
@@ -221,6 +230,7 @@ impl Table {
                 self.pages[page].moving = Some(ticket);
                 self.resident -= 1;
                 self.counters.evicted += 1;
+                self.counters.outward += self.store.page_bytes() as u64;
                 self.note(page..page + 1, What::Evict);
                 Ok(true)
             }
@@ -238,6 +248,7 @@ impl Table {
                 self.pages[page].moving = Some(ticket);
                 self.resident += 1;
                 self.counters.brought += 1;
+                self.counters.inward += self.store.page_bytes() as u64;
                 self.note(page..page + 1, What::Bring);
                 self.count_peak();
                 Ok(true)
@@ -349,8 +360,8 @@ impl Table {
         }
     }
 
-    /// See [`super::Pager::lease`]; returns the page's address.
-    pub(super) fn pin(&mut self, page: usize) -> Result<u64> {
+    /// See [`super::Pager::lease`]; returns the page's address, and its bytes.
+    pub(super) fn pin(&mut self, page: usize) -> Result<(u64, usize)> {
         self.free_to_use(page..page + 1)?;
         if self.policy == Policy::Lru && !self.pages[page].resident && self.allowed > 0 {
             if self.resident >= self.allowed {
@@ -374,7 +385,26 @@ impl Table {
         let resident = entry.resident;
         *(if resident { &mut self.counters.hits } else { &mut self.counters.in_place }) += 1;
         self.note(page..page + 1, if resident { What::Resident } else { What::InPlace });
-        Ok(address)
+        Ok((address, self.pages[page].filled))
+    }
+
+    /// See [`super::Pager::beside`].
+    pub(super) fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
+        if self.policy == Policy::Lru {
+            return Ok(None);
+        }
+        // Whoever pins a page later has the compute stream alone wait for what moves it.
+        for page in 0..self.pages.len() {
+            if !self.pages[page].resident {
+                self.join(page)?;
+            }
+        }
+        self.store.beside()
+    }
+
+    /// See [`super::Pager::join_beside`].
+    pub(super) fn join_beside(&mut self) -> Result<()> {
+        self.store.join_beside()
     }
 
     pub(super) fn unpin(&mut self, pages: Range<usize>) {
@@ -384,6 +414,19 @@ impl Table {
         self.pages[pages].iter_mut().for_each(|page| page.pinned = false);
         // A budget that was lowered meanwhile. A lost device is found by the next call.
         let _ = self.shrink(self.room());
+    }
+
+    /// See [`super::Pager::fill`].
+    pub(super) fn fill(&mut self, page: usize, bytes: usize) -> Result<()> {
+        self.free_to_use(page..page + 1)?;
+        self.put_back_page(page)?;
+        self.pages[page].filled = bytes;
+        Ok(())
+    }
+
+    /// Bytes of a page that hold anything.
+    pub(super) fn filled(&self, page: usize) -> usize {
+        self.pages.get(page).map_or(0, |page| page.filled)
     }
 
     /// See [`super::Pager::store`].

@@ -50,8 +50,11 @@ pub(crate) struct Checked {
 impl Checked {
     pub(crate) fn new(store: Box<dyn PageStore>, policy: Policy, faulty: bool) -> Self {
         let page_bytes = store.page_bytes();
-        let model = vec![vec![0; page_bytes]; store.pages()];
-        Checked { pager: Pager::new(store, 0, policy).unwrap(), model, page_bytes, faulty }
+        // Not every page is full.
+        let model: Vec<_> = (0..store.pages()).map(|page| vec![0; page_bytes - page % 3 * (page_bytes / 8)]).collect();
+        let pager = Pager::new(store, 0, policy).unwrap();
+        model.iter().enumerate().for_each(|(page, bytes)| pager.fill(page, bytes.len()).unwrap());
+        Checked { pager, model, page_bytes, faulty }
     }
 
     /// A tensor of one byte again and again, where the pages are computed on.
@@ -67,12 +70,12 @@ impl Checked {
         }
     }
 
-    /// Checks a view of a page, then writes its second half.
+    /// Checks a view of a page, then writes it from the middle of a full one on.
     fn touch(&mut self, page: usize, mut view: Tensor, byte: u8) {
         let found = view.to_device(Device::Cpu, Tag::Workspace).unwrap();
         assert_eq!(found.bytes().unwrap(), self.model[page], "page {page}");
         let (fresh, half) = (byte.wrapping_mul(31).wrapping_add(page as u8), self.page_bytes / 2);
-        view.copy_from(half, &self.filled(fresh, half)).unwrap();
+        view.copy_from(half, &self.filled(fresh, self.model[page].len() - half)).unwrap();
         self.model[page][half..].fill(fresh);
     }
 
@@ -84,8 +87,10 @@ impl Checked {
                 self.pager.lease(page).is_err() && self.pager.read(page, 0, &mut [0]).is_err(),
                 "pins are respected"
             );
-            let view = lease.tensor(0, DType::U8, &[self.page_bytes])?;
-            assert!(lease.tensor(self.page_bytes - 1, DType::U8, &[1]).is_err(), "views never overlap");
+            let filled = self.model[page].len();
+            let view = lease.tensor(0, DType::U8, &[filled])?;
+            assert!(lease.tensor(filled - 1, DType::U8, &[1]).is_err(), "views never overlap");
+            assert!(lease.tensor(filled, DType::U8, &[1]).is_err(), "what holds nothing is not used");
             drop(lease);
             self.touch(page, view, byte);
         }
@@ -118,13 +123,13 @@ impl Checked {
             assert!(self.pager.stage(chunk.clone(), lane).is_err(), "a lane has one chunk");
             assert!(self.pager.lease(chunk.start).is_err(), "staged pages are in use");
             for page in chunk {
-                let view = staged.tensor(page, 0, DType::U8, &[self.page_bytes])?;
+                let view = staged.tensor(page, 0, DType::U8, &[self.model[page].len()])?;
                 // The lane's copies, and then the compute stream's, on which this works.
                 self.wait();
                 self.touch(page, view, byte);
                 self.wait();
             }
-            // The first half was not written.
+            // The first half of a full page was not written.
             let clean = if byte.is_multiple_of(2) { self.page_bytes / 2 } else { 0 };
             // Some stay where they are, until they are used again or the lane is.
             let leave = if usize::from(byte / 2) % 3 == turn % 3 { Pager::unstage } else { Pager::hold };
@@ -168,7 +173,7 @@ impl Checked {
                 Ok(())
             }
             Act::Read(page) => {
-                let mut bytes = vec![0; self.page_bytes];
+                let mut bytes = vec![0; self.model[*page].len()];
                 self.pager.read(*page, 0, &mut bytes)?;
                 assert_eq!(bytes, self.model[*page]);
                 Ok(())
@@ -348,6 +353,23 @@ fn what_lanes_hold_is_used_there_and_put_back_for_whoever_else_wants_it() {
     sweep([2, 3]);
     assert_eq!(pager.give_back(1), 4 * PAGE);
     assert_eq!((pager.holder(&(2..3)), read(2, PAGE - 1), read(2, 7)), (None, 5, 5));
+}
+
+#[test]
+fn pages_are_streamed_as_far_as_they_are_filled() {
+    let pager = pager(8, 4, Policy::Stream);
+    pager.fill(7, 100).unwrap();
+    assert!(pager.fill(7, PAGE + 1).is_err() && pager.fill(8, 0).is_err());
+    assert!(pager.write(7, 99, &[1, 2]).is_err() && pager.read(7, 100, &mut [0]).is_err());
+    pager.settle().unwrap();
+    assert_eq!(pager.open_lanes().unwrap(), Some((4, 1)));
+    for (page, lane) in [(6, 0), (7, 1)] {
+        let staged = pager.stage(page..page + 1, lane).unwrap();
+        assert!(pager.fill(page, 50).is_err(), "it is in use");
+        pager.unstage(staged, 30).unwrap();
+    }
+    let Counters { inward, outward, .. } = pager.counters();
+    assert_eq!((inward, outward), (PAGE as u64 + 100, PAGE as u64 - 30 + 70));
 }
 
 #[test]

@@ -12,10 +12,11 @@ use std::ops::Range;
 
 /// Lanes, if the store has as many.
 pub(super) const LANES: usize = 4;
-/// A lane takes at most this many bytes: copies of several MiB run at the full speed of the bus.
-const LANE_BYTES: usize = 16 << 20;
-/// Lanes take this part of the budget, so that most of it keeps pages.
-const LANE_SHARE: usize = 16;
+/// A lane takes at most this many bytes: every copy takes the bus some microseconds more than its bytes, but until a lane's
+/// first has left, none comes in.
+const LANE_BYTES: usize = 6 << 20;
+/// Lanes take at most this part of the budget. What they hold from sweep to sweep saves as much as what is resident.
+const LANE_SHARE: usize = 2;
 
 /// Pages in a lane's memory.
 #[derive(Clone, Debug)]
@@ -77,6 +78,7 @@ impl Table {
 
     /// Lets a lane come behind what the compute stream has done with pages, and what it was given before the sweep.
     fn follow(&mut self, lane: usize) -> Result<()> {
+        self.ahead = true;
         if !self.following[lane] {
             self.store.follow(lane)?;
             self.following[lane] = true;
@@ -90,10 +92,12 @@ impl Table {
 
     /// See [`crate::pager::Pager::join_lanes`].
     pub(in crate::pager) fn join_lanes(&mut self) -> Result<()> {
-        for lane in 0..self.lanes.map_or(0, |(lanes, _)| lanes) {
-            let ticket = self.store.unstage(0..0, 0, lane)?;
+        let lanes = self.lanes.filter(|_| self.ahead).map_or(0, |(lanes, _)| lanes);
+        for lane in 0..lanes {
+            let ticket = self.store.unstage(0..0, 0, 0, lane)?;
             self.store.join(ticket)?;
         }
+        self.ahead = false;
         self.keeping.clear();
         Ok(())
     }
@@ -110,8 +114,8 @@ impl Table {
         Ok(leaving)
     }
 
-    /// See [`crate::pager::Pager::stage`]; returns the address of the first page.
-    pub(in crate::pager) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<u64> {
+    /// See [`crate::pager::Pager::stage`]; returns the address of the first page, and their bytes.
+    pub(in crate::pager) fn stage(&mut self, pages: Range<usize>, lane: usize) -> Result<(u64, usize)> {
         self.free_to_use(pages.clone())?;
         let fits = self.lanes.is_some_and(|(lanes, most)| lane < lanes && pages.len() <= most);
         let busy = fits && self.chunks[lane].is_some() && self.held(lane).is_none();
@@ -130,16 +134,17 @@ impl Table {
                 self.pages[page].moving = None;
             }
         }
-        let missing = if held { pages.start..pages.start } else { pages.clone() };
-        let address = self.store.stage(missing, lane)?;
+        let (missing, filled) = if held { (0..0, 0) } else { (pages.clone(), self.last_filled(&pages)) };
+        let address = self.store.stage(missing, filled, lane)?;
         if !held {
+            self.counters.inward += self.chunk_bytes(&pages, 0) as u64;
             let clean = self.store.page_bytes();
             self.chunks[lane] = Some(Chunk { pages: pages.clone(), address, clean });
         }
         self.pages[pages.clone()].iter_mut().for_each(|page| (page.pinned, page.staged) = (true, true));
         *(if held { &mut self.counters.hits } else { &mut self.counters.streamed }) += pages.len() as u64;
-        self.note(pages, if held { What::Resident } else { What::Stage });
-        Ok(address)
+        self.note(pages.clone(), if held { What::Resident } else { What::Stage });
+        Ok((address, self.chunk_bytes(&pages, 0)))
     }
 
     /// See [`crate::pager::Pager::unstage`].
@@ -151,7 +156,7 @@ impl Table {
     /// See [`crate::pager::Pager::hold`].
     pub(in crate::pager) fn hold(&mut self, pages: Range<usize>, clean: usize, lane: usize) -> Result<()> {
         self.let_go(&pages, clean, lane)?;
-        let ticket = self.store.unstage(0..0, 0, lane)?;
+        let ticket = self.store.unstage(0..0, 0, 0, lane)?;
         self.pages[pages].iter_mut().for_each(|page| (page.staged, page.moving) = (false, Some(ticket)));
         Ok(())
     }
@@ -162,6 +167,7 @@ impl Table {
             return Err(Error::invalid("pager", format!("page {page} is still in use")));
         }
         self.uses += 1;
+        self.ahead = true;
         self.pages[pages.clone()].iter_mut().for_each(|page| page.used = self.uses);
         self.chunks[lane].iter_mut().for_each(|chunk| chunk.clean = chunk.clean.min(clean));
         Ok(())
@@ -170,11 +176,25 @@ impl Table {
     /// Copies a lane's chunk back; returns the ticket.
     fn write_back(&mut self, lane: usize) -> Result<Option<Ticket>> {
         let Some(Chunk { pages, clean, .. }) = self.chunks[lane].clone() else { return Ok(None) };
-        let ticket = self.store.unstage(pages.clone(), clean, lane)?;
+        let filled = self.last_filled(&pages);
+        let clean = clean.min(filled);
+        let ticket = self.store.unstage(pages.clone(), clean, filled, lane)?;
+        self.counters.outward += self.chunk_bytes(&pages, clean) as u64;
         self.chunks[lane] = None;
         self.pages[pages.clone()].iter_mut().for_each(|page| (page.staged, page.moving) = (false, Some(ticket)));
         self.note(pages, What::Unstage);
         Ok(Some(ticket))
+    }
+
+    /// Bytes of the last of a chunk's pages that hold anything.
+    fn last_filled(&self, pages: &Range<usize>) -> usize {
+        pages.clone().next_back().map_or(0, |page| self.filled(page))
+    }
+
+    /// Bytes that are copied of a chunk whose pages are as they were up to `clean`.
+    fn chunk_bytes(&self, pages: &Range<usize>, clean: usize) -> usize {
+        let whole = pages.len().saturating_sub(1) * (self.store.page_bytes() - clean);
+        whole + self.last_filled(pages) - clean
     }
 
     /// What a lane holds.
