@@ -59,6 +59,31 @@ const MEASURED: [(&str, &str, With, f64, f64); 13] = [
 ];
 const LONG: &str = "--model random:llama-3.1-8b --dropout 0 --batch-size 1 --seq-len";
 
+/// The same measured on an H200 on 2026-11-29, with the kernels of that day.
+const MEASURED_ON_H200: [(&str, f64, f64); 6] = [
+    ("4", 29.1, 17779.),
+    ("1", 11.1, 15747.),
+    ("4 --activations attention@host:31,all", 7.0, 14737.),
+    ("4 --recompute", 8.3, 13548.),
+    ("4 --rank 64 --recompute", 10.8, 13414.),
+    ("4 --rank 64 --recompute --paged-budget 480MiB", 9.5, 13375.),
+];
+
+#[test]
+fn measured_steps_on_an_h200() {
+    for (options, gib, speed) in MEASURED_ON_H200 {
+        let job = job(&format!("{QLORA} {options}"), Some(H100));
+        let planned = peak(&job).unwrap().total_peak as f64 / f64::from(1u32 << 30);
+        let estimate = Rates::of("NVIDIA H200", true).unwrap().0.speed(&job);
+        println!(
+            "| {options} | {gib} | {planned:.2} | {speed} | {estimate:.0} | {:+.1} % |",
+            100.0 * (estimate / speed - 1.0)
+        );
+        assert!((planned - gib).abs() <= 0.03 * gib, "{options}: {planned} GiB");
+        assert!((estimate / speed - 1.0).abs() <= 0.05, "{options}: {estimate} tok/s");
+    }
+}
+
 #[test]
 fn measured_steps() {
     println!("| step | GiB measured | planned | | tok/s measured | planned | |\n|---|---|---|---|---|---|---|");

@@ -81,7 +81,7 @@ const H100: Rates = Rates {
 };
 
 /// An H200 SXM, from profiles of steps of 8192 tokens: docs/measurements/2026-11-29-step.md. Its multiprocessors are an H100's.
-const H200: Rates = Rates { products: 670e12, head: 650e12, bytes: 3.0e12, gap: 2.4e-6, ..H100 };
+const H200: Rates = Rates { head: 650e12, bytes: 3.1e12, ..H100 };
 
 /// Passes over a row of the feed-forward block that SwiGLU takes forward and backward, by itself and within products: there what
 /// these take longer.
@@ -218,7 +218,8 @@ impl Rates {
     /// Tokens a second.
     pub fn speed(&self, job: &Job) -> f64 {
         let batches = job.settings.grad_accum as f64;
-        batches * job.tokens() as f64 / (batches * self.pass(job) + self.update(job))
+        let pass = self.pass(job);
+        batches * job.tokens() as f64 / (batches * pass + self.update(job, pass))
     }
 
     /// Seconds of a micro-batch, forward and backward.
@@ -333,7 +334,8 @@ impl Rates {
                 seconds += share * k * work.t * (self.dropout[1] + self.dropout[2]);
             }
         }
-        let elements = self.inputs(work) + self.swiglu()[1] * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
+        let elements =
+            self.inputs(work) + self.swiglu()[1] * work.f + 12.0 * work.d + 2.0 * (work.q + work.kv) + 2.0 * work.q;
         seconds + attention + self.gap * OWN_KERNELS[1] + work.t * work.w * elements / self.bytes
     }
 
@@ -360,8 +362,9 @@ impl Rates {
         products + (work.t * vocab * (4.0 + 4.0 + work.w) + dequantized) / self.bytes
     }
 
-    /// Seconds of an update: gradient, value, its copy and moments, read or written.
-    fn update(&self, job: &Job) -> f64 {
+    /// Seconds of an update: gradient, value, its copy and moments, read or written. Pages cross the bus beside the next forward
+    /// pass, a quarter of `pass` or more.
+    fn update(&self, job: &Job, pass: f64) -> f64 {
         let numel = job.trained() as f64;
         let moments = if job.settings.optimizer_bits == StateBits::F32 { 16.0 } else { 4.1 };
         let away = match job.pages() {
@@ -370,7 +373,7 @@ impl Rates {
         };
         // Of pages in host memory gradients and moments come, and moments go.
         let crossing = away * (4.0 + moments) / (4.0 + moments / 2.0);
-        numel * (20.0 + moments) / self.bytes + crossing / self.bus
+        numel * (20.0 + moments) / self.bytes + (crossing / self.bus - pass / 4.0).max(0.0)
     }
 }
 
