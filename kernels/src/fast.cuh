@@ -2,6 +2,8 @@
 #pragma once
 #include "common.cuh"
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // 2^x to 2 units in the last place; 0 for -infinity.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

@@ -11,12 +11,13 @@
 // Bound by the tensor cores; then by exponentials.
 #pragma once
 #include "attention/hopper.cuh"
+#include "fast.cuh"
 
 constexpr int TILE = 128;       // query rows of a block; keys of a stage
 constexpr int STAGES = 2;
 constexpr int THREADS = 3 * 128;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-constexpr float LN_2 = 0.69314718055994531f, LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.69314718055994531f;
 // A row's reference for exponentials may be exceeded by 2^8 before it is made anew: far from overflow in f16 (2^16).
 constexpr float SLACK = 8.0f;
 

@@ -2,13 +2,13 @@
 // in its turn, and the kernel that rounds the sums.
 #pragma once
 #include "attention/hopper.cuh"
+#include "fast.cuh"
 #include "rotary/turn.cuh"
 
 namespace backward {
 
 constexpr int D = 128, KEYS = 128, ROWS = 64, STAGES = 2;
 constexpr int THREADS = 3 * 128, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr u32 KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2; // of K or V; of a stage of Q or dO
 constexpr u32 DS_BYTES = KEYS * ROWS * 2, DQ_BYTES = ROWS * D * 4, NUMBERS = 2 * ROWS * 4;
 

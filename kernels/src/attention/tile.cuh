@@ -4,10 +4,11 @@
 // ldmatrix reads at once are in different banks. Tiles start at multiples of 128 bytes.
 #pragma once
 #include "attention/ptx.cuh"
+#include "fast.cuh"
 
 // Threads of a block, query rows of a block, and keys of a tile.
 constexpr int THREADS = 128, QUERIES = 128, KEYS = 64;
-constexpr float LN_2 = 0.69314718055994531f, LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.69314718055994531f;
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 

@@ -5,13 +5,13 @@
 // calculation for softmax", arXiv 1805.02867); the second makes the gradient. A row of a large vocabulary (half a
 // megabyte at 128256) does not fit on an SM; so that the second-level cache still serves part of the second pass, it
 // walks backwards, from what was read last. Bound by memory: the logits twice, the gradient once. Sums have a fixed order.
+#include "fast.cuh"
 #include "runs.cuh"
 
 constexpr int MAX_THREADS = 1024;
 // Runs that a thread has in flight in the first pass.
 constexpr int RUNS = 4;
 constexpr float LOWEST = -3.402823466e38f;
-constexpr float LOG2_E = 1.44269504088896f;
 
 // eˣ for x ≤ 0, within 2 ulp of f32 near 0 and 1e-5 where it hardly counts any more; the hardware makes 2ˣ.
 __device__ __forceinline__ float exp_fast(float x) { return exp2f(x * LOG2_E); }

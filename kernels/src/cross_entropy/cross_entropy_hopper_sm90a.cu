@@ -12,7 +12,6 @@
 constexpr int THREADS = 512;
 constexpr u32 CLUSTER = 8;
 constexpr float LOWEST = -3.402823466e38f;
-constexpr float LOG2_E = 1.44269504088896f;
 
 // Pieces of a part, of which the first is looked at while the others come.
 constexpr u32 PIECES = 4;

@@ -2,6 +2,7 @@
 // goes faster after `prefetch`), and then stores (`finish`). A place is eight neighbours of a row.
 #pragma once
 #include "linear/hopper.cuh"
+#include "runs.cuh"
 #include "swiglu/element.cuh"
 
 // Eight neighbours as they lie in memory; `set` rounds.
@@ -10,14 +11,7 @@ template <typename T> struct Neighbours {
 
     __device__ __forceinline__ void load(const T* from) { pairs = *reinterpret_cast<const uint4*>(from); }
     __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<uint4*>(to) = pairs; }
-    __device__ __forceinline__ void get(float (&x)[8]) const {
-        const u32 of[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 two = both<T>(of[i]);
-            x[2 * i] = two.x, x[2 * i + 1] = two.y;
-        }
-    }
+    __device__ __forceinline__ void get(float (&x)[8]) const { open(*reinterpret_cast<const Pack<T>*>(&pairs), x); }
     __device__ __forceinline__ void set(const float (&x)[8]) {
         pairs = make_uint4(pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7]));
     }

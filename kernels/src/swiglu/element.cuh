@@ -8,7 +8,6 @@ template <typename T> __device__ __forceinline__ float sigmoid(float x) {
     if constexpr (sizeof(T) == 4) {
         return 1.0f / (1.0f + expf(-x));
     } else {
-        constexpr float LOG2_E = 1.4426950408889634f;
         return reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x));
     }
 }

@@ -223,16 +223,11 @@ impl PageStore for PinnedPages {
     }
 
     fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
-        let streams = [self.inward, self.outward];
-        streams.iter().try_for_each(|&stream| self.transfers.behind_compute(stream))?;
-        Ok(Some(streams))
+        self.transfers.beside([self.inward, self.outward])
     }
 
     fn join_beside(&mut self) -> Result<()> {
-        [self.inward, self.outward].into_iter().try_for_each(|stream| {
-            let ticket = self.transfers.ticket(stream)?;
-            self.transfers.join(ticket)
-        })
+        self.transfers.join_beside([self.inward, self.outward])
     }
 
     fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {

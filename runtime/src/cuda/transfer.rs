@@ -56,6 +56,22 @@ impl Transfers {
         self.event(ticket).map_or(Ok(()), |event| event.hold(stream))
     }
 
+    /// Lets streams wait for what the compute stream has been given, and returns them: see [`PageStore::beside`].
+    ///
+    /// [`PageStore::beside`]: crate::pager::PageStore::beside
+    pub(super) fn beside(&self, streams: [Stream; 2]) -> Result<Option<[Stream; 2]>> {
+        streams.iter().try_for_each(|&stream| self.behind_compute(stream))?;
+        Ok(Some(streams))
+    }
+
+    /// Lets the compute stream wait for what those have been given since.
+    pub(super) fn join_beside(&mut self, streams: [Stream; 2]) -> Result<()> {
+        streams.into_iter().try_for_each(|stream| {
+            let ticket = self.ticket(stream)?;
+            self.join(ticket)
+        })
+    }
+
     /// Whether a ticket is reached.
     pub(super) fn reached(&self, ticket: Ticket) -> Result<bool> {
         self.event(ticket).map_or(Ok(true), Event::is_reached)

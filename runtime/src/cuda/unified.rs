@@ -303,16 +303,11 @@ impl PageStore for UnifiedPages {
     }
 
     fn beside(&mut self) -> Result<Option<[Stream; 2]>> {
-        let streams = [self.inward, self.aside];
-        streams.iter().try_for_each(|&stream| self.transfers.behind_compute(stream))?;
-        Ok(Some(streams))
+        self.transfers.beside([self.inward, self.aside])
     }
 
     fn join_beside(&mut self) -> Result<()> {
-        [self.inward, self.aside].into_iter().try_for_each(|stream| {
-            let ticket = self.transfers.ticket(stream)?;
-            self.transfers.join(ticket)
-        })
+        self.transfers.join_beside([self.inward, self.aside])
     }
 
     fn write(&mut self, page: usize, offset: usize, bytes: &[u8]) -> Result<()> {
