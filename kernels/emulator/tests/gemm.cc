@@ -9,7 +9,7 @@ using namespace emulator;
 #define KERNEL(NAME) (std::is_same_v<T, bf16> ? NAME##_bf16 : NAME##_f16)
 
 // As in hopper.rs.
-constexpr u32 SHARED = (208 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
+constexpr u32 SHARED = (220 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
 
 struct Shape {
     u32 m, n, columns, blocks; // columns: of a tile
@@ -65,10 +65,12 @@ static bool product(const Shape& s, bool forward, u32 depth, u32 rank, float sca
     auto kernel = forward ? (s.columns == 256 ? KERNEL(gemm_hopper_forward_256) : KERNEL(gemm_hopper_forward_128))
                           : (s.columns == 256 ? KERNEL(gemm_hopper_input_grad_256) : KERNEL(gemm_hopper_input_grad_128));
     const O* in = added == IN ? before.data : added == OUT ? out.data : nullptr;
-    TensorMap map;
-    if (in && !s.wide) map = tensor_map<TensorMap>(in, s.m, s.n, 64, 64);
+    TensorMap out_map, in_map;
+    if (!s.wide) out_map = tensor_map<TensorMap>(out.data, s.m, s.n, 64, 64);
+    if (in && !s.wide) in_map = tensor_map<TensorMap>(in, s.m, s.n, 64, 64);
     launch(kernel, s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map, pairs[1].b_map,
-           out.data, s.wide ? (const float*)in : nullptr, map, in && !s.wide, scale, s.wide, s.m, s.n, depth, rank);
+           s.wide ? (float*)out.data : nullptr, s.wide ? (const float*)in : nullptr, out_map, in_map, in && !s.wide, scale, s.m,
+           s.n, depth, rank);
     const char* direction = forward ? "forward" : "input_grad";
     char name[100];
     snprintf(name, sizeof name, "%s of depth %u, rank %u, scale %g, adds %d", direction, depth, rank, scale, added);
@@ -92,9 +94,11 @@ template <typename T, typename O> static bool sum(const Shape& s, const std::vec
     Array<O> out((u64)s.m * s.n);
     auto kernel = s.columns == 256 ? KERNEL(gemm_hopper_input_grads_256) : KERNEL(gemm_hopper_input_grads_128);
     const Pair<T>* p = pairs.data();
+    TensorMap out_map;
+    if (!s.wide) out_map = tensor_map<TensorMap>(out.data, s.m, s.n, 64, 64);
     launch(kernel, s.blocks, THREADS, SHARED, 1, p[0].a_map, p[0].b_map, p[1].a_map, p[1].b_map, p[2].a_map, p[2].b_map,
-           p[3].a_map, p[3].b_map, p[4].a_map, p[4].b_map, p[5].a_map, p[5].b_map, out.data, s.m, s.n, p[0].depth,
-           p[1].depth, p[2].depth, p[3].depth, p[4].depth, p[5].depth, s.wide);
+           p[3].a_map, p[3].b_map, p[4].a_map, p[4].b_map, p[5].a_map, p[5].b_map, s.wide ? (float*)out.data : nullptr,
+           out_map, s.m, s.n, p[0].depth, p[1].depth, p[2].depth, p[3].depth, p[4].depth, p[5].depth);
     return is_right<T, O>(name, s, out, pairs, 1, nullptr);
 }
 
@@ -108,9 +112,10 @@ template <typename T> static bool gated(const Shape& s, u32 depth, u32 rank) {
     for (u32 size : {depth, rank}) pairs.emplace_back(s, size, true);
     const auto gate = Array<T>::random((u64)s.m * s.n, 4);
     Array<T> up((u64)s.m * s.n), output((u64)s.m * s.n);
+    auto made = [&](const Array<T>& matrix) { return tensor_map<TensorMap>(matrix.data, s.m, s.n, MADE_ROWS, 64); };
     const TensorMap gates = tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64);
     launch(KERNEL(gemm_hopper_gated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map, pairs[1].a_map,
-           pairs[1].b_map, gates, gate.data, up.data, output.data, s.m, s.n, depth, rank);
+           pairs[1].b_map, gates, gate.data, made(up), made(output), s.m, s.n, depth, rank);
     bool good = is_right<T, T>("gated", s, up, pairs, 1, nullptr);
     return good & compare(("output, " + text(s)).c_str(), output.data, s.m, s.n, SIGMOID, [&](u64 i, u64 j) {
         const double g = gate.at(i * s.n + j), u = value(up.data[i * s.n + j]);
@@ -127,9 +132,11 @@ template <typename T> static bool differentiated(const Shape& s, u32 depth, u32 
     auto gate = Array<T>::random((u64)s.m * s.n, 4), up = Array<T>::random((u64)s.m * s.n, 4);
     const std::vector<T> gates(gate.data, gate.data + gate.count), ups(up.data, up.data + up.count);
     Array<T> output((u64)s.m * s.n);
+    auto made = [&](const Array<T>& matrix) { return tensor_map<TensorMap>(matrix.data, s.m, s.n, MADE_ROWS, 64); };
     launch(KERNEL(gemm_hopper_differentiated), s.blocks, THREADS, SHARED, 1, pairs[0].a_map, pairs[0].b_map,
            pairs[1].a_map, pairs[1].b_map, tensor_map<TensorMap>(gate.data, s.m, s.n, 128, 64),
-           tensor_map<TensorMap>(up.data, s.m, s.n, 128, 64), gate.data, up.data, output.data, s.m, s.n, depth, rank);
+           tensor_map<TensorMap>(up.data, s.m, s.n, 128, 64), gate.data, up.data, made(gate), made(up), made(output), s.m, s.n,
+           depth, rank);
     // The product is rounded to T, and then multiplied by `factor`, whose terms are at most `most`.
     const u32 terms = depth + rank + 8 + SIGMOID + u32(EPSILON<T> * 0x1p24);
     auto check = [&](const char* name, const Array<T>& found, auto factor, auto most) {

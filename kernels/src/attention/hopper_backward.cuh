@@ -262,7 +262,7 @@ __device__ __forceinline__ void backward(const TensorMap* q, const TensorMap* k,
                 barrier_wait(shared + DQ_FULL + 8 * buffer, phase);
                 if (work.turn > 0) wait_for_turn(counters + 1 + part, work.turn);
                 add_part(dq_sums + part * (DQ_BYTES / 4), shared + DQ_PARTS + buffer * DQ_BYTES, work.turn == 0);
-                part_read();
+                stores_read<0>();
                 barrier_arrive(shared + DQ_EMPTY + 8 * buffer);
                 part_added();
                 end_turn(counters + 1 + part, work.turn);

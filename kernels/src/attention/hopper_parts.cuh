@@ -25,8 +25,8 @@ constexpr u32 TICKET = DQ_EMPTY + 16, SHARED = TICKET + 8;
 
 extern __shared__ __align__(1024) u8 dynamic_shared[];
 
-// Begins to add (or, the first time, to copy) a part from shared memory to global memory; then waits until it has been read,
-// until it has been added. By the thread that began.
+// Begins to add (or, the first time, to copy) a part from shared memory to global memory; then waits until it has been added. By
+// the thread that began.
 __device__ __forceinline__ void add_part(float* to, u32 from, bool first) {
     if (first) {
         asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "n"(DQ_BYTES)
@@ -36,9 +36,8 @@ __device__ __forceinline__ void add_part(float* to, u32 from, bool first) {
                      "n"(DQ_BYTES)
                      : "memory");
     }
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    stores_commit();
 }
-__device__ __forceinline__ void part_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void part_added() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_turn(const u32* counter, u32 turn) {

@@ -10,9 +10,9 @@
 // other tails than those of `out`.
 //
 // At the end of a tile the warps that multiply leave its sums in shared memory, rounded, and go on with the next tile; the three
-// other warps of the first warpgroup make results of them meanwhile. `left` and `taken` say for each of the two warpgroups
-// whether they are there. A residual is brought to that place in the middle of a tile (`given`), and added to the sums before
-// they are rounded. Only f32 results are made by the warps that have multiplied.
+// other warps of the first warpgroup make results of them meanwhile, or have the TMA copy them as they are. `left` and `taken` say
+// for each of the two warpgroups whether they are there. A residual is brought to that place in the middle of a tile (`given`),
+// and added to the sums before they are rounded. Only f32 results are made by the warps that have multiplied.
 //
 // Tiles in shared memory have rows of 128 bytes (64 elements), swizzled: 16-byte chunk c of row i lies at c ^ (i % 8).
 // `a` and forward's b: a row is 64 elements along the contraction. The input gradient's b: boxes of 64 columns, a row
@@ -37,8 +37,8 @@ constexpr int STRIP = 16;               // rows of tiles that are visited togeth
 constexpr int CONSUMERS = BM / 64;      // warpgroups that multiply
 constexpr int WRITERS = 3;              // warps that make results
 constexpr int MAX_STAGES = 5;
-// Registers of a thread: 384 threads start with 168, (104 + 2 * 200) * 128 are as many.
-constexpr int THREADS = 128 * (1 + CONSUMERS), WRITER_REGISTERS = 104, CONSUMER_REGISTERS = 200;
+// Registers of a thread: 384 threads start with 168, (120 + 2 * 192) * 128 are as many.
+constexpr int THREADS = 128 * (1 + CONSUMERS), WRITER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
 
 // What is made: `scale` times the sums, `[m, n]`.
 struct Sizes {
@@ -66,7 +66,7 @@ template <int BN> struct Ring {
     static constexpr u32 A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE = A_BYTES + B_BYTES, STAGES = BN == 256 ? 3 : MAX_STAGES;
     static constexpr u32 SLABS = BN / SLAB * SLAB_BYTES; // of a warpgroup
     u8* start;
-    u32 address, slabs;
+    u32 address, slabs, staging;
     u32 full, empty;        // barriers, + 8 stage
     u32 left, taken, given; // + 8 consumer
     u32 stage = 0, phase = 0;
@@ -75,7 +75,8 @@ template <int BN> struct Ring {
         start = shared + (-shared_address(shared) & 1023); // swizzle atoms start at multiples of 1024 bytes
         address = shared_address(start);
         slabs = address + STAGES * STAGE;
-        full = slabs + CONSUMERS * SLABS;
+        staging = slabs + CONSUMERS * SLABS;
+        full = staging + WRITERS * STAGING_BYTES;
         empty = full + MAX_STAGES * 8;
         left = empty + MAX_STAGES * 8;
         taken = left + CONSUMERS * 8;
@@ -152,23 +153,14 @@ __device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& s
         tiles.place<BN>(tile, m0, n0);
 #pragma unroll 1
         for (u32 consumer = 0; consumer < CONSUMERS; consumer++) {
-            Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, 16 * (BN / SLAB), WRITERS);
+            Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, WRITERS);
             barrier_wait(ring.left + 8 * consumer, phase);
-            parts.write(ring.slabs + consumer * ring.SLABS);
+            parts.write(ring.slabs + consumer * ring.SLABS, ring.staging + writer * STAGING_BYTES);
             __syncwarp();
             if (threadIdx.x % WARP == 0) barrier_arrive(ring.taken + 8 * consumer);
         }
         phase ^= 1;
     }
-}
-
-// What a warp that has multiplied does after the last tile: makes the result of its own rows, since all warps are free.
-template <int BN, typename T, typename RESULT>
-__device__ __forceinline__ void write_own(const RESULT& result, const Sizes& sizes, u32 row0, u32 column0, u32 slabs) {
-    constexpr u32 OWN = 4 * (BN / SLAB);
-    const u32 begin = threadIdx.x / WARP % 4 * OWN;
-    Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, row0, column0, begin, begin + OWN, 1);
-    parts.write(slabs);
 }
 
 // Waits for the last products of a tile, whose stage is free then.
@@ -177,15 +169,6 @@ template <int SUMS> __device__ __forceinline__ void end_products(float (&sums)[S
     pin(sums);
     if (threadIdx.x % WARP == 0) barrier_arrive(stage_empty);
 }
-// Makes a warp's part of the result of its sums as they are.
-template <int BN>
-__device__ __forceinline__ void finish_wide(const Plus& result, const Sizes& sizes, u32 row0, u32 column0, float (&sums)[BN / 2],
-                                            u8* exchange, u32 stage_empty) {
-    WideWriter<BN> writer(result, sizes.m, sizes.n, row0, column0);
-    end_products(sums, stage_empty);
-    writer.write(sums, sizes.scale, exchange);
-}
-
 // What a warpgroup does that multiplies: 64 rows of each tile.
 template <typename T, bool FORWARD, int BN, typename RESULT>
 __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& sizes, const Tiles& tiles, int consumer,
@@ -222,30 +205,31 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
             ring.advance();
         }
         const u32 stage_empty = ring.empty + 8 * last;
-        if constexpr (RESULT::EITHER) {
+        end_products(sums, stage_empty);
+        if constexpr (RESULT::WHOLE) {
             if (result.wide) {
-                u8* const exchange = ring.start + ring.STAGES * ring.STAGE + (consumer * 4 + warp) * EXCHANGE_BYTES; // for the slabs
-                finish_wide<BN>(result.plus(), sizes, m0 + consumer * 64 + warp * 16, n0, sums, exchange, stage_empty);
+                write_wide<BN>(result, sizes.m, sizes.n, m0 + consumer * 64 + warp * 16, n0, sums, sizes.scale);
                 continue;
             }
         }
-        end_products(sums, stage_empty);
         // The first time they are free from the start.
         if (result.adds()) barrier_wait(ring.given + 8 * consumer, slabs_phase);
         else barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1);
         leave_sums<BN, T>(sums, sizes.scale, slabs, result.adds());
-        if (result.adds()) publish_shared(); // before the TMA writes there again
+        publish_shared(); // the TMA reads them, and writes there again
         __syncwarp();
         if (tile + gridDim.x >= tiles.count) break;
         if (lane == 0) barrier_arrive(ring.left + 8 * consumer);
         slabs_phase ^= 1;
     }
     if (blockIdx.x >= tiles.count) return;
-    if constexpr (RESULT::EITHER) {
-        if (!result.wide) write_own<BN, T>(result.plain(), sizes, m0 + consumer * 64, n0, slabs);
-    } else {
-        write_own<BN, T>(result, sizes, m0 + consumer * 64, n0, slabs);
+    if constexpr (RESULT::WHOLE) {
+        if (result.wide) return;
     }
+    // The last tile's results the warps make that have multiplied, since they are free, and so is the ring.
+    Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, warp, 4);
+    meet<CONSUMERS * 128>(1);
+    parts.write(slabs, ring.address + (consumer * 4 + warp) * STAGING_BYTES);
 }
 
 // `depths`: the contraction of each pair, or 0.
@@ -271,11 +255,10 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     if (threadIdx.x == 0) {
         produce<FORWARD, BN>(ring, a, b, depths, steps, tiles, result);
     } else if (warp > 0) {
-        if constexpr (RESULT::EITHER) {
-            if (!result.wide) write_tiles<BN, T>(result.plain(), sizes, tiles, warp - 1, ring);
-        } else {
-            write_tiles<BN, T>(result, sizes, tiles, warp - 1, ring);
+        if constexpr (RESULT::WHOLE) {
+            if (result.wide) return;
         }
+        write_tiles<BN, T>(result, sizes, tiles, warp - 1, ring);
     }
 }
 
@@ -286,30 +269,29 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
 #define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
 
 #define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
-    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), void* out, const float* in, const __grid_constant__ TensorMap added, \
-                                    u32 adds, float scale, u32 wide, u32 m, u32 n, u32 k, u32 rank) {                  \
+    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), float* wide, const float* in, const __grid_constant__ TensorMap out,  \
+                                    const __grid_constant__ TensorMap added, u32 adds, float scale, u32 m, u32 n, u32 k, u32 rank) { \
         TWO_PAIRS                                                                                                      \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, PlusAny<TYPE>{out, in, adds ? &added : nullptr, wide != 0}); \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, Plus{wide, in, &out, adds ? &added : nullptr}); \
     }
 #define JOINED(TYPE, BN)                                                                                               \
-    GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), void* out, u32 m, u32 n,    \
-                                      u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5, u32 wide) { \
+    GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), float* wide,                  \
+                                    const __grid_constant__ TensorMap out, u32 m, u32 n, u32 depth0, u32 depth1, u32 depth2, \
+                                    u32 depth3, u32 depth4, u32 depth5) {                                               \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, PlusAny<TYPE>{out, nullptr, nullptr, wide != 0});     \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, Plus{wide, nullptr, &out, nullptr});           \
     }
+#define MAP(NAME) const __grid_constant__ TensorMap NAME
 #define SWIGLU(TYPE)                                                                                                   \
-    GEMM(gated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates, const void* gate, void* up,           \
-                       void* output, u32 m, u32 n, u32 k, u32 rank) {                                                  \
+    GEMM(gated_##TYPE)(PAIR(0), PAIR(1), MAP(gates), const void* gate, MAP(up), MAP(output), u32 m, u32 n, u32 k, u32 rank) { \
         TWO_PAIRS                                                                                                      \
-        const Gated<TYPE> result{&gates, (const TYPE*)gate, (TYPE*)up, (TYPE*)output};                                 \
-        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                      \
+        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, Gated<TYPE>{&gates, (const TYPE*)gate, &up, &output});     \
     }                                                                                                                  \
-    GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), const __grid_constant__ TensorMap gates,                             \
-                                const __grid_constant__ TensorMap ups, void* gate, void* up, void* output, u32 m,       \
-                                u32 n, u32 k, u32 rank) {                                                              \
+    GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), MAP(gates), MAP(ups), const void* gate, const void* up, MAP(of_gate), \
+                                MAP(of_up), MAP(output), u32 m, u32 n, u32 k, u32 rank) {                              \
         TWO_PAIRS                                                                                                      \
-        const Differentiated<TYPE> result{&gates, &ups, (TYPE*)gate, (TYPE*)up, (TYPE*)output};                        \
+        const Differentiated<TYPE> result{&gates, &ups, (const TYPE*)gate, (const TYPE*)up, &of_gate, &of_up, &output};                          \
         gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                     \
     }
 #define ENTRIES(TYPE)                                                                                                  \

@@ -56,6 +56,18 @@ __device__ __forceinline__ void prefetch_box(const TensorMap* map, int column, i
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
                  : "memory");
 }
+// Starts to copy a box from shared memory, where `publish_shared` has followed, to the matrix, as far as it is inside of that.
+__device__ __forceinline__ void store_box(const TensorMap* map, int column, int row, u32 from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+                 "r"(row), "r"(from)
+                 : "memory");
+}
+// Closes the group of copies from shared memory that this thread has started; waits until no more than PENDING of
+// its groups have not been read.
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 // Starts to copy `bytes` bytes that follow one another, in multiples of 16.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

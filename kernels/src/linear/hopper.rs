@@ -11,10 +11,10 @@ use nibble_runtime::{
 };
 use std::borrow::Cow;
 
-const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 128, 4, 4, 4, 4, 4, 4, 4];
-const GATED: &[usize] = &[128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
-const DIFFERENTIATED: &[usize] = &[128, 128, 128, 128, 128, 128, 8, 8, 8, 4, 4, 4, 4];
-const JOINED: &[usize] = &[128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4];
+const PARAMS: &[usize] = &[128, 128, 128, 128, 8, 8, 128, 128, 4, 4, 4, 4, 4, 4];
+const GATED: &[usize] = &[128, 128, 128, 128, 128, 8, 128, 128, 4, 4, 4, 4];
+const DIFFERENTIATED: &[usize] = &[128, 128, 128, 128, 128, 128, 8, 8, 128, 128, 128, 4, 4, 4, 4];
+const JOINED: &[usize] = &[128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 8, 128, 4, 4, 4, 4, 4, 4, 4, 4];
 
 pub(crate) static GEMM_HOPPER: Module = Module {
     name: "gemm_hopper_sm90a",
@@ -43,10 +43,14 @@ pub(crate) static GEMM_HOPPER: Module = Module {
 const TILE_ROWS: u32 = 128;
 /// Along the contraction, and columns of a box of the input gradient's weight.
 const DEPTH: u32 = 64;
-/// Rows and columns of a box of what is added to a product.
+/// Rows and columns of a box of a product, and of what is added to it.
 const SLAB: u32 = 64;
-/// Ring and sums, barriers (two for each of at most five stages, three for each of two warpgroups), and to start at a multiple of 1024.
-const SHARED: usize = (208 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
+/// Rows of a box of what SwiGLU makes of a product.
+const MADE_ROWS: u32 = 8;
+/// Words of 64 bits of a tensor map, where none is looked at.
+const MAP_WORDS: usize = 16;
+/// Ring, sums and what is made of them, barriers (two for each of at most five stages, three for each of two warpgroups), and to start at a multiple of 1024.
+const SHARED: usize = (220 << 10) + (2 * 5 + 3 * 2) * 8 + 1024;
 /// One warpgroup that copies and writes, two that multiply.
 const THREADS: u32 = 3 * 128;
 
@@ -231,13 +235,16 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     for (a, b, _) in &pairs {
         args = args.tensor_map(a, TILE_ROWS, DEPTH).tensor_map(b, DEPTH, DEPTH);
     }
-    let wide = out.dtype() == DType::F32;
     let (m, n) = (size(op, m)?, size(op, n)?);
-    let mut args = args.moves(moved).output(out).u32(m).u32(n);
+    let args = args.moves(moved);
+    let args = match out.dtype() {
+        DType::F32 => args.output(out).words(&[], MAP_WORDS),
+        _ => args.output_opt(None).output_map(out, SLAB, SLAB),
+    };
+    let mut args = args.u32(m).u32(n);
     for (.., depth) in &pairs {
         args = args.u32(size(op, *depth)?);
     }
-    let args = args.u32(wide.into());
     let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
     let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
@@ -254,15 +261,19 @@ pub(super) fn product(gpu: &Gpu, product: &Product, out: &mut Tensor) -> Result<
     }
     let &Product { forward, a, weight, scale, terms, .. } = product;
     let Some(b) = dense(weight, a.dtype())? else { return Ok(false) };
-    let (wide, direction) = (out.dtype() == DType::F32, if forward { "forward" } else { "input_grad" });
-    let args = product.operands(&b, columns).output(out);
-    let added = if terms.add { Some(&*out) } else { terms.residual };
-    let args = args.input_opt(added.filter(|_| wide));
-    let args = match added.filter(|_| !wide) {
-        Some(added) => args.tensor_map(added, SLAB, SLAB).u32(1),
-        None => args.words(&[], 16).u32(0),
+    let direction = if forward { "forward" } else { "input_grad" };
+    let args = product.operands(&b, columns);
+    let added = |out| if terms.add { Some(out) } else { terms.residual };
+    let args = if out.dtype() == DType::F32 {
+        args.output(out).input_opt(added(out)).words(&[], MAP_WORDS).words(&[], MAP_WORDS).u32(0)
+    } else {
+        let args = args.output_opt(None).input_opt(None).output_map(out, SLAB, SLAB);
+        match added(out) {
+            Some(added) => args.tensor_map(added, SLAB, SLAB).u32(1),
+            None => args.words(&[], MAP_WORDS).u32(0),
+        }
     };
-    launch(gpu, &format!("{direction}_{columns}"), columns, product, args.f32(scale).u32(wide.into()))?;
+    launch(gpu, &format!("{direction}_{columns}"), columns, product, args.f32(scale))?;
     Ok(true)
 }
 
@@ -293,7 +304,7 @@ pub(super) fn gated(product: &Product, gate: &Tensor, up: &mut Tensor, output: &
     let gpu = Gpu::of(gate.device())?;
     let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
     let args = product.operands(&b, FOLLOWED_COLUMNS).tensor_map(gate, TILE_ROWS, DEPTH);
-    launch(gpu, "gated", FOLLOWED_COLUMNS, product, args.input(gate).output(up).output(output))?;
+    launch(gpu, "gated", FOLLOWED_COLUMNS, product, args.input(gate).output_map(up, MADE_ROWS, SLAB).output_map(output, MADE_ROWS, SLAB))?;
     Ok(true)
 }
 
@@ -309,7 +320,8 @@ pub(super) fn differentiated(
     let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
     let args = product.operands(&b, FOLLOWED_COLUMNS);
     let args = args.tensor_map(gate, TILE_ROWS, DEPTH).tensor_map(up, TILE_ROWS, DEPTH);
-    launch(gpu, "differentiated", FOLLOWED_COLUMNS, product, args.output(gate).output(up).output(output))?;
+    let args = args.input(gate).input(up).output_map(gate, MADE_ROWS, SLAB).output_map(up, MADE_ROWS, SLAB);
+    launch(gpu, "differentiated", FOLLOWED_COLUMNS, product, args.output_map(output, MADE_ROWS, SLAB))?;
     Ok(true)
 }
 

@@ -207,6 +207,14 @@ impl Args {
         args
     }
 
+    /// As [`Args::tensor_map`], of a matrix to write; nothing else may refer to its storage.
+    pub fn output_map(mut self, tensor: &mut Tensor, rows: u32, columns: u32) -> Self {
+        if let Err(error) = tensor.device_pointer_mut() {
+            self.error.get_or_insert(error);
+        }
+        self.tensor_map(tensor, rows, columns)
+    }
+
     /// A structure of these fields, as C lays it out: each at a multiple of its size, the whole a multiple of 8 bytes. A field
     /// may be a structure.
     ///

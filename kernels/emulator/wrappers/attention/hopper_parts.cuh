@@ -1,10 +1,8 @@
 inline void add_part(float* to, u32 from, bool first) {
     if (first) emulator::store_bulk(to, from, DQ_BYTES);
     else emulator::add_bulk(to, from, DQ_BYTES);
-    emulator::commit(emulator::BULK);
+    stores_commit();
 }
-// (The emulator makes no difference between read and written.)
-inline void part_read() { emulator::wait_groups(emulator::BULK, 0); }
 inline void part_added() { emulator::wait_groups(emulator::BULK, 0); }
 inline void wait_for_turn(const u32* counter, u32 turn) {
     emulator::wait_until([=] { return *counter == turn; }, "wait_for_turn (turn)", turn);

@@ -6,6 +6,10 @@ inline void barrier_wait(u32 barrier, u32 parity) { emulator::barrier_wait(barri
 inline void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
     emulator::copy_box(to, map, column, row, barrier);
 }
+inline void store_box(const TensorMap* map, int column, int row, u32 from) { emulator::store_box(map, column, row, from); }
+inline void stores_commit() { emulator::commit(emulator::BULK); }
+// (The emulator makes no difference between read and written.)
+template <int PENDING> void stores_read() { emulator::wait_groups(emulator::BULK, PENDING); }
 inline void prefetch_box(const TensorMap*, int, int) {}
 inline void prefetch_map(const TensorMap*) {}
 template <int REGISTERS> void give_registers() {}
