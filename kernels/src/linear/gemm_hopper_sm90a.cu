@@ -129,13 +129,13 @@ __device__ __forceinline__ void produce(Ring<BN>& ring, const TensorMap* const (
                         copy_box(to + ring.A_BYTES + box * BOX, b[pair], n0 + box * 64, k0, barrier);
                 }
                 ring.advance();
-                if (--until > 0 || !result.adds()) continue;
+                if (--until > 0 || result.added == nullptr) continue;
                 for (int consumer = 0; consumer < CONSUMERS; consumer++) {
                     const u32 slabs = ring.slabs + consumer * ring.SLABS, given = ring.given + 8 * consumer;
                     barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
                     barrier_expect(given, ring.SLABS);
                     for (int s = 0; s < BN / SLAB; s++)
-                        copy_box(slabs + s * SLAB_BYTES, result.addend(), n0 + s * SLAB, m0 + consumer * 64, given);
+                        copy_box(slabs + s * SLAB_BYTES, result.added, n0 + s * SLAB, m0 + consumer * 64, given);
                 }
                 slabs_phase ^= 1;
             }
@@ -213,9 +213,9 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
             }
         }
         // The first time they are free from the start.
-        if (result.adds()) barrier_wait(ring.given + 8 * consumer, slabs_phase);
+        if (result.added) barrier_wait(ring.given + 8 * consumer, slabs_phase);
         else barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1);
-        leave_sums<BN, T>(sums, sizes.scale, slabs, result.adds());
+        leave_sums<BN, T>(sums, sizes.scale, slabs, result.added != nullptr);
         publish_shared(); // the TMA reads them, and writes there again
         __syncwarp();
         if (tile + gridDim.x >= tiles.count) break;

@@ -24,8 +24,6 @@ struct Plus {
     const TensorMap *out, *added; // in boxes of 64 x 64; `added` may be null
 
     __device__ __forceinline__ void prefetch(u32, u32, u32) const {}
-    __device__ __forceinline__ bool adds() const { return added != nullptr; }
-    __device__ __forceinline__ const TensorMap* addend() const { return added; }
 };
 
 // Has the second-level cache hold rows of 128 from `row` on, `columns` from `column` on.
@@ -39,12 +37,12 @@ constexpr int MADE_ROWS = 8; // of boxes of results that are made of the sums
 // The sums are `up` of SwiGLU, rounded as if SwiGLU were a pass of its own: up, and output = silu(gate) · up.
 template <typename T> struct Gated {
     static constexpr bool WHOLE = false;
-    static constexpr int MADE = 1; // beside what the sums become
-    const TensorMap* gates;        // in boxes of 128 x 64
+    static constexpr bool CHANGES = false; // the sums
+    static constexpr int MADE = 1;         // others, beside them
+    const TensorMap* gates;                // in boxes of 128 x 64
     const T* gate;
-    const TensorMap *up, *output;  // in boxes of 8 x 64
-    static __device__ __forceinline__ bool adds() { return false; }
-    static __device__ __forceinline__ const TensorMap* addend() { return nullptr; }
+    const TensorMap *up, *output; // in boxes of 8 x 64
+    static constexpr const TensorMap* added = nullptr;
     struct Loaded {
         Neighbours<T> gate;
     };
@@ -69,12 +67,12 @@ template <typename T> struct Gated {
 // gradients; output = silu(gate) · up.
 template <typename T> struct Differentiated {
     static constexpr bool WHOLE = false;
+    static constexpr bool CHANGES = true;
     static constexpr int MADE = 2;
     const TensorMap *gates, *ups; // in boxes of 128 x 64
     const T *gate, *up;
     const TensorMap *of_gate, *of_up, *output; // in boxes of 8 x 64
-    static __device__ __forceinline__ bool adds() { return false; }
-    static __device__ __forceinline__ const TensorMap* addend() { return nullptr; }
+    static constexpr const TensorMap* added = nullptr;
     struct Loaded {
         Neighbours<T> gate, up;
     };
@@ -186,7 +184,7 @@ template <int BN, typename T, typename RESULT> struct Writer {
             for (int i = 0; i < 2; i++) {
 #pragma unroll
                 for (int j = 0; j < RESULT::MADE; j++) store_shared(places_made + j * PART_BYTES + places[i], made[i][j].pairs);
-                if (RESULT::MADE == 2) store_shared(sums + places[i], y[i].pairs);
+                if (RESULT::CHANGES) store_shared(sums + places[i], y[i].pairs);
             }
             publish_shared();
             __syncwarp();
