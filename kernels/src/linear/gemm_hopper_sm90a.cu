@@ -46,25 +46,18 @@ struct Sizes {
     float scale;
 };
 
-// The tiles of the result, by turns, of which a block takes every so many-th. A turn is a tile; but in a last round that would
-// keep at most half of the blocks busy it is a warpgroup's half of one.
+// The tiles of the result; a block takes every so many-th of them.
 struct Tiles {
-    u32 rows, columns, whole, turns; // `whole`: turns that are tiles
+    u32 rows, columns, count;
 
     __device__ __forceinline__ Tiles(const Sizes& sizes, u32 width)
-        : rows((sizes.m + BM - 1) / BM), columns((sizes.n + width - 1) / width), whole(rows * columns), turns(whole) {
-        const u32 rest = whole % gridDim.x;
-        if (2 * rest <= gridDim.x) whole -= rest, turns += rest;
-    }
-    template <int BN> __device__ __forceinline__ void place(u32 turn, u32& m0, u32& n0) const {
-        const u32 tile = turn < whole ? turn : whole + (turn - whole) / 2;
+        : rows((sizes.m + BM - 1) / BM), columns((sizes.n + width - 1) / width), count(rows * columns) {}
+    template <int BN> __device__ __forceinline__ void place(u32 tile, u32& m0, u32& n0) const {
         const u32 first = tile / (STRIP * columns) * STRIP, at = tile % (STRIP * columns);
         const u32 height = min(rows - first, (u32)STRIP);
         m0 = (first + at % height) * BM;
         n0 = at / height * BN;
     }
-    // Whether this warpgroup multiplies.
-    __device__ __forceinline__ bool takes(u32 turn, u32 consumer) const { return turn < whole || (turn - whole) % 2 == consumer; }
 };
 
 // The places of shared memory, and the ring's turn, which goes on from tile to tile: the producer and those that multiply count
@@ -117,8 +110,8 @@ __device__ __forceinline__ void produce(Ring<BN>& ring, const TensorMap* const (
     prefetch_map(a[0]);
     prefetch_map(b[0]);
     u32 m0, n0, slabs_phase = 0;
-    for (u32 turn = blockIdx.x; turn < tiles.turns; turn += gridDim.x) {
-        tiles.place<BN>(turn, m0, n0);
+    for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
         u32 until = steps / 2 + 1; // the middle of the tile, when the results of the last one have long been made
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++) {
@@ -138,7 +131,6 @@ __device__ __forceinline__ void produce(Ring<BN>& ring, const TensorMap* const (
                 ring.advance();
                 if (--until > 0 || result.added == nullptr) continue;
                 for (int consumer = 0; consumer < CONSUMERS; consumer++) {
-                    if (!tiles.takes(turn, consumer)) continue;
                     const u32 slabs = ring.slabs + consumer * ring.SLABS, given = ring.given + 8 * consumer;
                     barrier_wait(ring.taken + 8 * consumer, slabs_phase ^ 1); // the first time: free from the start
                     barrier_expect(given, ring.SLABS);
@@ -157,8 +149,8 @@ template <int BN, typename T, typename RESULT>
 __device__ __forceinline__ void write_tiles(const RESULT& result, const Sizes& sizes, const Tiles& tiles, u32 writer,
                                             const Ring<BN>& ring) {
     u32 m0, n0, phase = 0;
-    for (u32 turn = blockIdx.x; turn + gridDim.x < tiles.turns; turn += gridDim.x) {
-        tiles.place<BN>(turn, m0, n0);
+    for (u32 tile = blockIdx.x; tile + gridDim.x < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
 #pragma unroll 1
         for (u32 consumer = 0; consumer < CONSUMERS; consumer++) {
             Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, writer, WRITERS);
@@ -190,17 +182,8 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = 0.0f;
     u32 m0, n0, slabs_phase = 0;
-    bool rests = false;
-    for (u32 turn = blockIdx.x; turn < tiles.turns; turn += gridDim.x) {
-        tiles.place<BN>(turn, m0, n0);
-        if (!tiles.takes(turn, consumer)) {
-            for (u32 step = 0; step < steps; step++, ring.advance()) {
-                barrier_wait(ring.full + 8 * ring.stage, ring.phase);
-                if (lane == 0) barrier_arrive(ring.empty + 8 * ring.stage);
-            }
-            rests = true;
-            break;
-        }
+    for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        tiles.place<BN>(tile, m0, n0);
         u32 last = 0; // the stage of the step before
         pin(sums);
 #pragma unroll 1
@@ -235,15 +218,14 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
         leave_sums<BN, T>(sums, sizes.scale, slabs, result.added != nullptr);
         publish_shared(); // the TMA reads them, and writes there again
         __syncwarp();
-        if (turn + gridDim.x >= tiles.turns) break;
+        if (tile + gridDim.x >= tiles.count) break;
         if (lane == 0) barrier_arrive(ring.left + 8 * consumer);
         slabs_phase ^= 1;
     }
-    if (blockIdx.x >= tiles.turns) return;
+    if (blockIdx.x >= tiles.count) return;
     if constexpr (RESULT::WHOLE) {
         if (result.wide) return;
     }
-    if (rests) return meet<CONSUMERS * 128>(1);
     // The last tile's results the warps make that have multiplied, since they are free, and so is the ring.
     Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, warp, 4);
     meet<CONSUMERS * 128>(1);
