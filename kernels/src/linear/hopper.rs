@@ -90,13 +90,14 @@ impl<'a> Product<'a> {
 
     /// The arguments that kernels begin with: the operands, of which `b` is the weight, for tiles of so many columns.
     fn operands(&self, b: &Tensor, columns: u32) -> Args {
-        // Without a second pair its maps are not looked at.
-        let (left, right) = self.pair().unwrap_or((self.a, b));
         // Forward a tile of b is rows of the weight; backward it is boxes of its columns.
         let rows = if self.forward { columns } else { DEPTH };
         let flops = 2.0 * f64::from(self.m) * f64::from(self.n) * (f64::from(self.k) + f64::from(self.rank()));
-        let args = Args::new().tensor_map(self.a, TILE_ROWS, DEPTH).tensor_map(b, rows, DEPTH);
-        args.tensor_map(left, TILE_ROWS, DEPTH).tensor_map(right, rows, DEPTH).flops(flops)
+        let args = Args::new().flops(flops).tensor_map(self.a, TILE_ROWS, DEPTH).tensor_map(b, rows, DEPTH);
+        match self.pair() {
+            Some((left, right)) => args.tensor_map(left, TILE_ROWS, DEPTH).tensor_map(right, rows, DEPTH),
+            None => args.words(&[], MAP_WORDS).words(&[], MAP_WORDS),
+        }
     }
 }
 
@@ -303,8 +304,9 @@ fn followed<'a>(gpu: &Gpu, product: &Product<'a>, others: &[&Tensor]) -> Result<
 pub(super) fn gated(product: &Product, gate: &Tensor, up: &mut Tensor, output: &mut Tensor) -> Result<bool> {
     let gpu = Gpu::of(gate.device())?;
     let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
-    let args = product.operands(&b, FOLLOWED_COLUMNS).tensor_map(gate, TILE_ROWS, DEPTH);
-    launch(gpu, "gated", FOLLOWED_COLUMNS, product, args.input(gate).output_map(up, MADE_ROWS, SLAB).output_map(output, MADE_ROWS, SLAB))?;
+    let args = product.operands(&b, FOLLOWED_COLUMNS).uncounted_map(gate, TILE_ROWS, DEPTH).input(gate);
+    let args = args.output_map(up, MADE_ROWS, SLAB).output_map(output, MADE_ROWS, SLAB);
+    launch(gpu, "gated", FOLLOWED_COLUMNS, product, args)?;
     Ok(true)
 }
 
@@ -319,8 +321,8 @@ pub(super) fn differentiated(
     let gpu = Gpu::of(gate.device())?;
     let Some(b) = followed(gpu, product, &[gate, up, output])? else { return Ok(false) };
     let args = product.operands(&b, FOLLOWED_COLUMNS);
-    let args = args.tensor_map(gate, TILE_ROWS, DEPTH).tensor_map(up, TILE_ROWS, DEPTH);
-    let args = args.input(gate).input(up).output_map(gate, MADE_ROWS, SLAB).output_map(up, MADE_ROWS, SLAB);
+    let args = args.uncounted_map(gate, TILE_ROWS, DEPTH).uncounted_map(up, TILE_ROWS, DEPTH).input(gate).input(up);
+    let args = args.output_map(gate, MADE_ROWS, SLAB).output_map(up, MADE_ROWS, SLAB);
     launch(gpu, "differentiated", FOLLOWED_COLUMNS, product, args.output_map(output, MADE_ROWS, SLAB))?;
     Ok(true)
 }

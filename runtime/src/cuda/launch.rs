@@ -197,14 +197,18 @@ impl Args {
     /// The launch is refused unless `tensor` is such a matrix on a GPU, with rows of a multiple of 16 bytes from an address
     /// that is one too, and a box has 1 to 256 rows of 16 bytes or more, which a swizzled row holds.
     pub fn tensor_map(self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
-        let mut args = self.touches(tensor);
+        self.touches(tensor).uncounted_map(tensor, rows, columns)
+    }
+
+    /// As [`Args::tensor_map`], where the bytes are counted with another argument, or none are read.
+    pub fn uncounted_map(mut self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
         match TensorMap::new(tensor, rows, columns) {
-            Ok(map) => args.values.push(Value::Map(Box::new(map))),
+            Ok(map) => self.values.push(Value::Map(Box::new(map))),
             Err(error) => {
-                args.error.get_or_insert(error);
+                self.error.get_or_insert(error);
             }
         }
-        args
+        self
     }
 
     /// As [`Args::tensor_map`], of a matrix to write; nothing else may refer to its storage.
