@@ -262,36 +262,37 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     }
 }
 
-#define PAIR(I) const __grid_constant__ TensorMap a##I, const __grid_constant__ TensorMap b##I
+#define MAP(NAME) const __grid_constant__ TensorMap NAME
+#define PAIR(I) MAP(a##I), MAP(b##I)
 #define TWO_PAIRS                                                                                                      \
     const TensorMap *const left[2] = {&a0, &a1}, *const right[2] = {&b0, &b1};                                         \
     const u32 depths[2] = {k, rank};
 #define GEMM(NAME) extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_hopper_##NAME
 
 #define ENTRY(TYPE, DIRECTION, FORWARD, BN)                                                                            \
-    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), float* wide, const float* in, const __grid_constant__ TensorMap out,  \
-                                    const __grid_constant__ TensorMap added, u32 adds, float scale, u32 m, u32 n, u32 k, u32 rank) { \
+    GEMM(DIRECTION##_##BN##_##TYPE)(PAIR(0), PAIR(1), float* wide, const float* in, MAP(out), MAP(added), u32 adds,    \
+                                    float scale, u32 m, u32 n, u32 k, u32 rank) {                                      \
         TWO_PAIRS                                                                                                      \
-        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, Plus{wide, in, &out, adds ? &added : nullptr}); \
+        const Plus result{wide, in, &out, adds ? &added : nullptr};                                                    \
+        gemm<TYPE, FORWARD, BN, 2>(left, right, depths, Sizes{m, n, scale}, result);                                   \
     }
 #define JOINED(TYPE, BN)                                                                                               \
-    GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), float* wide,                  \
-                                    const __grid_constant__ TensorMap out, u32 m, u32 n, u32 depth0, u32 depth1, u32 depth2, \
-                                    u32 depth3, u32 depth4, u32 depth5) {                                               \
+    GEMM(input_grads_##BN##_##TYPE)(PAIR(0), PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), float* wide, MAP(out), u32 m, \
+                                    u32 n, u32 depth0, u32 depth1, u32 depth2, u32 depth3, u32 depth4, u32 depth5) {   \
         const TensorMap *const left[6] = {&a0, &a1, &a2, &a3, &a4, &a5}, *const right[6] = {&b0, &b1, &b2, &b3, &b4, &b5}; \
         const u32 depths[6] = {depth0, depth1, depth2, depth3, depth4, depth5};                                        \
-        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, Plus{wide, nullptr, &out, nullptr});           \
+        gemm<TYPE, false, BN, 6>(left, right, depths, Sizes{m, n, 1.0f}, Plus{wide, nullptr, &out, nullptr});          \
     }
-#define MAP(NAME) const __grid_constant__ TensorMap NAME
 #define SWIGLU(TYPE)                                                                                                   \
     GEMM(gated_##TYPE)(PAIR(0), PAIR(1), MAP(gates), const void* gate, MAP(up), MAP(output), u32 m, u32 n, u32 k, u32 rank) { \
         TWO_PAIRS                                                                                                      \
-        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, Gated<TYPE>{&gates, (const TYPE*)gate, &up, &output});     \
+        const Gated<TYPE> result{&gates, (const TYPE*)gate, &up, &output};                                             \
+        gemm<TYPE, true, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                      \
     }                                                                                                                  \
     GEMM(differentiated_##TYPE)(PAIR(0), PAIR(1), MAP(gates), MAP(ups), const void* gate, const void* up, MAP(of_gate), \
                                 MAP(of_up), MAP(output), u32 m, u32 n, u32 k, u32 rank) {                              \
         TWO_PAIRS                                                                                                      \
-        const Differentiated<TYPE> result{&gates, &ups, (const TYPE*)gate, (const TYPE*)up, &of_gate, &of_up, &output};                          \
+        const Differentiated<TYPE> result{&gates, &ups, (const TYPE*)gate, (const TYPE*)up, &of_gate, &of_up, &output};  \
         gemm<TYPE, false, 256, 2>(left, right, depths, Sizes{m, n, 1.0f}, result);                                     \
     }
 #define ENTRIES(TYPE)                                                                                                  \
