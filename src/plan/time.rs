@@ -80,8 +80,9 @@ const H100: Rates = Rates {
     dropout: [1.1e-12, 1.3e-12, 2.2e-12],
 };
 
-/// An H200 SXM, from profiles of steps of 8192 tokens: docs/measurements/2026-11-29-step.md. Its multiprocessors are an H100's.
-const H200: Rates = Rates { head: 650e12, bytes: 3.1e12, ..H100 };
+/// An H200 SXM, from profiles of steps of 8192 tokens: docs/measurements/2026-11-29-step.md, 2026-11-29-stores.md. Its
+/// multiprocessors are an H100's.
+const H200: Rates = Rates { products: 690e12, head: 660e12, bytes: 3.1e12, ..H100 };
 
 /// Passes over a row of the feed-forward block that SwiGLU takes forward and backward, by itself and within products: there what
 /// these take longer.
