@@ -32,8 +32,6 @@ __device__ __forceinline__ void prefetch_boxes(const TensorMap* map, u32 row, u3
     for (u32 at = 0; at < columns; at += 64) prefetch_box(map, column + at, row);
 }
 
-constexpr int MADE_ROWS = 8; // of boxes of results that are made of the sums
-
 // The sums are `up` of SwiGLU, rounded as if SwiGLU were a pass of its own: up, and output = silu(gate) · up.
 template <typename T> struct Gated {
     static constexpr bool WHOLE = false;
@@ -142,9 +140,12 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[BN / 2], float sc
     }
 }
 
-// Makes the result of those of a warpgroup, 64 rows of BN columns from (row0, column0) on: every `of`th part of it, which is eight
-// rows of a slab.
-constexpr int PART_BYTES = MADE_ROWS * SLAB * 2, STAGING_BYTES = 2 * 2 * PART_BYTES; // the latter of a warp, for two parts
+constexpr int MADE_ROWS = 8; // of boxes of results that are made of the sums
+constexpr int PART_BYTES = MADE_ROWS * SLAB * 2;
+constexpr int STAGING_BYTES = 2 * 2 * PART_BYTES; // of a warp: what is made of two parts
+
+// Makes the result of those of a warpgroup, 64 rows of BN columns from (row0, column0) on: every `of`th part of it from `begin` on,
+// which is eight rows of a slab.
 template <int BN, typename T, typename RESULT> struct Writer {
     static constexpr u32 ACROSS = BN / SLAB, PARTS = 64 / MADE_ROWS * ACROSS;
     const RESULT& result;
@@ -168,7 +169,7 @@ template <int BN, typename T, typename RESULT> struct Writer {
     __device__ __forceinline__ void write(u32 slabs, u32 staging) {
         const u32 lane = threadIdx.x % WARP, row = lane / 8;
         const u32 places[2] = {row * (SLAB * 2) + (lane % 8 ^ row) * 16, (row + 4) * (SLAB * 2) + (lane % 8 ^ (row + 4)) * 16};
-        u32 places_made = staging, next_made = staging + 2 * PART_BYTES;
+        u32 made_at = staging, then_at = staging + 2 * PART_BYTES;
 #pragma unroll 1
         for (u32 part = begin; part < PARTS; part += stride) {
             const u32 sums = slabs + part % ACROSS * SLAB_BYTES + part / ACROSS * PART_BYTES;
@@ -178,12 +179,12 @@ template <int BN, typename T, typename RESULT> struct Writer {
 #pragma unroll
             for (int i = 0; i < 2; i++) result.finish(next[i], y[i], made[i]);
             load(part + stride);
-            if (lane == 0) stores_read<1>(); // those of the part before the last are what was staged here
+            if (lane == 0) stores_read<1>(); // what was made here last has been copied
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
-                for (int j = 0; j < RESULT::MADE; j++) store_shared(places_made + j * PART_BYTES + places[i], made[i][j].pairs);
+                for (int j = 0; j < RESULT::MADE; j++) store_shared(made_at + j * PART_BYTES + places[i], made[i][j].pairs);
                 if (RESULT::CHANGES) store_shared(sums + places[i], y[i].pairs);
             }
             publish_shared();
@@ -192,11 +193,11 @@ template <int BN, typename T, typename RESULT> struct Writer {
                 const u32 at_row = row0 + part / ACROSS * MADE_ROWS, at_column = column0 + part % ACROSS * SLAB;
                 store_box(result.of_sums(), at_column, at_row, sums);
 #pragma unroll
-                for (int j = 0; j < RESULT::MADE; j++) store_box(result.of_made(j), at_column, at_row, places_made + j * PART_BYTES);
+                for (int j = 0; j < RESULT::MADE; j++) store_box(result.of_made(j), at_column, at_row, made_at + j * PART_BYTES);
                 stores_commit();
             }
-            const u32 last = places_made;
-            places_made = next_made, next_made = last;
+            const u32 swapped = made_at;
+            made_at = then_at, then_at = swapped;
         }
         if (lane == 0) stores_read<0>();
     }
@@ -210,7 +211,7 @@ template <int BN, typename T> struct Writer<BN, T, Plus> {
         : out(result.out), row0(row0), column0(column0), begin(begin), stride(of) {}
     __device__ __forceinline__ void write(u32 slabs, u32) {
         if (threadIdx.x % WARP != 0) return;
-        for (u32 slab = begin; slab < BN / SLAB; slab += stride) store_box(out, column0 + slab * SLAB, row0, slabs + slab * SLAB_BYTES);
+        for (u32 i = begin; i < BN / SLAB; i += stride) store_box(out, column0 + i * SLAB, row0, slabs + i * SLAB_BYTES);
         stores_commit();
         stores_read<0>();
     }
