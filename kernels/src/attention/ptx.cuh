@@ -18,6 +18,7 @@ __device__ __forceinline__ void store_shared(u32 address, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 __device__ __forceinline__ void store_shared(u32 address, float x) { store_shared(address, __float_as_uint(x)); }
+__device__ __forceinline__ void store_shared(u32 address, uint4 x) { store16(address, x.x, x.y, x.z, x.w); }
 __device__ __forceinline__ float load_shared_float(u32 address) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");

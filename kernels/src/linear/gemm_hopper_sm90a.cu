@@ -10,8 +10,8 @@
 // other tails than those of `out`.
 //
 // At the end of a tile the warps that multiply leave its sums in shared memory, rounded, and go on with the next tile; the three
-// other warps of the first warpgroup make results of them meanwhile, or have the TMA copy them as they are. `left` and `taken` say
-// for each of the two warpgroups whether they are there. A residual is brought to that place in the middle of a tile (`given`),
+// other warps of the first warpgroup have the TMA copy them meanwhile, or make results of them first (`staging`). `left` and `taken`
+// say for each of the two warpgroups whether they are there. A residual is brought to that place in the middle of a tile (`given`),
 // and added to the sums before they are rounded. Only f32 results are made by the warps that have multiplied.
 //
 // Tiles in shared memory have rows of 128 bytes (64 elements), swizzled: 16-byte chunk c of row i lies at c ^ (i % 8).
@@ -206,7 +206,7 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
         }
         const u32 stage_empty = ring.empty + 8 * last;
         end_products(sums, stage_empty);
-        if constexpr (RESULT::WHOLE) {
+        if constexpr (RESULT::MAY_BE_F32) {
             if (result.wide) {
                 write_wide<BN>(result, sizes.m, sizes.n, m0 + consumer * 64 + warp * 16, n0, sums, sizes.scale);
                 continue;
@@ -223,9 +223,7 @@ __device__ __forceinline__ void consume(Ring<BN>& ring, u32 steps, const Sizes& 
         slabs_phase ^= 1;
     }
     if (blockIdx.x >= tiles.count) return;
-    if constexpr (RESULT::WHOLE) {
-        if (result.wide) return;
-    }
+    if (result.wide) return;
     // The last tile's results the warps make that have multiplied, since they are free, and so is the ring.
     Writer<BN, T, RESULT> parts(result, sizes.m, sizes.n, m0 + consumer * 64, n0, warp, 4);
     meet<CONSUMERS * 128>(1);
@@ -255,9 +253,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     if (threadIdx.x == 0) {
         produce<FORWARD, BN>(ring, a, b, depths, steps, tiles, result);
     } else if (warp > 0) {
-        if constexpr (RESULT::WHOLE) {
-            if (result.wide) return;
-        }
+        if (result.wide) return;
         write_tiles<BN, T>(result, sizes, tiles, warp - 1, ring);
     }
 }

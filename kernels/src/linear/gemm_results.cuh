@@ -11,6 +11,9 @@ template <typename T> struct Neighbours {
     uint4 pairs;
 
     __device__ __forceinline__ void load(const T* from) { pairs = *reinterpret_cast<const uint4*>(from); }
+    // From shared memory, and back.
+    __device__ __forceinline__ void take(u32 from) { pairs = load_shared_uint4(from); }
+    __device__ __forceinline__ void leave(u32 to) const { store16(to, pairs.x, pairs.y, pairs.z, pairs.w); }
     __device__ __forceinline__ void get(float (&x)[8]) const { open(*reinterpret_cast<const Pack<T>*>(&pairs), x); }
     __device__ __forceinline__ void set(const float (&x)[8]) {
         pairs = make_uint4(pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7]));
@@ -18,7 +21,7 @@ template <typename T> struct Neighbours {
 };
 // out = sums + in in f32, where `wide` is that; or else out = sums + added of the operands' type.
 struct Plus {
-    static constexpr bool WHOLE = true;
+    static constexpr bool MAY_BE_F32 = true;
     float* wide;                  // or null
     const float* in;              // or null; may be `wide`
     const TensorMap *out, *added; // in boxes of 64 x 64; `added` may be null
@@ -34,12 +37,13 @@ __device__ __forceinline__ void prefetch_boxes(const TensorMap* map, u32 row, u3
 
 // The sums are `up` of SwiGLU, rounded as if SwiGLU were a pass of its own: up, and output = silu(gate) · up.
 template <typename T> struct Gated {
-    static constexpr bool WHOLE = false;
+    static constexpr bool MAY_BE_F32 = false;
     static constexpr bool CHANGES = false; // the sums
     static constexpr int MADE = 1;         // others, beside them
     const TensorMap* gates;                // in boxes of 128 x 64
     const T* gate;
     const TensorMap *up, *output; // in boxes of 8 x 64
+    static constexpr const float* wide = nullptr;
     static constexpr const TensorMap* added = nullptr;
     struct Loaded {
         Neighbours<T> gate;
@@ -64,12 +68,13 @@ template <typename T> struct Gated {
 // The sums are the gradient of SwiGLU's output, rounded as if its gradients were a pass of their own: gate and up become their
 // gradients; output = silu(gate) · up.
 template <typename T> struct Differentiated {
-    static constexpr bool WHOLE = false;
+    static constexpr bool MAY_BE_F32 = false;
     static constexpr bool CHANGES = true;
     static constexpr int MADE = 2;
     const TensorMap *gates, *ups; // in boxes of 128 x 64
     const T *gate, *up;
     const TensorMap *of_gate, *of_up, *output; // in boxes of 8 x 64
+    static constexpr const float* wide = nullptr;
     static constexpr const TensorMap* added = nullptr;
     struct Loaded {
         Neighbours<T> gate, up;
@@ -175,7 +180,7 @@ template <int BN, typename T, typename RESULT> struct Writer {
             const u32 sums = slabs + part % ACROSS * SLAB_BYTES + part / ACROSS * PART_BYTES;
             Neighbours<T> y[2], made[2][RESULT::MADE];
 #pragma unroll
-            for (int i = 0; i < 2; i++) y[i].pairs = load_shared_uint4(sums + places[i]);
+            for (int i = 0; i < 2; i++) y[i].take(sums + places[i]);
 #pragma unroll
             for (int i = 0; i < 2; i++) result.finish(next[i], y[i], made[i]);
             load(part + stride);
@@ -184,8 +189,8 @@ template <int BN, typename T, typename RESULT> struct Writer {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
-                for (int j = 0; j < RESULT::MADE; j++) store_shared(made_at + j * PART_BYTES + places[i], made[i][j].pairs);
-                if (RESULT::CHANGES) store_shared(sums + places[i], y[i].pairs);
+                for (int j = 0; j < RESULT::MADE; j++) made[i][j].leave(made_at + j * PART_BYTES + places[i]);
+                if (RESULT::CHANGES) y[i].leave(sums + places[i]);
             }
             publish_shared();
             __syncwarp();

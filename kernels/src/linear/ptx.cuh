@@ -83,11 +83,6 @@ __device__ __forceinline__ void store_float4(u32 address, float x, float y, floa
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
-__device__ __forceinline__ void store_shared(u32 address, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-}
-
 // From shared memory: 16 bytes, 8, two 16-bit elements, one (in the low half).
 __device__ __forceinline__ uint4 load_shared_uint4(u32 address) {
     uint4 x;

@@ -9,7 +9,6 @@ template <typename T> void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 inline void store16(u32 address, u32 x, u32 y, u32 z, u32 w) { emulator::store(address, make_uint4(x, y, z, w)); }
 template <typename T> void store_element(u32 address, T x) { emulator::store(address, x); }
 inline void store_float(u32 address, float x) { emulator::store(address, x); }
-inline void store_shared(u32 address, uint4 x) { emulator::store(address, x); }
 inline uint4 load_shared_uint4(u32 address) { return emulator::load<uint4>(address); }
 inline uint2 load_shared_uint2(u32 address) { return emulator::load<uint2>(address); }
 inline void store_float4(u32 address, float x, float y, float z, float w) { emulator::store(address, make_float4(x, y, z, w)); }
