@@ -200,7 +200,7 @@ impl Args {
         self.touches(tensor).uncounted_map(tensor, rows, columns)
     }
 
-    /// As [`Args::tensor_map`], where the bytes are counted with another argument, or none are read.
+    /// As [`Args::tensor_map`], where the bytes are counted with another argument.
     pub fn uncounted_map(mut self, tensor: &Tensor, rows: u32, columns: u32) -> Self {
         match TensorMap::new(tensor, rows, columns) {
             Ok(map) => self.values.push(Value::Map(Box::new(map))),
