@@ -68,7 +68,7 @@ pub enum Command {
     ExportGguf(ExportGgufArgs),
     /// Say what training would take in memory and time, before anything is loaded
     Plan(Box<PlanArgs>),
-    /// Time warm training steps of a model on random tokens, and say what memory they take
+    /// Time warm training steps of a model on random tokens, or on the first micro-batch of --data, and say what memory they take
     #[command(after_help = "Example:
   train-llama bench-step --model random:llama-3.1-8b --batch-size 4 --seq-len 2048 --activations attention@host")]
     BenchStep(Box<BenchStepArgs>),

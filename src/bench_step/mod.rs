@@ -1,4 +1,4 @@
-//! Times warm training steps: the same step as training's, on random tokens.
+//! Times warm training steps: the same step as training's, on random tokens or on the first micro-batch of data.
 
 mod outcome;
 
@@ -6,7 +6,8 @@ use crate::{
     cli::BenchStepArgs,
     commands::print,
     data::Batch,
-    default_task,
+    deal::Deal,
+    default_task, hub, input,
     model::Model,
     page_trace,
     paging::Paging,
@@ -15,7 +16,7 @@ use crate::{
     step::{Step, Stepper},
     train::{attach, source},
 };
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nibble_kernels::cuda::target;
 use nibble_models::{
     Llama, LlamaConfig,
@@ -38,10 +39,12 @@ const PROMPT: usize = 128;
 /// [`Stream::purpose`] of the random tokens.
 const PURPOSE: u32 = 0xBE7C;
 
-/// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled.
+/// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled; with data, of the first
+/// micro-batch that training would get.
 pub fn run(args: &BenchStepArgs) -> Result<()> {
-    // No file is read: the tokens are random.
-    let train = TrainArgs { data: Some(std::path::PathBuf::from("random tokens").into()), ..args.train.clone() };
+    // A model wants data, even where no file is read because the tokens are random.
+    let random = || std::path::PathBuf::from("random tokens").into();
+    let train = TrainArgs { data: Some(args.train.data.clone().unwrap_or_else(random)), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
     // One micro-batch a step.
     let settings = Settings { grad_accum: 1, ..settings };
@@ -57,7 +60,10 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
-    let batch = random_batch(&model.llama.config, settings.batch_size, settings.seq_len);
+    let batch = match args.train.data {
+        None => random_batch(&model.llama.config, settings.batch_size, settings.seq_len),
+        Some(_) => first_batch(&model, &settings)?,
+    };
     let mut stepper = Stepper::new(&model.llama, &settings)?;
     let steps = time_steps(args, &settings, &mut model.llama, &mut stepper, &batch)?;
     let mut outcome = Outcome {
@@ -147,13 +153,13 @@ fn time_steps(
     }
     let seconds = median(seconds);
     Ok(Steps {
-        batch_size: settings.batch_size,
-        seq_len: settings.seq_len,
+        batch_size: batch.lengths.len(),
+        seq_len: batch.lengths.iter().copied().max().unwrap_or(0),
         activations: settings.activations.clone(),
         feed_forward_rows: settings.feed_forward_rows,
         seconds,
         tok_s: batch.ids.len() as f64 / seconds,
-        model_tflop_s: flops(&llama.config, settings.batch_size, settings.seq_len) / seconds / 1e12,
+        model_tflop_s: flops(&llama.config, &batch.lengths) / seconds / 1e12,
         loss: last.0,
         grad_norm: last.1,
     })
@@ -211,16 +217,15 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Floating-point operations of a step: forward products and input gradients of every linear layer and the head, and
-/// attention (causal, so half of it); no recomputation and no gradients of frozen weights.
-fn flops(c: &LlamaConfig, batch: usize, seq_len: usize) -> f64 {
+/// Floating-point operations of a step on sequences of these lengths: forward products and input gradients of every linear
+/// layer and the head, and attention (causal, so half of it); no recomputation and no gradients of frozen weights.
+fn flops(c: &LlamaConfig, lengths: &[usize]) -> f64 {
     let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
     let layer = c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size;
     let weights = (c.num_layers * layer + c.vocab_size * c.hidden_size) as f64;
-    let tokens = (batch * seq_len) as f64;
     // Two products of T x T x head forward and five backward, halved.
-    let attention = 7.0 * (c.num_layers * q) as f64 * seq_len as f64;
-    tokens * (4.0 * weights + attention)
+    let attention = 7.0 * (c.num_layers * q) as f64;
+    lengths.iter().map(|&tokens| tokens as f64 * (4.0 * weights + attention * tokens as f64)).sum()
 }
 
 fn random_batch(config: &LlamaConfig, rows: usize, length: usize) -> Batch {
@@ -229,4 +234,13 @@ fn random_batch(config: &LlamaConfig, rows: usize, length: usize) -> Batch {
     let mut labels: Vec<i32> = ids[1..].to_vec();
     labels.push(ids[0]);
     Batch { ids, labels, lengths: vec![length; rows] }
+}
+
+/// The first micro-batch of a run with these settings.
+fn first_batch(model: &Model, settings: &Settings) -> Result<Batch> {
+    let spec = hub::data(settings.data.as_ref().context("no data")?, false)?;
+    let options = settings.data_options(model.llama.config.vocab_size);
+    let examples = input::read("data", &spec, model.tokenizer()?.as_ref(), &options)?.context("stopped")?;
+    let batches = Deal::new(&examples, settings)?.batches(0)?;
+    batches.into_iter().next().context("a run of no steps has no micro-batch")
 }

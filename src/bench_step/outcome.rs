@@ -31,7 +31,9 @@ pub struct Outcome {
 /// The timed steps; as text, what they were and how fast.
 #[derive(Serialize)]
 pub struct Steps {
+    /// Sequences,
     pub batch_size: usize,
+    /// and tokens of the longest.
     pub seq_len: usize,
     #[serde(with = "as_text")]
     pub activations: Activations,

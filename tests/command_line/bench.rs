@@ -1,6 +1,6 @@
 //! Timing steps: what is printed for people and for programs.
 
-use crate::support::Place;
+use crate::support::{Place, golden};
 use serde_json::Value;
 
 /// Three steps of the embedded model on the CPU.
@@ -55,4 +55,20 @@ fn what_was_not_asked_for_is_null() {
     assert_eq!((&found["activations"], &found["feed_forward_rows"]), (&"all".into(), &16.into()));
     let people = place.ok(&STEPS);
     assert!(!people.stdout.contains('{'), "{}", people.stdout);
+}
+
+/// The first step on data is the first step of training on it: the same examples in the same order, of which the same is
+/// learned.
+#[test]
+fn steps_on_data_are_those_of_training() {
+    let place = Place::new();
+    let (data, model) = (place.ids(), golden("model"));
+    let (data, model) = (data.to_str().unwrap(), model.to_str().unwrap());
+    let same = ["--model", model, "--data", data, "--batch-size", "2", "--device", "cpu", "--seed", "3"];
+    let bench = ["bench-step", "--warm", "0", "--timed", "1", "--json"];
+    let found: Value = serde_json::from_str(&place.ok(&[&bench[..], &same].concat()).stdout).unwrap();
+    assert_eq!(found["batch_size"], 2);
+    place.ok(&[&["train", "--steps", "1", "--grad-accum", "1", "--out", "run"][..], &same].concat());
+    let step = &place.metrics("run")[0];
+    assert_eq!((&found["loss"], &found["grad_norm"]), (&step["loss"], &step["grad_norm"]), "{found} {step}");
 }
