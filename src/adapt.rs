@@ -4,8 +4,8 @@ use crate::{
     model::Model,
     settings::{Method, Settings},
 };
-use anyhow::{Context, Result};
-use nibble_kernels::linear::Weight;
+use anyhow::{Context, Result, ensure};
+use nibble_kernels::linear::{self, Weight};
 use nibble_models::{
     files::{
         atomic::atomic_folder,
@@ -14,6 +14,7 @@ use nibble_models::{
     llama::Init,
     tokenizer::Tokenizer,
 };
+use nibble_runtime::{DType, cuda::Gpu};
 use std::path::Path;
 
 /// Makes parameters trainable, and says how many.
@@ -26,7 +27,7 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<AdapterCo
         (_, Some(dir)) => Some(model.attach(dir)?),
         (_, None) => Some(new_adapter(model, settings)?),
     };
-    keep(model, settings);
+    keep(model, settings)?;
     let parameters = model.llama.parameters();
     let count: usize = parameters.iter().map(|(_, _, value)| value.numel()).sum();
     crate::note!(
@@ -39,9 +40,22 @@ pub fn attach(model: &mut Model, settings: &Settings) -> Result<Option<AdapterCo
 }
 
 /// What layers keep, by the settings.
-pub fn keep(model: &mut Model, settings: &Settings) {
-    model.llama.activations = settings.activations.clone();
-    model.llama.feed_forward_rows = settings.feed_forward_rows.unwrap_or(usize::MAX);
+///
+/// # Errors
+/// This device has no use for dequantized weights, or no memory.
+pub fn keep(model: &mut Model, settings: &Settings) -> Result<()> {
+    let (llama, layers) = (&mut model.llama, settings.dequantized_layers);
+    llama.activations = settings.activations.clone();
+    llama.feed_forward_rows = settings.feed_forward_rows.unwrap_or(usize::MAX);
+    if layers > 0 {
+        let chip = Gpu::of(llama.device()).ok().map(Gpu::chip).filter(|_| llama.dtype != DType::F32);
+        ensure!(
+            chip.is_some_and(|chip| linear::dequantizes(chip, usize::MAX)),
+            "--dequantized-layers {layers}: only products in 16 bits on Hopper GPUs dequantize weights as a whole; leave it out"
+        );
+    }
+    llama.hold_dequantized(layers)?;
+    Ok(())
 }
 
 fn new_adapter(model: &mut Model, settings: &Settings) -> Result<AdapterConfig> {

@@ -94,7 +94,7 @@ fn run(settings: &Settings, dir: RunDir, checkpoint: Option<Checkpoint>, new: bo
     };
     let planned = plan::within(budget, &Settings { dtype, ..settings.clone() }, longest)?;
     let settings = &Settings { dtype: settings.dtype, ..planned };
-    adapt::keep(&mut model, settings);
+    adapt::keep(&mut model, settings)?;
     let origin = Origin {
         model: digest,
         adapter: adapter_config.as_ref().map_or(String::new(), |config| config.to_json().to_string()),

@@ -157,6 +157,7 @@ fn time_steps(
         seq_len: batch.lengths.iter().copied().max().unwrap_or(0),
         activations: settings.activations.clone(),
         feed_forward_rows: settings.feed_forward_rows,
+        dequantized_layers: settings.dequantized_layers,
         seconds,
         tok_s: batch.ids.len() as f64 / seconds,
         model_tflop_s: flops(&llama.config, &batch.lengths) / seconds / 1e12,

@@ -38,6 +38,7 @@ pub struct Steps {
     #[serde(with = "as_text")]
     pub activations: Activations,
     pub feed_forward_rows: Option<usize>,
+    pub dequantized_layers: usize,
     /// Of a step, the median.
     pub seconds: f64,
     pub tok_s: f64,
@@ -50,7 +51,11 @@ pub struct Steps {
 impl fmt::Display for Steps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows = self.feed_forward_rows.map_or(String::new(), |rows| format!(", {rows} feed-forward rows at a time"));
-        writeln!(f, "{} x {} tokens, kept: {}{rows}", self.batch_size, self.seq_len, self.activations)?;
+        let dense = match self.dequantized_layers {
+            0 => String::new(),
+            layers => format!(", {layers} layers dequantized"),
+        };
+        writeln!(f, "{} x {} tokens, kept: {}{rows}{dense}", self.batch_size, self.seq_len, self.activations)?;
         let Steps { seconds, tok_s, model_tflop_s, .. } = self;
         write!(f, "median {seconds:.4} s  {tok_s:.0} tok/s  {model_tflop_s:.1} model TFLOP/s")
     }

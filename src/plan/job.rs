@@ -91,6 +91,11 @@ impl Job {
         cross_entropy::chunk_rows(self.config.vocab_size, at_once.min(self.tokens()), self.chip.is_none())
     }
 
+    /// Whether a layer has its 4-bit weights in 16 bits, too.
+    pub fn holds_dequantized(&self, layer: usize) -> bool {
+        self.quantized.is_some() && layer < self.settings.dequantized_layers
+    }
+
     pub fn tables_in_8_bits(&self) -> bool {
         self.settings.embedding_bits == EmbeddingBits::Bits8
     }

@@ -83,6 +83,7 @@ pub fn within(budget: Option<Room>, settings: &Settings, longest: usize) -> Resu
     );
     settings.activations = choice.job.settings.activations;
     settings.feed_forward_rows = choice.job.settings.feed_forward_rows;
+    settings.dequantized_layers = choice.job.settings.dequantized_layers;
     settings.paged_budget = choice.job.settings.paged_budget;
     Ok(settings)
 }

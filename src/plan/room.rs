@@ -12,6 +12,7 @@ use crate::{
     settings::Method,
 };
 use anyhow::Result;
+use nibble_kernels::linear;
 use nibble_models::llama::{Activations, Extent, Keeping};
 use nibble_runtime::{
     DType, Device, DeviceRequest,
@@ -103,6 +104,7 @@ impl Room {
                 for (first, rest) in pairs(&job) {
                     let Some(choice) = self.with_few(&job, first, rest)? else { continue };
                     let choice = if away { self.with_pages_back(choice)? } else { choice };
+                    let choice = self.with_dequantized(choice)?;
                     let speed = rates.speed(&choice.job);
                     if best.as_ref().is_none_or(|(most, _)| speed > *most) {
                         best = Some((speed, choice));
@@ -134,6 +136,24 @@ impl Room {
             }
         }
         Ok((on_host(&least.job) <= self.host).then_some(least))
+    }
+
+    /// A choice with as many layers whose weights are held dequantized as there is room for, where steps dequantize them.
+    fn with_dequantized(&self, choice: Choice) -> Result<Choice> {
+        let mut job = choice.job.clone();
+        let (c, tokens) = (&job.config, job.tokens().min(job.settings.feed_forward_rows.unwrap_or(usize::MAX)));
+        let useful = job.quantized.is_some()
+            && job.dtype != DType::F32
+            && job.chip.is_some_and(|chip| linear::dequantizes(chip, tokens));
+        if !useful {
+            return Ok(choice);
+        }
+        let layer = c.linear_shapes().iter().map(|[n, k]| n * k).sum::<usize>() * job.dtype.size();
+        let left = self.bytes.saturating_sub((choice.usage.total_peak as f64 * (1.0 + MARGIN)) as usize);
+        let layers = (left as f64 / (layer as f64 * (1.0 + MARGIN))) as usize;
+        job.settings.dequantized_layers = layers.min(c.num_layers);
+        let usage = peak(&job)?;
+        Ok(if self.holds(&usage) { Choice { job, usage } } else { choice })
     }
 
     /// A choice with as many of its pages on the device as there is room for.

@@ -78,6 +78,7 @@ pub struct Row {
     #[serde(with = "as_text")]
     activations: Activations,
     feed_forward_rows: Option<usize>,
+    dequantized_layers: usize,
     /// The pages that stay on the device, where it is not what was asked for.
     paged_budget: Option<usize>,
     #[serde(serialize_with = "report::peaks")]
@@ -178,6 +179,7 @@ impl Row {
             seq_len: settings.seq_len,
             activations: settings.activations.clone(),
             feed_forward_rows: settings.feed_forward_rows,
+            dequantized_layers: settings.dequantized_layers,
             paged_budget,
             peak: *usage,
             host,
@@ -186,10 +188,14 @@ impl Row {
         }
     }
 
-    /// What layers keep, and the rows that feed-forward blocks take at a time.
+    /// What layers keep, the rows that feed-forward blocks take at a time, and layers with dequantized weights.
     fn kept(&self) -> String {
         let rows = self.feed_forward_rows.map_or(String::new(), |rows| format!(" --feed-forward-rows {rows}"));
-        format!("{}{rows}", self.activations)
+        let dense = match self.dequantized_layers {
+            0 => String::new(),
+            layers => format!(" --dequantized-layers {layers}"),
+        };
+        format!("{}{rows}{dense}", self.activations)
     }
 
     /// The option for the pages that leave the device for it, where some do.

@@ -120,6 +120,7 @@ struct Linear {
 }
 
 /// What a step's work depends on, of a layer on average.
+#[derive(Clone, Copy)]
 struct Work {
     linears: [Linear; 7],
     /// Tokens, and bytes of an element.
@@ -228,15 +229,19 @@ impl Rates {
         let (c, settings) = (&job.config, &job.settings);
         let work = Work::of(job);
         let mut seconds = self.head(job, &work);
-        let (forward, backward) = (self.forward(job, &work), self.backward(job, &work));
+        let layers = [false, true].map(|held| {
+            let work = if held { Work { converted: 0.0, ..work } } else { work };
+            (work, self.forward(job, &work), self.backward(job, &work))
+        });
         for layer in 0..c.num_layers {
             let keeping = settings.activations.of(layer);
+            let (work, forward, backward) = &layers[usize::from(job.holds_dequantized(layer))];
             let (parts, back_parts) = match settings.feed_forward_rows {
-                Some(rows) if keeping.extent < Extent::All => self.parts(&work, job.tokens().div_ceil(rows)),
+                Some(rows) if keeping.extent < Extent::All => self.parts(work, job.tokens().div_ceil(rows)),
                 _ => (0.0, 0.0),
             };
             let there = forward + parts;
-            let back = backward + back_parts + self.again(job, &work, keeping.extent);
+            let back = backward + back_parts + self.again(job, work, keeping.extent);
             seconds += there + back;
             if keeping.on_host {
                 // A copy has the time of the layer before or behind it.

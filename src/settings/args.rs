@@ -189,8 +189,12 @@ pub struct TrainArgs {
     /// [default: all rows]
     #[arg(long, value_name = "ROWS")]
     pub feed_forward_rows: Option<usize>,
+    /// Hold the 4-bit weights of the first N layers in 16 bits too, instead of dequantizing them in every step: the same numbers
+    /// in less time (a tenth at 2,048 tokens), more memory (0.4 GiB a layer of 8B). On Hopper GPUs [default: 0]
+    #[arg(long, value_name = "N")]
+    pub dequantized_layers: Option<usize>,
     /// Choose all of this by plan: the fastest step within this much memory of the device, or (auto) within what is free
-    #[arg(long, value_name = "BYTES|auto", conflicts_with_all = ["recompute", "activations", "feed_forward_rows"])]
+    #[arg(long, value_name = "BYTES|auto", conflicts_with_all = ["recompute", "activations", "feed_forward_rows", "dequantized_layers"])]
     pub memory_budget: Option<String>,
     /// Device memory for the optimizer's pages (states and gradients): auto (what can be spared, given back when memory is
     /// short), a size such as 512MiB, 0 (all in host memory) or off (no pages) [default: auto on a GPU from 256 MiB on]

@@ -62,8 +62,11 @@ impl Settings {
         }
         ensure!(
             self.memory_budget.is_none()
-                || (self.activations == Activations::default() && self.feed_forward_rows.is_none()),
-            "--memory-budget chooses what layers keep: leave --activations, --recompute and --feed-forward-rows out"
+                || (self.activations == Activations::default()
+                    && self.feed_forward_rows.is_none()
+                    && self.dequantized_layers == 0),
+            "--memory-budget chooses what layers keep: leave --activations, --recompute, --feed-forward-rows and \
+             --dequantized-layers out"
         );
         ensure!(self.feed_forward_rows != Some(0), "--feed-forward-rows must be at least 1");
         ensure!(

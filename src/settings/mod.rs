@@ -33,7 +33,7 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 /// Settings that change no result, so that a continued run may have others. Another device computes the same, but rounds
 /// otherwise.
-const FREE: [&str; 13] = [
+const FREE: [&str; 14] = [
     "cache",
     "out",
     "save-every",
@@ -42,6 +42,7 @@ const FREE: [&str; 13] = [
     "device",
     "activations",
     "feed-forward-rows",
+    "dequantized-layers",
     "memory-budget",
     "paged-budget",
     "page-memory",
@@ -133,6 +134,7 @@ pub struct Settings {
     pub activations: Activations,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub feed_forward_rows: Option<usize>,
+    pub dequantized_layers: usize,
     #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
     pub memory_budget: Option<MemoryBudget>,
     #[serde(with = "as_optional_text", skip_serializing_if = "Option::is_none")]
@@ -203,6 +205,7 @@ impl Default for Settings {
             no_shuffle: false,
             activations: Activations::default(),
             feed_forward_rows: None,
+            dequantized_layers: 0,
             memory_budget: None,
             paged_budget: None,
             page_memory: PageMemory::Auto,
@@ -276,6 +279,7 @@ impl Settings {
             // It chooses anew.
             merged.remove("activations");
             merged.remove("feed-forward-rows");
+            merged.remove("dequantized-layers");
         }
         merged.extend(without_shorthand(toml::Table::try_from(args).context("reading the command line")?)?);
         let mut settings = Settings::deserialize(merged).context("settings")?;

@@ -27,6 +27,7 @@
 // tensor cores, which take most of them, are busy: idle cycles want a higher clock for the rest.
 //
 // Wants: M, N > 0, K > 0; N, K and the rank multiples of 8; 16-byte aligned pointers.
+#include "dependent.cuh"
 #include "linear/gemm_results.cuh"
 
 constexpr int BM = 128;
@@ -239,6 +240,7 @@ __device__ __forceinline__ void gemm(const TensorMap* const (&a)[PAIRS], const T
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / WARP % 4;
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
+    wait_before();
 
     const Tiles tiles(sizes, BN);
     u32 steps = 0;

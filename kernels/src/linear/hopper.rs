@@ -59,6 +59,11 @@ const THREADS: u32 = 3 * 128;
 const DENSE_ROWS: u32 = 128;
 const QUANTIZED_ROWS: u32 = 512;
 
+/// See [`super::dequantizes`].
+pub(super) fn dequantizes(chip: Chip, rows: usize) -> bool {
+    hopper(chip) && rows >= QUANTIZED_ROWS as usize
+}
+
 /// What is multiplied; see [`super::cuda`]. Sizes are those of the product.
 pub(super) struct Product<'a> {
     pub forward: bool,
@@ -107,7 +112,7 @@ fn launch(gpu: &Gpu, name: &str, columns: u32, product: &Product, args: Args) ->
     let entry = entry(&format!("gemm_hopper_{name}"), a.dtype())?;
     let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
     let args = args.u32(m).u32(n).u32(k).u32(product.rank());
-    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)
+    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args.early())
 }
 
 /// Tiles of so many columns in a result `[m, n]`.
@@ -172,11 +177,16 @@ fn plan(gpu: &Gpu, product: &Product) -> Result<Option<u32>> {
 fn dense(weight: &Weight, dtype: DType) -> Result<Option<Cow<'_, Tensor>>> {
     match weight {
         Weight::Dense(tensor) => Ok(Some(Cow::Borrowed(tensor))),
-        Weight::Quantized(quantized) => match dequantize(&QuantTensor { dtype, ..quantized.clone() }, Tag::Workspace) {
-            Ok(tensor) => Ok(Some(Cow::Owned(tensor))),
-            Err(Error::OutOfMemory(_)) => Ok(None),
-            Err(error) => Err(error),
-        },
+        Weight::Quantized(quantized) => {
+            if let Some(held) = quantized.dense.as_ref().filter(|held| held.dtype() == dtype) {
+                return Ok(Some(Cow::Borrowed(held)));
+            }
+            match dequantize(&QuantTensor { dtype, ..quantized.clone() }, Tag::Workspace) {
+                Ok(tensor) => Ok(Some(Cow::Owned(tensor))),
+                Err(Error::OutOfMemory(_)) => Ok(None),
+                Err(error) => Err(error),
+            }
+        }
     }
 }
 
@@ -248,7 +258,7 @@ pub(super) fn sum(parts: &[InputGrad], out: &mut Tensor) -> Result<bool> {
     }
     let entry = entry(&format!("gemm_hopper_input_grads_{columns}"), dtype)?;
     let blocks = tiles(m, n, columns).min(gpu.sm_count().into()) as u32;
-    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args)?;
+    gpu.launch(&GEMM_HOPPER, &entry, [blocks, 1, 1], [THREADS, 1, 1], SHARED, args.early())?;
     Ok(true)
 }
 

@@ -315,22 +315,30 @@ pub fn input_grad_lora_add(
     input_grad_into(grad, weight, 1.0, Terms { lora, add: true, ..Terms::default() }, out)
 }
 
+/// Whether products of so many 16-bit rows with 4-bit weights dequantize these as a whole on this kind of GPU, where their results
+/// have tiles for most multiprocessors; these have use for [`QuantTensor::hold_dense`].
+pub fn dequantizes(chip: Chip, rows: usize) -> bool {
+    hopper::dequantizes(chip, rows)
+}
+
 /// Bytes of workspace that a product of 16-bit rows `[m, k]` with a 4-bit weight takes on this kind of GPU, into `[m, n]` with a
-/// low-rank branch of `rank` (or 0): the weight as a whole, sums of blocks that share a tile, or nothing.
-pub fn product_workspace(chip: Chip, m: usize, n: usize, k: usize, rank: usize) -> usize {
+/// low-rank branch of `rank` (or 0): the weight as a whole unless that is `held` ([`QuantTensor::hold_dense`]), sums of blocks that
+/// share a tile, or nothing.
+pub fn product_workspace(chip: Chip, m: usize, n: usize, k: usize, rank: usize, held: bool) -> usize {
     let sizes = [m, n, k, rank].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
     if hopper::columns_on(chip, true, sizes).is_some() {
-        return n * k * DType::BF16.size();
+        return if held { 0 } else { n * k * DType::BF16.size() };
     }
     codes_hopper::workspace(chip, sizes).unwrap_or(0)
 }
 
 /// Bytes of workspace of [`input_grads_lora`] for 16-bit rows and 4-bit weights on this kind of GPU, into `[m, n]`, of linears
-/// with these outputs and ranks (or 0): the weights at once, or one after another.
-pub fn input_grads_bytes(chip: Chip, m: usize, n: usize, parts: &[[usize; 2]]) -> usize {
+/// with these outputs and ranks (or 0): the weights at once, or one after another; none that are `held`.
+pub fn input_grads_bytes(chip: Chip, m: usize, n: usize, parts: &[[usize; 2]], held: bool) -> usize {
     match hopper::sums_on(chip, true, m, n, parts) {
+        Some(_) if held => 0,
         Some(_) => parts.iter().map(|[k, _]| n * k * DType::BF16.size()).sum(),
-        None => parts.iter().map(|&[k, rank]| product_workspace(chip, m, n, k, rank)).max().unwrap_or(0),
+        None => parts.iter().map(|&[k, rank]| product_workspace(chip, m, n, k, rank, held)).max().unwrap_or(0),
     }
 }
 

@@ -87,7 +87,7 @@ pub fn quantize(
         }
         (Some(rounding), Device::Cuda(_)) => cuda::quantize_scales(&scales, rounding, tag)?,
     };
-    Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype })
+    Ok(QuantTensor { packed, absmax, quant_type, block_size, shape: x.shape().to_vec(), dtype, dense: None })
 }
 
 /// Bytes of the tensors that [`quantize`] makes of `numel` weights, whose scales are quantized too if `double`.

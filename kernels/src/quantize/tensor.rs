@@ -1,6 +1,6 @@
 //! The quantized matrix: its parts, their consistency, and access to its values.
 
-use super::{QuantType, check_block_size, check_float, cpu};
+use super::{QuantType, check_block_size, check_float, cpu, dequantize};
 use crate::dynamic8;
 use nibble_runtime::{DType, Device, Error, Result, Tag, Tensor};
 
@@ -72,6 +72,8 @@ pub struct QuantTensor {
     pub shape: Vec<usize>,
     /// Type that dequantized values are rounded to.
     pub dtype: DType,
+    /// The matrix itself, where memory is spent to have it ([`QuantTensor::hold_dense`]).
+    pub dense: Option<Tensor>,
 }
 
 /// Whether a table is the dynamic map, of which one copy on a device serves all tensors.
@@ -123,7 +125,7 @@ impl QuantTensor {
         shape: Vec<usize>,
         dtype: DType,
     ) -> Result<Self> {
-        let tensor = QuantTensor { packed, absmax, quant_type, block_size, shape, dtype };
+        let tensor = QuantTensor { packed, absmax, quant_type, block_size, shape, dtype, dense: None };
         tensor.validate()?;
         Ok(tensor)
     }
@@ -242,7 +244,21 @@ impl QuantTensor {
             },
         };
         let packed = self.packed.to_device(device, tag)?;
-        Ok(QuantTensor { packed, absmax, shape: self.shape.clone(), ..*self })
+        Ok(QuantTensor { packed, absmax, shape: self.shape.clone(), dense: None, ..*self })
+    }
+
+    /// Holds the matrix dequantized to this type, beside its codes, or no longer: products that would dequantize it as a whole
+    /// ([`dequantizes`](crate::linear::dequantizes)) to that type take it instead.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn hold_dense(&mut self, dtype: Option<DType>, tag: Tag) -> Result<()> {
+        if self.dense.as_ref().map(Tensor::dtype) != dtype {
+            self.dense = None;
+            let held = dtype.map(|dtype| dequantize(&QuantTensor { dtype, ..self.clone() }, tag));
+            self.dense = held.transpose()?;
+        }
+        Ok(())
     }
 
     /// Number of weights.

@@ -53,6 +53,23 @@ impl Llama {
         Ok(())
     }
 
+    /// Lets the first `layers` layers hold their 4-bit weights dequantized too, in the type of activations, and the others not.
+    /// Results are the same.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn hold_dequantized(&mut self, layers: usize) -> Result<()> {
+        let dtype = self.dtype;
+        for (number, layer) in self.layers.iter_mut().enumerate() {
+            for linear in layer.linears_mut() {
+                if let Weight::Quantized(weight) = &mut linear.weight {
+                    weight.hold_dense((number < layers).then_some(dtype), Tag::Weights)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Makes every weight trainable, in f32 (quantized linears are dequantized).
     ///
     /// # Errors

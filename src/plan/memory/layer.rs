@@ -239,10 +239,10 @@ impl Walk<'_> {
     }
 
     /// Workspace of a product of rows `[T, k]` with a layer's weight into `[T, n]`.
-    fn product(&self, n: usize, k: usize, rank: usize) -> Held {
+    fn product(&self, layer: usize, n: usize, k: usize, rank: usize) -> Held {
         let bytes = match self.job.chip {
             Some(chip) if self.w == 2 && self.job.quantized.is_some() => {
-                linear::product_workspace(chip, self.t.get(), n, k, rank)
+                linear::product_workspace(chip, self.t.get(), n, k, rank, self.job.holds_dequantized(layer))
             }
             // An f32 weight alone is multiplied as it is.
             None if !self.trains.all => linear::panel_bytes(n, k),
@@ -261,7 +261,7 @@ impl Walk<'_> {
         let _weight = self.weight(at);
         let z = (rank > 0 && self.trains.dora).then(|| self.flow(n));
         let y = if z.is_none() { Some(self.activation(n)) } else { None };
-        drop(self.product(n, k, rank));
+        drop(self.product(at[0], n, k, rank));
         y.unwrap_or_else(|| self.activation(n))
     }
 
@@ -372,7 +372,7 @@ impl Walk<'_> {
             }
             if rank > 0 && self.trains.dora {
                 let z = self.flow(n);
-                drop(self.product(n, k, rank));
+                drop(self.product(layer, n, k, rank));
                 let partial = (!self.on_cpu()).then(|| self.workspace(rms_norm::weight_grad_workspace(t, n)));
                 grads.put(Some(self.hold(Tag::Gradients, 4 * n)));
                 drop((z, partial));
@@ -398,8 +398,11 @@ impl Walk<'_> {
             .map(|&which| [self.shapes[which][0], if dropout { 0 } else { self.trains.ranks[layer][which] }])
             .collect();
         match self.job.quantized {
-            Some(_) if !self.on_cpu() => drop(self.on_gpu(|chip| linear::input_grads_bytes(chip, t, k, &parts))),
-            _ => parts.iter().for_each(|&[n, rank]| drop(self.product(k, n, rank))),
+            Some(_) if !self.on_cpu() => {
+                let held = self.job.holds_dequantized(layer);
+                drop(self.on_gpu(|chip| linear::input_grads_bytes(chip, t, k, &parts, held)));
+            }
+            _ => parts.iter().for_each(|&[n, rank]| drop(self.product(layer, k, n, rank))),
         }
         if dropout && !self.fused() && linears.iter().any(|&which| self.trains.ranks[layer][which] > 0) {
             drop([self.flow(k), self.flow(k)]);

@@ -189,6 +189,8 @@ impl Walk<'_> {
                 Some((block, double)) => quantize::tensor_bytes(n * k, block, double),
             };
             all.extend(parts.repeat(c.num_layers).into_iter().map(weights));
+            let held = (0..c.num_layers).filter(|&layer| job.holds_dequantized(layer));
+            all.extend(held.map(|_| weights(n * k * self.w)));
         }
         // The dynamic map of scales, and those of 8-bit moments.
         let maps = if job.quantized.is_some_and(|(_, double)| double) { 1 } else { 0 };
