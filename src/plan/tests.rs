@@ -203,6 +203,37 @@ fn pages_leave_before_nothing_fits() {
 }
 
 #[test]
+fn weights_are_held_dequantized_where_memory_is_left() {
+    let chosen = |options: &str, chip, gib: usize| {
+        let room = Room { chip, ..room(gib << 30) };
+        let asked = job(&format!("--model random:llama-3.1-8b --dropout 0 --batch-size 1 {options}"), chip);
+        room.fastest(&asked).unwrap().unwrap().job.settings
+    };
+    assert_eq!(chosen("--seq-len 2048", Some(H100), 30).dequantized_layers, 32);
+    // Activations first: they save more time for their memory.
+    let some = chosen("--seq-len 2048", Some(H100), 16);
+    assert!((5..15).contains(&some.dequantized_layers) && some.activations == Activations::default(), "{some:?}");
+    assert_eq!(chosen("--seq-len 2048", Some(H100), 11).dequantized_layers, 0);
+    // Where no product dequantizes a weight as a whole there is nothing to save.
+    let ampere = Some(Chip { capability: (8, 0), sms: 108 });
+    for (options, chip) in [
+        ("--seq-len 256", Some(H100)),
+        ("--seq-len 2048 --dtype f32", Some(H100)),
+        ("--seq-len 2048 --method lora", Some(H100)),
+        ("--seq-len 2048", ampere),
+        ("--seq-len 2048", None),
+    ] {
+        assert_eq!(chosen(options, chip, 200).dequantized_layers, 0, "{options} {chip:?}");
+    }
+    // Two bytes a weight, but for the workspace that dequantizing took, two of the largest; and less time.
+    let of = |layers| job(&format!("{QLORA} 1 --dequantized-layers {layers}"), Some(H100));
+    let [none, one, all] = [0, 1, 32].map(|layers| peak(&of(layers)).unwrap().peak[Tag::Weights as usize]);
+    assert_eq!((one - none, all - none), (436_207_616, 32 * 436_207_616));
+    let [none, one, all] = [0, 1, 40].map(|layers| Rates::reference().speed(&of(layers)));
+    assert!(none < one && one < all);
+}
+
+#[test]
 fn what_layers_keep_in_host_memory_is_counted() {
     let job = |options: &str| job(&format!("{QLORA} 4 {options}"), Some(H100));
     // 32 layers of 8,192 tokens: 4,096 columns in bf16, and seven t of 16.

@@ -408,6 +408,7 @@ mod tests {
             (&["--activations", "all", "--recompute"], "--recompute"),
             (&["--recompute", "some"], "--recompute"),
             (&["--memory-budget", "auto", "--activations", "inputs"], "--activations"),
+            (&["--memory-budget", "auto", "--dequantized-layers", "1"], "--dequantized-layers"),
             (&["--feed-forward-rows", "512"], "--dropout 0"),
             (&["--feed-forward-rows", "0", "--dropout", "0"], "feed-forward-rows"),
         ] {

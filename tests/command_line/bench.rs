@@ -53,8 +53,18 @@ fn what_was_not_asked_for_is_null() {
         assert_eq!(found.get(key), Some(&Value::Null), "{key}");
     }
     assert_eq!((&found["activations"], &found["feed_forward_rows"]), (&"all".into(), &16.into()));
+    assert_eq!(found["dequantized_layers"], 0);
     let people = place.ok(&STEPS);
     assert!(!people.stdout.contains('{'), "{}", people.stdout);
+}
+
+#[test]
+fn dequantized_weights_need_kernels_that_take_them() {
+    let place = Place::new();
+    place.refuses(
+        &[&STEPS[..], &["--dequantized-layers", "1"]].concat(),
+        &["--dequantized-layers 1", "Hopper", "leave it out"],
+    );
 }
 
 /// The first step on data is the first step of training on it: the same examples in the same order, of which the same is

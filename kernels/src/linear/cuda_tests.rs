@@ -292,6 +292,50 @@ fn gpu_gated_products_are_those_of_two_passes() {
     }
 }
 
+/// A weight that is held dequantized gives the bits that it gives when products dequantize it; and is what they multiply.
+#[test]
+fn gpu_held_weights_give_the_same_bits() {
+    let Some(device) = gpu() else { return };
+    let chip = nibble_runtime::cuda::Gpu::of(device).unwrap().chip();
+    let nf4 = Kind::Quantized { quant_type: QuantType::Nf4, double: true, block_size: 64 };
+    for (t, n, k, dtype, tile) in [
+        (600, 12288, 64, DType::BF16, None),
+        (300, 520, 1096, DType::F16, Some(3)),
+        (129, 264, 328, DType::BF16, Some(4)),
+        (40, 264, 64, DType::BF16, None),
+    ] {
+        let of = |shape: [usize; 2], salt| moved(&random_as(&shape, dtype, salt), device);
+        let Weight::Quantized(mut weight) = moved_weight(&weight(nf4, [n, k], dtype, 1), device) else { panic!() };
+        let (x, g, gate, up) = (of([t, k], 2), of([t, n], 3), of([t, n], 4), of([t, k], 5));
+        let run = |weight: &QuantTensor| {
+            let weight = &Weight::Quantized(weight.clone());
+            let part = InputGrad { grad: &g, weight, lora: None };
+            let (gated_up, output) = forward_gated(&x, weight, None, &gate, TAG).unwrap();
+            let gated = input_grad_gated(part, up.copy(TAG).unwrap(), up.clone()).unwrap();
+            vec![
+                forward_as(&x, weight, DType::F32, TAG).unwrap(),
+                input_grad(&g, weight, 1.0).unwrap(),
+                input_grads_lora(&[part, part], dtype, TAG).unwrap(),
+                gated_up,
+                output,
+                gated.gate,
+            ]
+        };
+        force(tile);
+        let expected = run(&weight);
+        weight.hold_dense(Some(dtype), TAG).unwrap();
+        let found = run(&weight);
+        // Of zeros nothing is left.
+        weight.dense = Some(Tensor::zeros(&[n, k], dtype, device, TAG).unwrap());
+        let of_zeros = run(&weight);
+        force(None);
+        found.iter().zip(&expected).for_each(|(found, expected)| same(found, expected, 0.0));
+        let large = dequantizes(chip, usize::MAX) && (tile.is_some() || dequantizes(chip, t));
+        let none = vec![0.0; t * n];
+        assert_eq!(of_zeros[0].to_device(Device::Cpu, TAG).unwrap().to_f32().unwrap()[..] == none[..], large, "{t}");
+    }
+}
+
 /// A unit matrix picks single weights: they must be those of the dequantized matrix, bit for bit.
 #[test]
 fn gpu_decodes_exactly() {
