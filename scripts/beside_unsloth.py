@@ -23,6 +23,7 @@ import time
 ROWS = {
     "speed": (4, 2048, False, []),
     "one": (1, 2048, False, []),
+    "one-30GiB": (1, 2048, False, ["--memory-budget", "30GiB"]),
     "8GiB": (4, 2048, True, ["--memory-budget", "8GiB"]),
     "6GiB": (4, 2048, True, ["--memory-budget", "6GiB", "--embedding-bits", "8"]),
     "one-small": (1, 2048, True, ["--recompute"]),
@@ -139,7 +140,8 @@ def ours(folder, name, timed, options, warm=WARM):
     said = re.findall(r"^step .* loss (\S+)  gradient norm (\S+)", ran.stderr, re.MULTILINE)
     losses, norms = ([float(number) for number in numbers] for numbers in zip(*said))
     ready = re.search(r"^ready .*", ran.stderr, re.MULTILINE)
-    print(f"{name}: kept {found['activations']}, {ready and ready.group()}", file=sys.stderr)
+    dense = found["dequantized_layers"]
+    print(f"{name}: kept {found['activations']}, {dense} layers dequantized, {ready and ready.group()}", file=sys.stderr)
     return name, found["tok_s"], found["driver"], losses, norms[: warm or 1]
 
 
