@@ -9,10 +9,7 @@
 //! use. Neighbouring free blocks are one block where they are safe for the same streams.
 
 use super::StreamId;
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Range,
-};
+use std::{collections::BTreeMap, ops::Range};
 
 /// Who may use a free block at once: everybody (`None`), or the stream that freed it last.
 pub(super) type Owner = Option<StreamId>;
@@ -38,9 +35,8 @@ pub(super) struct Place {
 
 #[derive(Debug)]
 pub(super) struct Blocks {
-    free: BTreeMap<usize, Free>,
-    /// The free blocks as (owner, bytes, offset), to find the smallest that fits.
-    sizes: BTreeSet<(Owner, usize, usize)>,
+    /// Free blocks by their offsets, in ascending order. There are some dozens, which are looked through faster than any tree.
+    free: Vec<(usize, Free)>,
     /// Offset and bytes of what is not backed.
     holes: BTreeMap<usize, usize>,
     /// Offset and bytes of what each map call backed.
@@ -52,8 +48,7 @@ pub(super) struct Blocks {
 impl Blocks {
     pub(super) fn new(reserved: usize) -> Self {
         Blocks {
-            free: BTreeMap::new(),
-            sizes: BTreeSet::new(),
+            free: Vec::new(),
             holes: BTreeMap::from([(0, reserved)]),
             pieces: BTreeMap::new(),
             mapped: 0,
@@ -73,45 +68,60 @@ impl Blocks {
 
     /// Bytes of the largest free block, whoever owns it.
     pub(super) fn largest(&self) -> usize {
-        self.free.values().map(|free| free.bytes).max().unwrap_or(0)
+        self.free.iter().map(|(_, free)| free.bytes).max().unwrap_or(0)
+    }
+
+    /// How many free blocks begin below `offset`.
+    fn below(&self, offset: usize) -> usize {
+        self.free.partition_point(|&(start, _)| start < offset)
     }
 
     fn insert(&mut self, offset: usize, free: Free) {
-        self.sizes.insert((free.owner, free.bytes, offset));
-        self.free.insert(offset, free);
+        self.free.insert(self.below(offset), (offset, free));
         self.free_bytes += free.bytes;
     }
 
+    /// The free block that begins at `offset`.
+    fn at(&self, offset: usize) -> Option<Free> {
+        self.free.get(self.below(offset)).filter(|(start, _)| *start == offset).map(|&(_, free)| free)
+    }
+
     fn remove(&mut self, offset: usize) -> Option<Free> {
-        let free = self.free.remove(&offset)?;
-        self.sizes.remove(&(free.owner, free.bytes, offset));
+        let free = self.at(offset)?;
+        self.free.remove(self.below(offset));
         self.free_bytes -= free.bytes;
         Some(free)
     }
 
-    /// The free block that ends at `end`.
-    fn before(&self, end: usize) -> Option<(usize, Free)> {
-        let (&offset, &free) = self.free.range(..end).next_back()?;
-        (offset + free.bytes == end).then_some((offset, free))
+    /// The free block that begins last below `end`.
+    fn last_below(&self, end: usize) -> Option<(usize, Free)> {
+        self.below(end).checked_sub(1).map(|place| self.free[place])
     }
 
-    /// The smallest block of `owner` with at least `bytes`, lowest first: its size and offset.
-    fn fit(&self, owner: Owner, bytes: usize) -> Option<(usize, usize)> {
-        let range = (owner, bytes, 0)..=(owner, usize::MAX, usize::MAX);
-        self.sizes.range(range).next().map(|&(_, size, offset)| (size, offset))
+    /// The free block that ends at `end`.
+    fn before(&self, end: usize) -> Option<(usize, Free)> {
+        self.last_below(end).filter(|(offset, free)| offset + free.bytes == end)
+    }
+
+    /// Offset and size of `owner`'s blocks, lowest first.
+    fn of(&self, owner: Owner) -> impl Iterator<Item = (usize, usize)> {
+        self.free.iter().filter(move |(_, free)| free.owner == owner).map(|&(offset, free)| (offset, free.bytes))
     }
 
     /// Whether `owner` has a free block of at least `bytes`.
     pub(super) fn fits(&self, owner: Owner, bytes: usize) -> bool {
-        self.fit(owner, bytes).is_some()
+        self.of(owner).any(|(_, size)| size >= bytes)
     }
 
     /// Takes `bytes` from the start of the free block at `offset`.
     fn carve(&mut self, offset: usize, bytes: usize) {
-        if let Some(free) = self.remove(offset)
-            && free.bytes > bytes
-        {
-            self.insert(offset + bytes, Free { bytes: free.bytes - bytes, ..free });
+        let place = self.below(offset);
+        self.free_bytes -= bytes;
+        let (start, free) = &mut self.free[place];
+        debug_assert!(*start == offset && free.bytes >= bytes, "carving what is not free");
+        (*start, free.bytes) = (*start + bytes, free.bytes - bytes);
+        if free.bytes == 0 {
+            self.free.remove(place);
         }
     }
 
@@ -126,20 +136,30 @@ impl Blocks {
     /// itself fits where it fitted before.
     pub(super) fn take(&mut self, stream: StreamId, bytes: usize) -> Option<usize> {
         let top = self.top();
-        let below = |owner: Owner| {
-            let mut fits = self.sizes.range((owner, bytes, 0)..=(owner, usize::MAX, usize::MAX));
-            fits.find(|&&(.., offset)| Some(offset) != top).map(|&(_, size, offset)| (size, offset))
-        };
-        let smallest = below(Some(stream)).into_iter().chain(below(None)).min_by_key(|&(size, _)| size);
-        let fit = smallest.or_else(|| self.fit(Some(stream), bytes)).or_else(|| self.fit(None, bytes));
-        let (_, offset) = fit?;
+        let mut best = None;
+        for &(offset, free) in &self.free {
+            let own = free.owner == Some(stream);
+            if free.bytes < bytes || !(own || free.owner.is_none()) {
+                continue;
+            }
+            let worth = (Some(offset) == top, free.bytes, !own);
+            if best.is_none_or(|(least, _)| worth < least) {
+                best = Some((worth, offset));
+            }
+            // Nothing is better than the first that fits exactly.
+            if worth == (false, bytes, false) {
+                break;
+            }
+        }
+        let (_, offset) = best?;
         self.carve(offset, bytes);
         Some(offset)
     }
 
     /// Takes `bytes` from the smallest block of `owner` that has them; the offset.
     pub(super) fn take_from(&mut self, owner: StreamId, bytes: usize) -> Option<usize> {
-        let (_, offset) = self.fit(Some(owner), bytes)?;
+        let fits = self.of(Some(owner)).filter(|&(_, size)| size >= bytes);
+        let (offset, _) = fits.min_by_key(|&(_, size)| size)?;
         self.carve(offset, bytes);
         Some(offset)
     }
@@ -153,15 +173,11 @@ impl Blocks {
             self.remove(offset);
             (start, ticket) = (offset, ticket.max(free.ticket));
         }
-        while let Some(free) = self.free.get(&end).copied().filter(|free| joins(free)) {
+        while let Some(free) = self.at(end).filter(|free| joins(free)) {
             self.remove(end);
             (end, ticket) = (end + free.bytes, ticket.max(free.ticket));
         }
         self.insert(start, Free { bytes: end - start, owner, ticket });
-    }
-
-    fn of(&self, owner: Owner) -> Vec<usize> {
-        self.sizes.range((owner, 0, 0)..=(owner, usize::MAX, usize::MAX)).map(|&(.., offset)| offset).collect()
     }
 
     /// Whether `owner` has any free block.
@@ -171,21 +187,20 @@ impl Blocks {
 
     /// Makes the blocks of `owner` anyone's whose frees a mark with `ticket` covers.
     pub(super) fn settle(&mut self, owner: StreamId, ticket: u64) {
-        for offset in self.of(Some(owner)) {
-            if self.free.get(&offset).is_some_and(|free| free.ticket <= ticket)
-                && let Some(free) = self.remove(offset)
-            {
-                self.put(offset, free.bytes, None, 0);
-            }
+        let owned = |&&(_, free): &&(usize, Free)| free.owner == Some(owner) && free.ticket <= ticket;
+        let done: Vec<(usize, Free)> = self.free.iter().filter(owned).copied().collect();
+        for (offset, free) in done {
+            self.remove(offset);
+            self.put(offset, free.bytes, None, 0);
         }
     }
 
     /// Gives the blocks of `from` to `to`, as if `to` had freed them with `ticket`.
     pub(super) fn adopt(&mut self, from: StreamId, to: StreamId, ticket: u64) {
-        for offset in self.of(Some(from)) {
-            if let Some(free) = self.remove(offset) {
-                self.put(offset, free.bytes, Some(to), ticket);
-            }
+        let blocks: Vec<(usize, usize)> = self.of(Some(from)).collect();
+        for (offset, bytes) in blocks {
+            self.remove(offset);
+            self.put(offset, bytes, Some(to), ticket);
         }
     }
 
@@ -203,7 +218,7 @@ impl Blocks {
         let usable = |free: &Free| free.owner.is_none() || free.owner == Some(stream);
         let candidates = self.holes.iter().filter_map(|(&at, &hole)| {
             let before = self.before(at).filter(|(_, free)| usable(free)).map_or(0, |(_, free)| free.bytes);
-            let after = self.free.get(&(at + hole)).filter(|free| usable(free)).map_or(0, |free| free.bytes);
+            let after = self.at(at + hole).filter(usable).map_or(0, |free| free.bytes);
             let need = bytes.checked_sub(before)?.checked_next_multiple_of(granule)?;
             if need <= hole {
                 Some(Place { at, need, span: at - before..at + need })
@@ -235,7 +250,7 @@ impl Blocks {
     /// The highest piece that is free, anyone's and outside of `keep`: its offset and bytes.
     pub(super) fn donor(&self, keep: &Range<usize>) -> Option<(usize, usize)> {
         let anyones = self.free.iter().rev().filter(|(_, free)| free.owner.is_none());
-        for (&start, free) in anyones {
+        for &(start, free) in anyones {
             let end = start + free.bytes;
             let mut inside = self.pieces.range(start..end).rev().map(|(&offset, &bytes)| (offset, bytes));
             let found = inside
@@ -251,10 +266,8 @@ impl Blocks {
     pub(super) fn remove_piece(&mut self, offset: usize) {
         let Some(bytes) = self.pieces.remove(&offset) else { return debug_assert!(false, "no piece at {offset}") };
         self.mapped -= bytes;
-        let block = self.free.range(..=offset).next_back().map(|(&start, _)| start);
-        if let Some(start) = block
-            && let Some(free) = self.remove(start)
-        {
+        if let Some((start, free)) = self.last_below(offset + 1) {
+            self.remove(start);
             debug_assert!(offset + bytes <= start + free.bytes, "the piece is in use");
             if start < offset {
                 self.insert(start, Free { bytes: offset - start, ..free });
@@ -303,7 +316,7 @@ impl Blocks {
         assert!(holes.windows(2).all(|pair| pair[0].0 + pair[0].1 < *pair[1].0), "neighbouring holes");
 
         // Free and used blocks tile the pieces: disjoint, none in a hole, and as many bytes in all.
-        let mut blocks: Vec<Range<usize>> = self.free.iter().map(|(&o, free)| o..o + free.bytes).collect();
+        let mut blocks: Vec<Range<usize>> = self.free.iter().map(|&(o, free)| o..o + free.bytes).collect();
         assert_eq!(blocks.iter().map(|block| block.len()).sum::<usize>(), self.free_bytes);
         blocks.extend(used.iter().cloned());
         blocks.sort_unstable_by_key(|block| block.start);
@@ -316,10 +329,9 @@ impl Blocks {
         assert_eq!(self.pieces().map(|(_, bytes)| bytes).sum::<usize>(), self.mapped);
         assert_eq!(blocks.iter().map(|block| block.len()).sum::<usize>(), self.mapped);
 
-        let sizes: BTreeSet<_> = self.free.iter().map(|(&offset, free)| (free.owner, free.bytes, offset)).collect();
-        assert_eq!(sizes, self.sizes);
-        for (&offset, free) in &self.free {
-            let next = self.free.get(&(offset + free.bytes));
+        assert!(self.free.is_sorted_by_key(|&(offset, _)| offset));
+        for &(offset, free) in &self.free {
+            let next = self.at(offset + free.bytes);
             assert!(next.is_none_or(|next| next.owner != free.owner), "neighbours that are not merged at {offset}");
         }
     }

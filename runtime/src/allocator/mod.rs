@@ -11,7 +11,7 @@
 //! 5. memory that the reclaim hook gives back ([`Memory`]),
 //!
 //! and then [`OutOfMemory`] says who holds what. Work of one stream that repeats itself is served from free blocks after
-//! its first round. A request served from free blocks takes O(log n) in the number of blocks; the rest is rare.
+//! its first round. A request served from free blocks looks through these, some dozens; the rest is rare.
 //!
 //! **Streams.** A freed block belongs to the stream that it was freed on, which may have it again at once: what that
 //! stream does with it comes after everything that it did before. Another stream gets it only behind a mark in the

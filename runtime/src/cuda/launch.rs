@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     ffi::{CString, c_void},
     path::Path,
-    sync::{Arc, PoisonError},
+    sync::{Arc, LazyLock, PoisonError},
 };
 
 /// A file of kernels.
@@ -106,7 +106,8 @@ pub struct Args {
 impl Args {
     /// No arguments yet.
     pub fn new() -> Self {
-        Self::default()
+        // More than most kernels take.
+        Args { values: Vec::with_capacity(24), ..Self::default() }
     }
 
     fn push(mut self, value: u64, bytes: usize) -> Self {
@@ -297,7 +298,8 @@ unsafe impl Sync for Loaded {}
 
 /// Whether `NIBBLE_CUDA_SYNC` wants every launch to be waited for.
 pub(super) fn waits() -> bool {
-    std::env::var_os("NIBBLE_CUDA_SYNC").is_some()
+    static WAITS: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NIBBLE_CUDA_SYNC").is_some());
+    *WAITS
 }
 
 /// That so many blocks are a cluster.
@@ -343,8 +345,8 @@ impl Gpu {
         self.bind()?;
         let loaded = self.module(module)?;
         let function = *loaded.functions.get(entry).ok_or_else(|| invalid(format!("not in module {}", module.name)))?;
-        let found: Vec<usize> = args.values.iter().map(Value::bytes).collect();
-        if found != function.params {
+        if !args.values.iter().map(Value::bytes).eq(function.params.iter().copied()) {
+            let found: Vec<usize> = args.values.iter().map(Value::bytes).collect();
             return Err(invalid(format!("takes parameters of {:?} bytes, was given {found:?}", function.params)));
         }
         if shared > function.shared {

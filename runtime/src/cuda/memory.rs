@@ -59,8 +59,10 @@ pub(crate) struct DeviceBuffer {
     memory: &'static DeviceMemory,
     place: Place,
     bytes: usize,
-    /// Marks in other streams that the compute stream has yet to wait for.
+    /// Marks in other streams that the compute stream has yet to wait for,
     after: Mutex<Vec<Arc<Event>>>,
+    /// and whether there may be any: few blocks have some, and all are asked at every use.
+    marked: AtomicBool,
 }
 
 /// Where a [`DeviceBuffer`] is.
@@ -84,6 +86,10 @@ impl fmt::Debug for DeviceBuffer {
 }
 
 impl DeviceBuffer {
+    fn at(gpu: &'static Gpu, memory: &'static DeviceMemory, place: Place, bytes: usize) -> Self {
+        DeviceBuffer { gpu, memory, place, bytes, after: Mutex::default(), marked: AtomicBool::new(false) }
+    }
+
     /// `bytes` of memory with unspecified contents.
     pub(crate) fn new(gpu: &'static Gpu, bytes: usize, tag: Tag) -> Result<Self> {
         let memory = gpu.memory()?;
@@ -91,7 +97,7 @@ impl DeviceBuffer {
             0 => Place::Nowhere,
             _ => Place::Device(memory.allocate(bytes, tag, gpu.stream_id())?),
         };
-        let mut buffer = DeviceBuffer { gpu, memory, place, bytes, after: Mutex::default() };
+        let mut buffer = DeviceBuffer::at(gpu, memory, place, bytes);
         if POISON.load(Ordering::Relaxed) {
             buffer.fill(0xFF)?;
         }
@@ -103,7 +109,7 @@ impl DeviceBuffer {
     pub(crate) fn in_host_memory(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let memory = gpu.memory()?;
         if bytes == 0 {
-            return Ok(DeviceBuffer { gpu, memory, place: Place::Nowhere, bytes, after: Mutex::default() });
+            return Ok(DeviceBuffer::at(gpu, memory, Place::Nowhere, bytes));
         }
         gpu.bind()?;
         let (mut host, mut address) = (std::ptr::null_mut(), 0);
@@ -113,13 +119,13 @@ impl DeviceBuffer {
             check("cuMemHostAlloc", sys::cuMemHostAlloc(&mut host, bytes, flags))?;
             check("cuMemHostGetDevicePointer", sys::cuMemHostGetDevicePointer_v2(&mut address, host, 0))?;
         }
-        Ok(DeviceBuffer { gpu, memory, place: Place::Host(address), bytes, after: Mutex::default() })
+        Ok(DeviceBuffer::at(gpu, memory, Place::Host(address), bytes))
     }
 
     /// Memory of the pager at `address`, for as long as the lease keeps it there.
     pub(crate) fn in_pages(gpu: &'static Gpu, lease: Arc<Lease>, address: u64, bytes: usize) -> Result<Self> {
         let place = if bytes == 0 { Place::Nowhere } else { Place::Page { address, _lease: lease } };
-        Ok(DeviceBuffer { gpu, memory: gpu.memory()?, place, bytes, after: Mutex::default() })
+        Ok(DeviceBuffer::at(gpu, gpu.memory()?, place, bytes))
     }
 
     /// Whether the memory belongs to the pager.
@@ -134,10 +140,14 @@ impl DeviceBuffer {
     /// Lets nobody use the block before `mark`, which comes behind all marks that it had.
     pub(crate) fn use_after(&self, mark: &Arc<Event>) {
         *lock(&self.after) = vec![Arc::clone(mark)];
+        self.marked.store(true, Ordering::Release);
     }
 
     /// Lets `stream` wait until the block may be used.
     pub(crate) fn ready(&self, stream: Stream) -> Result<()> {
+        if !self.marked.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let mut after = lock(&self.after);
         // Most marks are shared by many blocks, and reached by now: nobody needs to be told to wait for them.
         while let Some(mark) = after.last() {
@@ -150,6 +160,7 @@ impl DeviceBuffer {
         if stream == self.gpu.stream() {
             after.clear();
         }
+        self.marked.store(!after.is_empty(), Ordering::Release);
         Ok(())
     }
 
