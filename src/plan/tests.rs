@@ -60,13 +60,16 @@ const MEASURED: [(&str, &str, With, f64, f64); 13] = [
 const LONG: &str = "--model random:llama-3.1-8b --dropout 0 --batch-size 1 --seq-len";
 
 /// The same measured on an H200 on 2026-11-29; those of rank 64 with products that were some 1.5 % slower.
-const MEASURED_ON_H200: [(&str, f64, f64); 6] = [
+const MEASURED_ON_H200: [(&str, f64, f64); 9] = [
     ("4", 29.1, 18008.),
     ("1", 11.1, 15892.),
     ("4 --activations attention@host:31,all", 7.0, 14892.),
     ("4 --recompute", 8.3, 13825.),
     ("4 --rank 64 --recompute", 10.8, 13414.),
     ("4 --rank 64 --recompute --paged-budget 480MiB", 9.5, 13375.),
+    ("1 --dequantized-layers 32", 24.1, 17322.),
+    ("1 --dequantized-layers 16", 17.6, 16327.),
+    ("4 --dequantized-layers 32", 42.1, 18480.),
 ];
 
 #[test]
