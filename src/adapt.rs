@@ -49,6 +49,11 @@ pub fn keep(model: &mut Model, settings: &Settings) -> Result<()> {
     llama.feed_forward_rows = settings.feed_forward_rows.unwrap_or(usize::MAX);
     if layers > 0 {
         let chip = Gpu::of(llama.device()).ok().map(Gpu::chip).filter(|_| llama.dtype != DType::F32);
+        let mut linears = llama.layers.iter().flat_map(|layer| layer.linears());
+        ensure!(
+            linears.any(|linear| matches!(linear.weight, Weight::Quantized(_))),
+            "--dequantized-layers {layers}: no weight is in 4 bits; leave it out"
+        );
         ensure!(
             chip.is_some_and(|chip| linear::dequantizes(chip, usize::MAX)),
             "--dequantized-layers {layers}: only products in 16 bits on Hopper GPUs dequantize weights as a whole; leave it out"

@@ -61,6 +61,8 @@ fn what_was_not_asked_for_is_null() {
 #[test]
 fn dequantized_weights_need_kernels_that_take_them() {
     let place = Place::new();
+    let dense = ["--dequantized-layers", "1", "--method", "lora"];
+    place.refuses(&[&STEPS[..], &dense].concat(), &["--dequantized-layers 1", "no weight is in 4 bits"]);
     place.refuses(
         &[&STEPS[..], &["--dequantized-layers", "1"]].concat(),
         &["--dequantized-layers 1", "Hopper", "leave it out"],

@@ -7,7 +7,7 @@
 // barriers a stage: `full` (its bytes are there) and `empty` (all eight warps are done with it). A second pair (a LoRA adapter)
 // is a few more steps along the contraction, from its own maps; so are the products whose sum is wanted (the input gradient of
 // linears on one input), `out = Σ g_i · W_i + u_i · A_i`. What lies outside of a matrix the TMA fills with zeros, so there are no
-// other tails than those of `out`.
+// other tails than those of `out`. A launch may start while the kernel before it ends (dependent.cuh).
 //
 // At the end of a tile the warps that multiply leave its sums in shared memory, rounded, and go on with the next tile; the three
 // other warps of the first warpgroup have the TMA copy them meanwhile, or make results of them first (`staging`). `left` and `taken`
