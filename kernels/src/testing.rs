@@ -52,12 +52,18 @@ pub(crate) fn random(shape: &[usize], seed: u64) -> Tensor {
 /// Asserts ‖found − expected‖ ≤ tolerance · ‖expected‖.
 #[track_caller]
 pub(crate) fn close(found: &Tensor, expected: &[f64], tolerance: f64) {
+    close_beyond(found, expected, tolerance, 1e-30);
+}
+
+/// Asserts ‖found − expected‖ ≤ tolerance · ‖expected‖ + rounding: where terms cancel, what their own rounding leaves.
+#[track_caller]
+pub(crate) fn close_beyond(found: &Tensor, expected: &[f64], tolerance: f64, rounding: f64) {
     let found = found.to_f32().unwrap();
     assert_eq!(found.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let error = norm(&mut found.iter().zip(expected).map(|(&f, e)| f64::from(f) - e));
     let scale = norm(&mut expected.iter().copied());
-    assert!(error <= tolerance * scale + 1e-30, "relative error {:.3e} > {tolerance:.1e}", error / scale);
+    assert!(error <= tolerance * scale + rounding, "relative error {:.3e} > {tolerance:.1e}", error / scale);
 }
 
 /// Central differences of `f` at `x` in f64: the gradient that a backward pass must give.
