@@ -52,11 +52,11 @@ pub fn keep(model: &mut Model, settings: &Settings) -> Result<()> {
         let mut linears = llama.layers.iter().flat_map(|layer| layer.linears());
         ensure!(
             linears.any(|linear| matches!(linear.weight, Weight::Quantized(_))),
-            "--dequantized-layers {layers}: no weight is in 4 bits; leave it out"
+            "--dequantized-layers {layers}: no weight is in 4 bits; give 0"
         );
         ensure!(
             chip.is_some_and(|chip| linear::dequantizes(chip, usize::MAX)),
-            "--dequantized-layers {layers}: only products in 16 bits on Hopper GPUs dequantize weights as a whole; leave it out"
+            "--dequantized-layers {layers}: only products in 16 bits on Hopper GPUs dequantize weights as a whole; give 0"
         );
     }
     llama.hold_dequantized(layers)?;

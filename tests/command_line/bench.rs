@@ -65,7 +65,7 @@ fn dequantized_weights_need_kernels_that_take_them() {
     place.refuses(&[&STEPS[..], &dense].concat(), &["--dequantized-layers 1", "no weight is in 4 bits"]);
     place.refuses(
         &[&STEPS[..], &["--dequantized-layers", "1"]].concat(),
-        &["--dequantized-layers 1", "Hopper", "leave it out"],
+        &["--dequantized-layers 1", "Hopper", "give 0"],
     );
 }
 
