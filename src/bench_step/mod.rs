@@ -5,7 +5,7 @@ mod outcome;
 use crate::{
     cli::BenchStepArgs,
     commands::print,
-    data::Batch,
+    data::{Batch, DataSpec},
     deal::Deal,
     default_task, hub, input,
     model::Model,
@@ -42,9 +42,11 @@ const PURPOSE: u32 = 0xBE7C;
 /// Times steps of `batch_size` sequences of `seq_len` random tokens each, all of them labelled; with data, of the first
 /// micro-batch that training would get.
 pub fn run(args: &BenchStepArgs) -> Result<()> {
+    // What is missing is found missing before a model is loaded.
+    let data = args.train.data.as_ref().map(|data| hub::data(data, false)).transpose()?;
     // A model wants data, even where no file is read because the tokens are random.
     let random = || std::path::PathBuf::from("random tokens").into();
-    let train = TrainArgs { data: Some(args.train.data.clone().unwrap_or_else(random)), ..args.train.clone() };
+    let train = TrainArgs { data: Some(data.clone().unwrap_or_else(random)), ..args.train.clone() };
     let settings = Settings::resolve(&train, default_task::RECIPE)?;
     // One micro-batch a step.
     let settings = Settings { grad_accum: 1, ..settings };
@@ -60,9 +62,9 @@ pub fn run(args: &BenchStepArgs) -> Result<()> {
     crate::note!("ready    after {:.2} s", clock.elapsed().as_secs_f64());
     memory::reset_peak_of(device);
 
-    let batch = match args.train.data {
+    let batch = match data {
         None => random_batch(&model.llama.config, settings.batch_size, settings.seq_len),
-        Some(_) => first_batch(&model, &settings)?,
+        Some(data) => first_batch(&model, &settings, &data)?,
     };
     let mut stepper = Stepper::new(&model.llama, &settings)?;
     let steps = time_steps(args, &settings, &mut model.llama, &mut stepper, &batch)?;
@@ -237,11 +239,10 @@ fn random_batch(config: &LlamaConfig, rows: usize, length: usize) -> Batch {
     Batch { ids, labels, lengths: vec![length; rows] }
 }
 
-/// The first micro-batch of a run with these settings.
-fn first_batch(model: &Model, settings: &Settings) -> Result<Batch> {
-    let spec = hub::data(settings.data.as_ref().context("no data")?, false)?;
+/// The first micro-batch of a run with these settings, whose data is `data`.
+fn first_batch(model: &Model, settings: &Settings, data: &DataSpec) -> Result<Batch> {
     let options = settings.data_options(model.llama.config.vocab_size);
-    let examples = input::read("data", &spec, model.tokenizer()?.as_ref(), &options)?.context("stopped")?;
+    let examples = input::read("data", data, model.tokenizer()?.as_ref(), &options)?.context("stopped")?;
     let batches = Deal::new(&examples, settings)?.batches(0)?;
     batches.into_iter().next().context("a run of no steps has no micro-batch")
 }

@@ -228,7 +228,7 @@ fn weights_are_held_dequantized_where_memory_is_left() {
     ] {
         assert_eq!(chosen(options, chip, 200).dequantized_layers, 0, "{options} {chip:?}");
     }
-    // Two bytes a weight, but for the workspace that dequantizing took, two of the largest; and less time.
+    // Two bytes a weight, and less time.
     let of = |layers| job(&format!("{QLORA} 1 --dequantized-layers {layers}"), Some(H100));
     let [none, one, all] = [0, 1, 32].map(|layers| peak(&of(layers)).unwrap().peak[Tag::Weights as usize]);
     assert_eq!((one - none, all - none), (436_207_616, 32 * 436_207_616));

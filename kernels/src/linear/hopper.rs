@@ -59,8 +59,9 @@ const THREADS: u32 = 3 * 128;
 const DENSE_ROWS: u32 = 128;
 const QUANTIZED_ROWS: u32 = 512;
 
-/// See [`super::dequantizes`].
-pub(super) fn dequantizes(chip: Chip, rows: usize) -> bool {
+/// Whether products of so many 16-bit rows with 4-bit weights dequantize these as a whole on this kind of GPU, where their results
+/// have tiles for most multiprocessors; these have use for [`QuantTensor::hold_dense`].
+pub fn dequantizes(chip: Chip, rows: usize) -> bool {
     hopper(chip) && rows >= QUANTIZED_ROWS as usize
 }
 

@@ -315,12 +315,6 @@ pub fn input_grad_lora_add(
     input_grad_into(grad, weight, 1.0, Terms { lora, add: true, ..Terms::default() }, out)
 }
 
-/// Whether products of so many 16-bit rows with 4-bit weights dequantize these as a whole on this kind of GPU, where their results
-/// have tiles for most multiprocessors; these have use for [`QuantTensor::hold_dense`].
-pub fn dequantizes(chip: Chip, rows: usize) -> bool {
-    hopper::dequantizes(chip, rows)
-}
-
 /// Bytes of workspace that a product of 16-bit rows `[m, k]` with a 4-bit weight takes on this kind of GPU, into `[m, n]` with a
 /// low-rank branch of `rank` (or 0): the weight as a whole unless that is `held` ([`QuantTensor::hold_dense`]), sums of blocks that
 /// share a tile, or nothing.
@@ -349,6 +343,7 @@ pub fn panel_bytes(columns: usize, inner: usize) -> usize {
 }
 
 pub use gated::{forward_gated, input_grad_gated};
+pub use hopper::dequantizes;
 pub use skinny::weight_grad_workspace;
 
 /// `scale · gᵀ · x` as f32 `[N, K]`, for a trainable weight.

@@ -87,8 +87,9 @@ impl Blocks {
     }
 
     fn remove(&mut self, offset: usize) -> Option<Free> {
-        let free = self.at(offset)?;
-        self.free.remove(self.below(offset));
+        let place = self.below(offset);
+        self.free.get(place).filter(|(start, _)| *start == offset)?;
+        let (_, free) = self.free.remove(place);
         self.free_bytes -= free.bytes;
         Some(free)
     }
