@@ -105,12 +105,14 @@ fn models_and_data_are_fetched_by_name_once() {
         ("data/train-0.jsonl".to_owned(), rows("train")),
         ("data/test-0.jsonl".to_owned(), rows("test")),
     ]);
+    let parts = ["data/train-0.jsonl", "data/train-1.jsonl"].map(|name| (name.to_owned(), rows("train")));
     let gguf = BTreeMap::from([("a.Q4_0.gguf".to_owned(), b"GGUF".to_vec())]);
     let hub = Hub::start(BTreeMap::from([
         ("org/model".to_owned(), model.clone()),
         ("private/model".to_owned(), model),
         ("org/gguf".to_owned(), gguf),
         ("datasets/org/rows".to_owned(), split),
+        ("datasets/org/parts".to_owned(), BTreeMap::from(parts)),
     ]));
     // Its own folder, so that the cache does not count as a change on disk where nothing may change.
     let home = Place::new();
@@ -134,6 +136,22 @@ fn models_and_data_are_fetched_by_name_once() {
     assert_eq!(code, 0, "{printed}");
     assert!(printed.contains("fetching org/model/model.safetensors"), "{printed}");
     assert!(!printed.contains("README"), "{printed}");
+    // Steps are timed on all files of a data set.
+    let timed = [
+        "bench-step",
+        "--model",
+        "org/model",
+        "--data",
+        "org/parts",
+        "--batch-size",
+        "6",
+        "--warm",
+        "0",
+        "--timed",
+        "1",
+    ];
+    let (code, found, printed) = run(&[], &[&timed[..], &["--json", "--device", "cpu"]].concat());
+    assert!(code == 0 && found.contains(r#""batch_size":6,"#), "{found}{printed}");
     // The same as from the files themselves.
     place.write("train.jsonl", rows("train"));
     place.write("test.jsonl", rows("test"));
